@@ -1,0 +1,72 @@
+"""fastgen: GPT-2 inference, as fast and as exact as the machine allows.
+
+    import fastgen
+    model = fastgen.load()
+    print(model("In the beginning"))
+
+Names are bound when first used, so that importing fastgen imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgen.decoders.choice import Backend, backends
+    from fastgen.errors import CheckpointError, EngineError, QueueFull
+    from fastgen.generator import Generator, load
+    from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
+    from fastgen.sampling_params import SamplingParams
+    from fastgen.stream import Stream
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Backend": "decoders.choice",
+    "CheckpointError": "errors",
+    "Completion": "results",
+    "EngineError": "errors",
+    "Generation": "results",
+    "Generator": "generator",
+    "Piece": "results",
+    "QueueFull": "errors",
+    "SamplingParams": "sampling_params",
+    "Score": "results",
+    "Stream": "stream",
+    "Timings": "results",
+    "TokenLogprobs": "results",
+    "backends": "decoders.choice",
+    "load": "generator",
+}
+
+__all__ = [
+    "Backend",
+    "CheckpointError",
+    "Completion",
+    "EngineError",
+    "Generation",
+    "Generator",
+    "Piece",
+    "QueueFull",
+    "SamplingParams",
+    "Score",
+    "Stream",
+    "Timings",
+    "TokenLogprobs",
+    "__version__",
+    "backends",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastgen.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

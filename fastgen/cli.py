@@ -1,0 +1,227 @@
+"""The command line: fastgen generate, score, info."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fastgen import __version__
+from fastgen.errors import CheckpointError, EngineError
+from fastgen.generator import Generator, load, open_model
+from fastgen.results import Score
+from fastgen.sampling_params import SamplingParams
+
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the process's exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError) as error:
+        print(f"fastgen: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastgen", description="Fast, exact GPT-2 inference.")
+    parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    model = _model_options()
+
+    generate = commands.add_parser(
+        "generate", parents=[model, _sampling_options()], help="continue a prompt"
+    )
+    generate.add_argument("prompt", help="the prompt, or - to read it from standard input")
+    generate.add_argument("--json", action="store_true", help="print the results as JSON")
+    generate.set_defaults(run=_generate)
+
+    score = commands.add_parser("score", parents=[model], help="log-probabilities of a text")
+    score.add_argument("text", help="the text, or - to read it from standard input")
+    score.add_argument("--json", action="store_true", help="print the result as JSON")
+    score.set_defaults(run=_score)
+
+    info = commands.add_parser(
+        "info", parents=[model], help="what would be loaded: shapes, decoder, memory"
+    )
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    add = options.add_argument_group("model").add_argument
+    add("--model", metavar="PATH", help="folder or hub id (default: the bundled model)")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    add("--decoder", default="auto", help="auto or torch (default: auto)")
+    add("--max-batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
+    add("--max-seq-len", type=int, metavar="N", help="tokens a row may have (default: the model's)")
+    add("--max-memory", type=int, metavar="MB", help="for weights, KV cache and scratch together")
+    add("--num-threads", type=int, metavar="N", help="CPU threads (default: all granted)")
+    return options
+
+
+def _sampling_options() -> argparse.ArgumentParser:
+    default = SamplingParams()
+    options = argparse.ArgumentParser(add_help=False)
+    add = options.add_argument_group("sampling").add_argument
+    add("-n", type=int, default=1, help="completions (default: 1)")
+    add("--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N",
+        help=f"default: {default.max_new_tokens}")  # fmt: skip
+    add("--temperature", type=float, default=default.temperature, metavar="T",
+        help=f"0 is greedy (default: {default.temperature})")  # fmt: skip
+    add("--top-k", type=int, default=default.top_k, metavar="K", help="0 is off (default)")
+    add("--top-p", type=float, default=default.top_p, metavar="P", help="1 is off (default)")
+    add("--seed", type=int, help="to repeat a result (default: a new one)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
+    add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    add("--timeout", type=float, metavar="SECONDS", help="end after this time")
+    return options
+
+
+def _load(arguments: argparse.Namespace) -> Generator:
+    return load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        decoder=arguments.decoder,
+        max_batch_size=arguments.max_batch_size,
+        max_seq_len=arguments.max_seq_len,
+        max_memory=arguments.max_memory,
+        num_threads=arguments.num_threads,
+        revision=arguments.revision,
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    params = SamplingParams(
+        n=arguments.n,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        stop=tuple(arguments.stop),
+        ignore_eos=arguments.ignore_eos,
+    )
+    prompt = _text(arguments.prompt)
+    with _load(arguments) as model:
+        if arguments.json:
+            [generation] = model.generate(prompt, params, timeout=arguments.timeout)
+            print(json.dumps(dataclasses.asdict(generation), ensure_ascii=False))
+        elif params.n == 1:
+            _print_stream(model, prompt, params, arguments.timeout)
+        else:
+            [generation] = model.generate(prompt, params, timeout=arguments.timeout)
+            for completion in generation.completions:
+                print(f"--- {completion.index + 1} of {params.n}, seed {completion.seed} ---")
+                print(prompt + completion.text)
+    return 0
+
+
+def _print_stream(
+    model: Generator, prompt: str, params: SamplingParams, timeout: float | None
+) -> None:
+    """Text as it comes; a prompt and what is there of its continuation survive Ctrl-C."""
+    with model.stream(prompt, params, timeout=timeout) as stream:
+        try:
+            print(prompt, end="", flush=True)
+            for piece in stream:
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    text = _text(arguments.text)
+    with _load(arguments) as model:
+        [score] = model.score([text])
+        if arguments.json:
+            print(json.dumps(_score_record(model, score), ensure_ascii=False))
+            return 0
+        for token_id, logprob in zip(score.token_ids, score.logprobs, strict=True):
+            shown = "        -" if logprob is None else f"{logprob:9.4f}"
+            print(f"{shown}  {token_id:6d}  {_token_text(model, token_id)!r}")
+        print(
+            f"{len(score.token_ids)} tokens, {score.num_scored} scored in "
+            f"{score.windows} window{'s' * (score.windows != 1)}: log-probability "
+            f"{score.total_logprob:.4f}, perplexity {score.perplexity:.4f}"
+        )
+    return 0
+
+
+def _score_record(model: Generator, score: Score) -> dict[str, Any]:
+    return {
+        "tokens": [_token_text(model, token_id) for token_id in score.token_ids],
+        "token_ids": score.token_ids,
+        "logprobs": score.logprobs,
+        "total_logprob": score.total_logprob,
+        "perplexity": None if math.isnan(score.perplexity) else score.perplexity,
+        "windows": score.windows,
+    }
+
+
+def _token_text(model: Generator, token_id: int) -> str:
+    return "" if model.tokenizer is None else model.tokenizer.token_text(token_id)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from fastgen.decoders.choice import LoadOptions, backends, plan_decoder
+
+    names = [field.name for field in dataclasses.fields(LoadOptions)]
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    checkpoint = open_model(arguments.model, arguments.revision)
+    plan = plan_decoder(checkpoint, LoadOptions(**given))
+    config = checkpoint.config
+    parameters = config.parameter_count(tied=checkpoint.tied)
+    if arguments.json:
+        record = {
+            "model": checkpoint.name,
+            "parameters": parameters,
+            "weights_dtype": checkpoint.dtype,
+            "tied": checkpoint.tied,
+            "config": dataclasses.asdict(config),
+            "plan": dataclasses.asdict(plan),
+            "backends": [dataclasses.asdict(backend) for backend in backends()],
+        }
+        print(json.dumps(record))
+        return 0
+    threads = f", {plan.num_threads} threads" if plan.num_threads else ""
+    limits = plan.limits
+    lines = {
+        "model": checkpoint.name,
+        "parameters": f"{parameters:,} in {checkpoint.dtype}, "
+        f"head {'tied to the embedding' if checkpoint.tied else 'of its own'}",
+        "shape": f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}, "
+        f"hidden {config.hidden_size}, inner {config.inner_size}, {config.activation}",
+        "vocabulary": f"{config.vocab_size:,}, eos {list(config.eos_token_ids)}",
+        "context": f"{limits.max_seq_len} of {config.max_positions} tokens",
+        "decoder": f"{plan.decoder} ({plan.reason}): {plan.device}, {plan.dtype}{threads}",
+        "memory": str(plan.memory),
+        "a step": f"at most {limits.num_seats} rows, {limits.max_tokens} tokens",
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+    for backend in backends():
+        print(f"{'':<11} {backend}")
+    return 0
+
+
+def _text(argument: str) -> str:
+    return sys.stdin.read() if argument == "-" else argument

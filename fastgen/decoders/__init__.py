@@ -1,0 +1,1 @@
+"""Decoders: StepBatch in, logits or draws out. `interface` defines them, `choice` picks one."""

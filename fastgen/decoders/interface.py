@@ -1,0 +1,145 @@
+"""The decoder interface: a StepBatch in, logits or draws out.
+
+One ragged call covers a prefill, a chunk of one, a decode step, a mix of them, and the check of
+several speculated tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.memory import MemoryPlan
+from fastgen.results import TokenLogprobs
+from fastgen.sampling_params import SamplingParams
+
+Ints = NDArray[np.int32]
+Logits = Any  # float32 (L, V), an array or tensor in the decoder's own buffer
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """R rows with N new tokens in all, packed without padding; every array is int32.
+
+    Attributes:
+        token_ids: (N,) row after row; -1 - s stands for the token that seat s drew last.
+        positions: (N,) indices into the position embedding.
+        row_starts: (R + 1,) row r is token_ids[row_starts[r]:row_starts[r + 1]].
+        cache_lens: (R,) tokens of the row already in the cache; the new ones go behind them.
+        block_tables: (R, M) the row's KV blocks, in order.
+        logits_at: (L,) packed indices of the tokens whose next-token logits are wanted.
+        seats: (L,) the sampler seat that draws there; -1 for no draw: PendingStep.logits has it.
+    """
+
+    token_ids: Ints
+    positions: Ints
+    row_starts: Ints
+    cache_lens: Ints
+    block_tables: Ints
+    logits_at: Ints
+    seats: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLimits:
+    """What one decoder can hold (fixed at load) and take in one step.
+
+    `max_tokens` bounds N, `max_logits` bounds L; `batch_invariant` promises the same bits for a row
+    whatever else is in the batch.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_seq_len: int
+    max_tokens: int
+    max_logits: int
+    num_seats: int
+    batch_invariant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One drawn token. `ok` is false where the logits were NaN or infinite: `token_id` is 0 then."""
+
+    seat: int
+    token_id: int
+    ok: bool = True
+    logprobs: TokenLogprobs | None = None
+
+
+class PendingStep(Protocol):
+    """A step under way. `wait` blocks until its draws are on the host."""
+
+    def wait(self) -> list[Draw]:
+        """The draws, in the order of `logits_at`; drafts behind a rejected one are left out."""
+        ...
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """float32 (rows with seat -1, V), in order; valid until the decoder's next call."""
+        ...
+
+
+class Decoder(Protocol):
+    """A model on its device. Calls act in the order made; one thread at a time."""
+
+    limits: DecoderLimits
+
+    def forward(self, batch: StepBatch) -> Logits:
+        """Logits, float32 (L, V), in the decoder's own buffer, valid until the next call."""
+        ...
+
+    def step(self, batch: StepBatch) -> PendingStep:
+        """forward, then a draw at each entry of `logits_at` that has a seat."""
+        ...
+
+    def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        """Give `seat` to a row: its options with its own seed, and the tokens it has so far."""
+        ...
+
+    def observe(self, seat: int, token_id: int) -> None:
+        """A token of the row that the host chose."""
+        ...
+
+    def release(self, seat: int) -> None:
+        """The row in `seat` has ended."""
+        ...
+
+    def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
+        """Tokens the next draws of `seat` may be, bool (V,); None allows all."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks, (source, destination) each, all read before any is written."""
+        ...
+
+    def reserve(self, blocks: int, seats: int) -> None:
+        """Grow to at least this many blocks and seats, between steps; block ids stay valid."""
+        ...
+
+    def memory(self) -> MemoryPlan:
+        """Bytes of weights, KV and scratch."""
+        ...
+
+    def warmup(self) -> None:
+        """Do once, at a chosen time, what the first step would otherwise have to do."""
+        ...
+
+    def close(self) -> None:
+        """Give threads and memory back; the decoder is not used afterwards."""
+        ...
+
+
+def check_batch(batch: StepBatch, limits: DecoderLimits) -> None:
+    """Raise AssertionError where a batch breaks the interface; the scheduler never makes one."""
+    num_rows, num_tokens = len(batch.cache_lens), len(batch.token_ids)
+    assert 0 < num_tokens <= limits.max_tokens, "token budget"
+    assert len(batch.logits_at) == len(batch.seats) <= limits.max_logits, "logits budget"
+    assert batch.positions.shape == (num_tokens,), "positions"
+    assert batch.row_starts.shape == (num_rows + 1,), "row_starts"
+    assert batch.row_starts[0] == 0 and batch.row_starts[-1] == num_tokens, "row_starts"
+    assert batch.block_tables.ndim == 2 and len(batch.block_tables) == num_rows, "block_tables"

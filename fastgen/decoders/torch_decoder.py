@@ -1,0 +1,191 @@
+"""The pure-PyTorch decoder: every GPT-2 variant, device and dtype; the reference for the others.
+
+Shape legend: N new tokens of a step, packed; G rows of a group with T new tokens each; S cached and
+new tokens; H heads, D head_dim, C = H * D hidden, I inner size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastgen.config import GPT2Config
+from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
+from fastgen.decoders.torch_attention import AttentionPlan, attend, plan_attention
+from fastgen.decoders.torch_sampler import TorchSampler
+from fastgen.decoders.torch_weights import ACTIVATIONS, Layer, Weights
+from fastgen.memory import MemoryPlan
+from fastgen.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class TorchStep:
+    """A step that has been made: PyTorch's own order of work does the waiting."""
+
+    draws: list[Draw]
+    _logits: Tensor
+
+    def wait(self) -> list[Draw]:
+        return self.draws
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        host: NDArray[np.float32] = self._logits.cpu().numpy()
+        return host
+
+
+class TorchDecoder:
+    """See fastgen.decoders.interface.Decoder."""
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        weights: Weights,
+        limits: DecoderLimits,
+        memory: MemoryPlan,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
+        self.config, self.limits = config, limits
+        self._weights, self._memory, self._num_threads = weights, memory, num_threads
+        self._activation = ACTIVATIONS[config.activation]
+        self._kv_cache = self._new_blocks(limits.num_blocks)  # (layers, blocks, 32, 2, H, D)
+        # float64 is where the sampler is defined; a device without it has its draws made on the CPU
+        sampler_device = "cpu" if weights.device.type == "mps" else weights.device
+        self._sampler = TorchSampler(limits.num_seats, torch.device(sampler_device))
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> Tensor:
+        check_batch(batch, self.limits)
+        with _threads(self._num_threads):
+            hidden = self._hidden(batch)  # (N, C)
+            wanted = hidden[self._tensor(batch.logits_at)]  # (L, C)
+            wanted = self._norm(wanted, *self._weights.ln_f)
+            return self._weights.head(wanted).float()  # (L, V)
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> TorchStep:
+        logits = self.forward(batch)
+        drawing = np.flatnonzero(batch.seats >= 0)
+        if len(drawing) == len(batch.seats):
+            return TorchStep(self._draw(logits, batch, drawing), logits[:0])
+        draws = self._draw(logits[self._tensor(drawing)], batch, drawing) if len(drawing) else []
+        return TorchStep(draws, logits[self._tensor(np.flatnonzero(batch.seats < 0))])
+
+    def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        self._sampler.bind(seat, params, len(token_ids))
+
+    def observe(self, seat: int, token_id: int) -> None:
+        self._sampler.observe(seat, token_id)
+
+    def release(self, seat: int) -> None:
+        self._sampler.set_mask(seat, None)
+
+    def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
+        self._sampler.set_mask(seat, allowed)
+
+    @torch.inference_mode()
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        sources, destinations = self._tensor(np.array(pairs, dtype=np.int64)).unbind(1)
+        self._kv_cache[:, destinations] = self._kv_cache[:, sources]
+
+    @torch.inference_mode()
+    def reserve(self, blocks: int, seats: int) -> None:
+        limits = self.limits
+        if blocks > limits.num_blocks:
+            more = self._new_blocks(blocks - limits.num_blocks)
+            self._kv_cache = torch.cat([self._kv_cache, more], dim=1)
+        if seats > limits.num_seats:
+            self._sampler.reserve(seats)
+        blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
+        self.limits = replace(limits, num_blocks=blocks, num_seats=seats)
+        self._memory = replace(
+            self._memory, num_blocks=blocks, kv_cache=self._kv_cache.numel() * self._kv_cache.itemsize
+        )
+
+    def memory(self) -> MemoryPlan:
+        return self._memory
+
+    def warmup(self) -> None:
+        """One step in a block's last place, which the next row to own the block overwrites."""
+        one = np.zeros(1, np.int32)
+        starts = np.array([0, 1], np.int32)
+        self.forward(StepBatch(one, one, starts, one, one[None], one, one - 1))
+
+    def close(self) -> None:
+        self._weights.clear()
+        self._kv_cache = self._kv_cache[:, :0].clone()
+
+    def _hidden(self, batch: StepBatch) -> Tensor:
+        token_ids = self._token_ids(batch.token_ids)  # (N,)
+        hidden = F.embedding(token_ids, self._weights.wte)
+        hidden = hidden + F.embedding(self._tensor(batch.positions), self._weights.wpe)  # (N, C)
+        plan = plan_attention(batch, self.limits.block_size, self._kv_cache.device, hidden.dtype)
+        for index, layer in enumerate(self._weights.layers):
+            hidden = hidden + self._attention(self._norm(hidden, *layer.ln_1), plan, index, layer)
+            hidden = hidden + self._mlp(self._norm(hidden, *layer.ln_2), layer)
+        return hidden
+
+    def _attention(self, x: Tensor, plan: AttentionPlan, index: int, layer: Layer) -> Tensor:
+        config = self.config
+        qkv = layer.c_attn(x).view(len(x), 3, config.num_heads, config.head_dim)
+        attended = attend(
+            qkv,
+            self._kv_cache[index],
+            plan,
+            scale=config.attention_scale(index),
+            upcast=config.reorder_and_upcast_attn,
+        )
+        return layer.c_proj(attended)  # (N, C)
+
+    def _mlp(self, x: Tensor, layer: Layer) -> Tensor:
+        return layer.mlp_proj(self._activation(layer.c_fc(x)))  # (N, C) -> (N, I) -> (N, C)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.layer_norm_epsilon)
+
+    def _token_ids(self, token_ids: NDArray[np.int32]) -> Tensor:
+        """Ids (N,), with those that a seat drew last put in for the negative ones."""
+        ids = self._tensor(token_ids)
+        if token_ids.min() >= 0:
+            return ids
+        drawn = self._sampler.last_drawn.to(ids.device)
+        return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
+
+    def _draw(self, logits: Tensor, batch: StepBatch, drawing: NDArray[np.intp]) -> list[Draw]:
+        behind = batch.logits_at[drawing] + 1  # where a draft of the next token would stand
+        drafts = np.append(batch.token_ids, np.int32(-1))[behind]
+        return self._sampler.draw(
+            logits.to(self._sampler.device), batch.seats[drawing], drafts.tolist()
+        )
+
+    def _tensor(self, values: NDArray[np.integer[Any]]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._weights.device)
+
+    def _new_blocks(self, num_blocks: int) -> Tensor:
+        config = self.config
+        shape = (config.num_layers, num_blocks, self.limits.block_size, 2,
+                 config.num_heads, config.head_dim)  # fmt: skip
+        return torch.zeros(shape, dtype=self._weights.dtype, device=self._weights.device)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch's thread count is the process's: change it for one call only, and only if asked."""
+    if count is None or count == torch.get_num_threads():
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

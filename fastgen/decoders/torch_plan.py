@@ -1,0 +1,114 @@
+"""How the torch decoder is set up for one checkpoint on one machine."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen.checkpoint import Checkpoint
+from fastgen.config import GPT2Config
+from fastgen.decoders.choice import DecoderPlan, LoadOptions
+from fastgen.decoders.interface import DecoderLimits
+from fastgen.decoders.torch_decoder import TorchDecoder
+from fastgen.decoders.torch_weights import Weights, weight_bytes
+from fastgen.kv_cache import BLOCK_SIZE
+from fastgen.machine import free_memory, granted_cores
+from fastgen.memory import plan_memory
+
+_STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster there
+_STEP_TOKENS_GPU = 2048
+_LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
+_SAMPLING_BYTES = 48  # of float64 work per vocabulary entry and sampled row
+
+
+def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+    config = checkpoint.config
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, device, checkpoint)
+    max_seq_len = options.max_seq_len or config.max_positions
+    if max_seq_len > config.max_positions:
+        raise ValueError(
+            f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
+        )
+    seats = options.max_batch_size
+    max_tokens = max(_STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU), seats + BLOCK_SIZE)
+    max_logits = max(seats, min(_LOGITS, max_seq_len))
+    block_bytes = config.num_layers * BLOCK_SIZE * 2 * config.hidden_size * dtype.itemsize
+    memory = plan_memory(
+        weights=weight_bytes(checkpoint, device, dtype),
+        scratch=_scratch_bytes(config, dtype, max_tokens, max_logits, seats),
+        block_bytes=block_bytes,
+        scratch_per_block=block_bytes // config.num_layers,  # one layer's keys and values, gathered
+        max_batch_size=seats,
+        max_seq_len=max_seq_len,
+        free=_free_memory(device),
+        max_memory=options.max_memory,
+    )
+    limits = DecoderLimits(
+        num_blocks=memory.num_blocks,
+        block_size=BLOCK_SIZE,
+        max_seq_len=max_seq_len,
+        max_tokens=max_tokens,
+        max_logits=max_logits,
+        num_seats=seats,
+        batch_invariant=False,
+    )
+    return DecoderPlan(
+        decoder="torch",
+        reason="it was asked for" if options.decoder == "torch" else "the only decoder installed",
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_threads=_num_threads(options.num_threads, device),
+        limits=limits,
+        memory=memory,
+    )
+
+
+def build_torch(checkpoint: Checkpoint, plan: DecoderPlan) -> TorchDecoder:
+    weights = Weights(checkpoint, torch.device(plan.device), getattr(torch, plan.dtype))
+    return TorchDecoder(
+        checkpoint.config, weights, plan.limits, plan.memory, num_threads=plan.num_threads
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"device={name!r} cannot be used: {cause}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """On a CPU, 16-bit weights are widened: float32 arithmetic is what the checkpoint means."""
+    name = str(name).removeprefix("torch.")
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else checkpoint.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _num_threads(asked: int | None, device: torch.device) -> int | None:
+    if device.type != "cpu":
+        return None
+    return asked or min(torch.get_num_threads(), granted_cores())
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return free_memory()
+
+
+def _scratch_bytes(
+    config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int, seats: int
+) -> int:
+    """Upper bound of what one step holds at a time, gathered KV apart."""
+    per_token = 8 * config.hidden_size + 2 * config.inner_size
+    mask = max_tokens * config.max_positions
+    logits = max_logits * config.vocab_size * (4 + dtype.itemsize)
+    sampling = seats * config.vocab_size * _SAMPLING_BYTES
+    return max_tokens * per_token * dtype.itemsize + mask * dtype.itemsize + logits + sampling

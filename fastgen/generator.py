@@ -1,0 +1,409 @@
+"""Text in, text out: the border between text and token ids, around one engine."""
+
+from __future__ import annotations
+
+import numbers
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from tqdm import tqdm
+
+from fastgen.checkpoint import Checkpoint, open_checkpoint
+from fastgen.config import GPT2Config
+from fastgen.decoders.choice import DecoderPlan, LoadOptions, build_decoder, plan_decoder
+from fastgen.engine import Engine
+from fastgen.model_tensors import checkpoint_of_model
+from fastgen.native import native
+from fastgen.request import Request, Row
+from fastgen.results import Completion, Generation, Score
+from fastgen.sampling_params import SamplingParams, reject_unknown
+from fastgen.stream import Stream, raise_error
+from fastgen.text_sink import TextSink
+from fastgen.tokenizer import Tokenizer
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled"
+_ROWS_AHEAD = 2  # rows queued per seat: enough that a freed seat never waits for Python
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+def load(
+    model: Any = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    decoder: str = "auto",
+    max_batch_size: int = 32,
+    max_seq_len: int | None = None,
+    max_memory: int | None = None,
+    num_threads: int | None = None,
+    batch_invariant: bool | None = None,
+    revision: str | None = None,
+    **unknown: Any,
+) -> Generator:
+    """Load a GPT-2 and everything needed to generate with it.
+
+    Args:
+        model: a folder with config.json and safetensors files, a hub id, or a transformers
+            GPT2LMHeadModel; None is the small model that ships with fastgen.
+        device: "auto" (a GPU if there is one), or any device PyTorch knows.
+        dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" computes in float32,
+            whatever the weights are stored in; elsewhere it keeps the checkpoint's.
+        quantize: None.
+        decoder: "auto" or "torch".
+        max_batch_size: rows that run at the same time; more wait their turn.
+        max_seq_len: tokens a row may have, prompt included; None is the model's own context.
+        max_memory: MB that weights, KV cache and scratch may take together.
+        num_threads: CPU threads of a step; None takes as many as the machine grants.
+        batch_invariant: True demands the same bits for a row whatever else is in the batch.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or cannot be run exactly.
+        TypeError, ValueError: an option is wrong, or cannot be met; says what can.
+    """
+    options = LoadOptions(
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        decoder=decoder,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        max_memory=max_memory,
+        num_threads=num_threads,
+        batch_invariant=batch_invariant,
+    )
+    reject_unknown(unknown, [*(field.name for field in fields(options)), "revision"])
+    if native is None:
+        warnings.warn(
+            "fastgen's C++ extension is not installed (no compiler was found when fastgen was); "
+            "everything works, sampling is slower",
+            stacklevel=2,
+        )
+    checkpoint = open_model(model, revision)
+    tokenizer = find_tokenizer(checkpoint, model)
+    plan = plan_decoder(checkpoint, options)
+    return Generator(checkpoint, tokenizer, plan)
+
+
+def open_model(model: Any = None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `load(model)` would read, opened and checked."""
+    if model is None:
+        return open_checkpoint(BUNDLED_MODEL)
+    if isinstance(model, (str, Path)):
+        return open_checkpoint(model, revision)
+    return checkpoint_of_model(model)
+
+
+def find_tokenizer(checkpoint: Checkpoint, model: Any = None) -> Tokenizer | None:
+    """From the checkpoint's folder; for a model in memory, from the folder it came from, if any."""
+    folder = checkpoint.folder
+    if folder is None:
+        origin = getattr(model.config, "_name_or_path", "")
+        folder = Path(origin) if origin else None
+    return Tokenizer.from_folder(folder) if folder is not None and folder.is_dir() else None
+
+
+class Generator:
+    """A loaded model. Thread-safe; close it, or use it in a `with` block, to free its memory."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, plan: DecoderPlan
+    ) -> None:
+        self.config: GPT2Config = checkpoint.config
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.engine = Engine(
+            build_decoder(checkpoint, plan), self.config.vocab_size, self.config.eos_token_ids
+        )
+
+    def __call__(self, prompts: Any, params: Params = None, **options: Any) -> Any:
+        """The text that follows: a str for one prompt, a list of str for several."""
+        texts = [generation.text for generation in self.generate(prompts, params, **options)]
+        return texts[0] if _is_one(prompts) else texts
+
+    def generate(
+        self,
+        prompts: Any,
+        params: Params = None,
+        *,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Continue one prompt or many; results come in the prompts' order.
+
+        Args:
+            prompts: a string, a list of token ids, or a list of either.
+            params: one SamplingParams for all, or one per prompt; or give its options directly:
+                `generate(prompts, temperature=0.8, n=4)`.
+            timeout: seconds after which rows still running end with "timeout".
+            progress: show a progress bar; None does so on a terminal, for several prompts.
+
+        Raises:
+            TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
+            EngineError: a step failed.
+        """
+        many = _as_list(prompts)
+        each = _params_for(len(many), params, options)
+        encoded = self._encode(many, each)
+        jobs = (
+            _Job(ids, chosen, self._sinks(chosen, streams=False))
+            for ids, chosen in zip(encoded, each, strict=True)
+        )
+        requests = self._run(jobs, len(many), timeout, progress)
+        return [self._generation(request) for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Continue one prompt, piece by piece. Closing the stream ends the generation.
+
+        Pieces of several completions (n > 1) come mixed; `piece.index` says whose each is.
+        """
+        if not _is_one(prompt):
+            raise TypeError("stream takes one prompt; use generate for several")
+        [chosen] = _params_for(1, params, options)
+        [token_ids] = self._encode(_as_list(prompt), [chosen])
+        sinks = self._sinks(chosen, streams=True)
+        request = self.engine.add_request(token_ids, chosen, sinks=sinks, timeout=timeout)
+        return Stream(self.engine, request)
+
+    def score(self, texts: Any, *, progress: bool | None = None) -> list[Score]:
+        """Log-probability of each token of each text given those before it.
+
+        A text longer than the context is scored in windows that overlap by half a context, so every
+        token but the first window's has at least half a context before it.
+        """
+        many = _as_list(texts)
+        from_text = iter(self._encode_texts([t for t in many if isinstance(t, str)], bounded=False))
+        ids = [next(from_text) if isinstance(text, str) else _listed(text) for text in many]
+        params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
+        windows = [_windows(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
+        jobs = (_Job(tokens, params, None) for each in windows for _, tokens in each)
+        requests = iter(self._run(jobs, sum(map(len, windows)), None, progress))
+        return [
+            _joined(token_ids, [(start, next(requests)) for start, _ in each])
+            for token_ids, each in zip(ids, windows, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End all generations and free memory. Safe to call twice."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        jobs: Iterable[_Job],
+        count: int,
+        timeout: float | None,
+        progress: bool | None,
+    ) -> list[Request]:
+        """Feed the jobs in order, some rows ahead of the seats, until all are done."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        remaining, requests, running = iter(jobs), [], list[Request]()
+        with _progress_bar(count, progress) as bar:
+            try:
+                while True:
+                    new = self._feed(remaining, running, deadline)
+                    requests += new
+                    running += new
+                    if not running:
+                        return requests
+                    self.engine.run(lambda: any(request.done for request in running))
+                    for request in running:
+                        raise_error(request)
+                    bar.update(sum(request.done for request in running))
+                    running = [request for request in running if not request.done]
+            except BaseException:
+                for request in running:
+                    self.engine.cancel(request)
+                raise
+
+    def _feed(
+        self, jobs: Iterator[_Job], running: Sequence[Request], deadline: float | None
+    ) -> list[Request]:
+        """Add jobs to the engine while it has fewer rows of ours than it could soon run."""
+        room = _ROWS_AHEAD * self.plan.limits.num_seats - sum(r.params.n for r in running)
+        added: list[Request] = []
+        while room > 0 and (job := next(jobs, None)) is not None:
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            added.append(
+                self.engine.add_request(
+                    job.token_ids, job.params, sinks=job.sinks, timeout=timeout
+                )
+            )
+            room -= job.params.n
+        return added
+
+    def _encode(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
+        """Token ids of prompts, checked, so that a wrong one is found before any is run."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        from_text = iter(self._encode_texts(texts))
+        encoded: list[list[int]] = []
+        for index, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
+            ids = next(from_text) if isinstance(prompt, str) else _listed(prompt)
+            try:
+                encoded.append(list(self.engine.check_request(ids or self._start(), options)))
+            except (TypeError, ValueError) as error:
+                where = f"prompt {index}: " if len(prompts) > 1 else ""
+                raise type(error)(f"{where}{error}") from None
+        return encoded
+
+    def _encode_texts(self, texts: list[str], *, bounded: bool = True) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer; give token ids instead of text")
+        longest = self.plan.limits.max_seq_len if bounded else None
+        return self.tokenizer.encode(texts, longest)
+
+    def _start(self) -> list[int]:
+        """What an empty prompt starts from: bos, else eos."""
+        candidates = (self.config.bos_token_id, *self.config.eos_token_ids)
+        for token_id in candidates:
+            if token_id is not None:
+                return [token_id]
+        raise ValueError("the prompt is empty, and the model has no bos or eos token to start from")
+
+    def _sinks(self, params: SamplingParams, *, streams: bool) -> list[TextSink] | None:
+        """One a completion, if text is needed while it is generated."""
+        if self.tokenizer is None:
+            if params.stop:
+                raise ValueError("stop strings need text, but this model has no tokenizer")
+            return None
+        if not (streams or params.stop):
+            return None
+        return [
+            self.tokenizer.sink(params.stop, include_stop=params.include_stop)
+            for _ in range(params.n)
+        ]
+
+    def _generation(self, request: Request) -> Generation:
+        completions = tuple(self._completion(row) for row in request.rows)
+        prompt_logprobs = request.prompt_logprobs
+        return Generation(
+            prompt_token_ids=request.prompt_token_ids,
+            completions=completions,
+            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
+            timings=request.timings,
+        )
+
+    def _completion(self, row: Row) -> Completion:
+        assert row.finish_reason is not None and row.params.seed is not None
+        return Completion(
+            index=row.index,
+            text=self._text(row),
+            token_ids=tuple(row.new_token_ids),
+            finish_reason=row.finish_reason,
+            stop_reason=row.stop_reason,
+            seed=row.params.seed,
+            logprobs=None if row.logprobs is None else tuple(row.logprobs),
+        )
+
+    def _text(self, row: Row) -> str:
+        """As a stream would have shown it."""
+        if row.sink is not None:
+            return row.sink.text
+        if self.tokenizer is None:
+            return ""
+        sink = self.tokenizer.sink()
+        token_ids = row.new_token_ids
+        if row.ended_by_id and not row.params.include_stop:
+            token_ids = token_ids[:-1]
+        for token_id in token_ids:
+            sink.push(token_id)
+        sink.finish()
+        return sink.text
+
+
+class _Job(NamedTuple):
+    token_ids: Sequence[int]
+    params: SamplingParams
+    sinks: list[TextSink] | None
+
+
+def _progress_bar(count: int, progress: bool | None) -> tqdm[Any]:
+    """On a terminal, for more than one prompt, if it takes over a second."""
+    show = progress if progress is not None else count > 1 and sys.stderr.isatty()
+    return tqdm(total=count, disable=not show, unit="prompt", delay=0 if progress else 1, leave=False)
+
+
+def _params_for(
+    count: int, params: Params, options: dict[str, Any]
+) -> Sequence[SamplingParams]:
+    """One SamplingParams per prompt, from whichever way they were given."""
+    if params is not None and options:
+        raise TypeError(f"give SamplingParams or options such as {next(iter(options))}, not both")
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams(**options)] * count
+    each = list(params) if isinstance(params, Iterable) else [params]
+    for item in each:
+        if not isinstance(item, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, not {type(item).__name__}")
+    if len(each) != count:
+        raise ValueError(f"{len(each)} SamplingParams were given for {count} prompts")
+    return each
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt: a string, or a sequence whose first element is an id."""
+    if isinstance(prompts, str):
+        return True
+    listed = _listed(prompts)
+    return bool(listed) and isinstance(listed[0], numbers.Integral)
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    return [prompts] if _is_one(prompts) else _listed(prompts)
+
+
+def _listed(values: Any) -> list[Any]:
+    """A list of a sequence, NumPy array or torch tensor."""
+    listed = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(listed, (bytes, dict)) or not isinstance(listed, Iterable):
+        raise TypeError(f"prompts must be strings or token ids, not {type(values).__name__}")
+    return list(listed)
+
+
+def _windows(token_ids: Sequence[int], context: int) -> list[tuple[int, Sequence[int]]]:
+    """Start and tokens of each window of a text to be scored."""
+    if len(token_ids) < 2:
+        return []
+    step = max(1, context // 2)
+    last = max(0, len(token_ids) - context)
+    starts = [*range(0, last, step), last]
+    return [(start, token_ids[start : start + context]) for start in starts]
+
+
+def _joined(token_ids: Sequence[int], windows: Sequence[tuple[int, Request]]) -> Score:
+    """A text's score from its windows; where two overlap, the one with more context counts."""
+    logprobs: list[float | None] = [None] * min(1, len(token_ids))
+    for start, request in windows:
+        assert request.prompt_logprobs is not None
+        for scored in request.prompt_logprobs[len(logprobs) - start :]:
+            logprobs.append(None if scored is None else scored.logprob)
+    return Score(tuple(token_ids), tuple(logprobs), len(windows))

@@ -1,0 +1,166 @@
+"""One request and its rows: what they were asked, what they have, how they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from fastgen.decoders.interface import Draw
+from fastgen.kv_cache import BLOCK_SIZE, Key, block_keys, chain_key, root_key
+from fastgen.philox import sample_seed
+from fastgen.results import FinishReason, Timings, TokenLogprobs
+from fastgen.sampling_params import SamplingParams
+from fastgen.text_sink import TextSink
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One completion on its way: n of them make a request.
+
+    A reader on another thread may look at `token_ids`, `logprobs` and `sink` at any time; it reads
+    `finish_reason` first, since that is set last.
+    """
+
+    request: Request
+    index: int  # which of the request's n samples
+    params: SamplingParams  # with the row's own seed
+    token_ids: list[int]  # prompt, then what was drawn
+    max_len: int  # the row ends when it has this many tokens
+    stop_ids: frozenset[int]
+    sink: TextSink | None
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    # the scheduler's:
+    seat: int = -1
+    blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0  # tokens whose keys and values are in the cache
+    keys: list[Key] = field(default_factory=list)  # of the full blocks, as far as known
+    tail_key: Key | None = None  # of the prompt's last, partly filled block
+    num_registered: int = 0  # full blocks that can be found by content
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether the cache still lacks prompt tokens; afterwards the row gets a token a step."""
+        return self.num_cached < self.request.prefill_len
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether this row's logits give the request its prompt_logprobs: the first sample's do."""
+        return self.index == 0 and self.request.prompt_logprobs is not None
+
+    @property
+    def prompt_keys(self) -> list[Key]:
+        """Content keys of the prompt's blocks, until they have all been computed."""
+        full = self.keys[: self.prompt_len // BLOCK_SIZE]
+        return full if self.tail_key is None else [*full, self.tail_key]
+
+    @property
+    def ended_by_id(self) -> bool:
+        """Whether its last token is an eos or stop id."""
+        return self.finish_reason == "stop" and self.token_ids[-1] in self.stop_ids
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_len :]
+
+    def accept(self, draw: Draw, eos_ids: frozenset[int]) -> None:
+        """Take a drawn token, and finish if it ends the row."""
+        if not draw.ok:
+            self.finish("error")
+            return
+        token_id = draw.token_id
+        self.token_ids.append(token_id)
+        if self.logprobs is not None and draw.logprobs is not None:
+            self.logprobs.append(draw.logprobs)
+        if token_id in self.stop_ids:
+            if self.sink is not None and self.params.include_stop:
+                self.sink.push(token_id)
+            self.finish("stop", None if token_id in eos_ids else token_id)
+        elif self.sink is not None and self.sink.push(token_id):
+            self.finish("stop", self.sink.stop_reason)
+        elif len(self.token_ids) >= self.max_len:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        if self.sink is not None:
+            self.sink.finish()
+        self.stop_reason = stop_reason
+        self.finish_reason = reason
+
+    def make_keys(self) -> None:
+        """Hash the prompt's blocks, once."""
+        if not self.keys and self.tail_key is None:
+            self.keys = block_keys(self.request.prompt_token_ids, self.request.cache_salt)
+            if self.prompt_len % BLOCK_SIZE:
+                self.tail_key = self.keys.pop()
+
+    def add_key(self, index: int) -> None:
+        """Hash block `index`, the first that drawn tokens have filled."""
+        start = index * BLOCK_SIZE
+        parent = self.keys[-1] if self.keys else root_key(self.request.cache_salt)
+        self.keys.append(chain_key(parent, self.token_ids[start : start + BLOCK_SIZE], start))
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt with its options; see Engine.add_request."""
+
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    deadline: float | None = None  # time.monotonic()
+    cache_salt: str | None = None
+    rows: list[Row] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: BaseException | None = None
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.finished is not None
+
+    @property
+    def timings(self) -> Timings:
+        """Of a request that is done."""
+        assert self.finished is not None
+
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else moment - self.arrived
+
+        return Timings(
+            admitted=since(self.admitted),
+            first_token=since(self.first_token),
+            finished=self.finished - self.arrived,
+        )
+
+    @property
+    def prefill_len(self) -> int:
+        """Prompt tokens that have to be computed; the last one only matters if one is drawn."""
+        draws = self.params.max_new_tokens > 0
+        return len(self.prompt_token_ids) - (0 if draws else 1)
+
+    def make_rows(
+        self, seed: int, max_len: int, stop_ids: frozenset[int], sinks: Sequence[TextSink] | None
+    ) -> None:
+        for index in range(self.params.n):
+            params = replace(self.params, seed=sample_seed(seed, index))
+            self.rows.append(
+                Row(
+                    request=self,
+                    index=index,
+                    params=params,
+                    token_ids=list(self.prompt_token_ids),
+                    max_len=max_len,
+                    stop_ids=stop_ids,
+                    sink=None if sinks is None else sinks[index],
+                    logprobs=None if params.logprobs is None else [],
+                )
+            )

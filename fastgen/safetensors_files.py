@@ -1,0 +1,158 @@
+"""The weight files of one folder, opened without trusting them.
+
+The safetensors library parses and checks the headers; this module decides which files may be opened
+at all: regular files inside the folder (or the hub cache the folder belongs to), by bare name.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # registers "bfloat16" with NumPy, which safetensors needs to read it
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fastgen.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+NUMPY_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_MAX_JSON_BYTES = 64 * 2**20
+
+
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor; `dtype` is safetensors' name, e.g. "F32"."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class SafetensorsFiles:
+    """Tensors by their stored names, from model.safetensors or the shards its index lists."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.infos: dict[str, TensorInfo] = {}
+        index = folder / INDEX_FILE
+        if (folder / SINGLE_FILE).exists() or not index.exists():
+            self._add_file(SINGLE_FILE)
+        else:
+            self._add_shards(read_weight_map(folder))
+
+    def load(self, key: str) -> NDArray[Any]:
+        """A copy of the tensor `key`, so that later changes to the file cannot reach it."""
+        file = self.infos[key].file
+        try:
+            with safe_open(self.folder / file, framework="numpy") as opened:
+                tensor: NDArray[Any] = opened.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / file}: reading {key}: {error}") from error
+        return tensor
+
+    def _add_file(self, file: str) -> None:
+        path = checked_file(self.folder, file)
+        try:
+            with safe_open(path, framework="numpy") as opened:
+                for key in opened.keys():  # noqa: SIM118 (no mapping)
+                    view = opened.get_slice(key)
+                    self._add(key, TensorInfo(file, tuple(view.get_shape()), view.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from error
+
+    def _add(self, key: str, info: TensorInfo) -> None:
+        if key in self.infos:
+            raise CheckpointError(
+                f"{self.folder / info.file}: tensor {key} is also in {self.infos[key].file}"
+            )
+        self.infos[key] = info
+
+    def _add_shards(self, weight_map: dict[str, str]) -> None:
+        for file in sorted(set(weight_map.values())):
+            self._add_file(file)
+        for key, file in weight_map.items():
+            if key not in self.infos or self.infos[key].file != file:
+                raise CheckpointError(
+                    f"{self.folder / INDEX_FILE}: lists {key} in {file}, which does not hold it"
+                )
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """The index's weight_map, tensor name -> shard name; shard names are bare file names."""
+    path = folder / INDEX_FILE
+    index = read_json(folder, INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: holds no weight_map from tensor names to shard files")
+    for key, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {key} maps to {file!r}, not to a .safetensors file")
+    return weight_map
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`, if that is a regular file that lies there.
+
+    A symbolic link may lead out of the folder only into the blobs of the hub cache that the folder
+    is a snapshot of.
+
+    Raises:
+        CheckpointError: the name leaves the folder, or the file is missing, a directory, a device.
+    """
+    path = folder / name
+    if name != Path(name).name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{folder}: file name {name!r} is not a bare file name")
+    try:
+        target = path.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise CheckpointError(f"{path}: cannot be opened: {_cause(error)}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: is not a regular file")
+    home = folder.resolve()
+    blobs = home.parent.parent / "blobs"
+    inside_cache = home.parent.name == "snapshots" and target.parent == blobs
+    if target.parent != home and not inside_cache:
+        raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}")
+    return path
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Parsed JSON of a file in `folder`: UTF-8, no duplicate keys, no NaN, of a sane size."""
+    path = checked_file(folder, name)
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MB")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_cause(error)}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _cause(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -1,0 +1,104 @@
+"""Stream: one request's pieces, pulled by its reader."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from fastgen.engine import Engine
+from fastgen.errors import EngineError
+from fastgen.request import Request, Row
+from fastgen.results import Piece
+
+
+class Stream:
+    """An iterator over the Pieces of one request.
+
+    It generates while its reader waits for a piece; a reader that pauses stops nobody else. Closing
+    it, or dropping it, ends the generation and frees its memory.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._read = [0] * len(request.rows)  # new tokens of each row that have been handed out
+        self._ended = [False] * len(request.rows)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        """The next piece.
+
+        Raises:
+            EngineError: a step failed.
+        """
+        try:
+            while (piece := self._piece()) is None:
+                if all(self._ended):
+                    raise_error(self._request)
+                    raise StopIteration
+                self._engine.run(self._has_news)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        return piece
+
+    def close(self) -> None:
+        """End the generation; rows that had not ended end with "cancelled"."""
+        if not self._request.done:
+            self._engine.cancel(self._request)
+        self._ended = [True] * len(self._ended)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _has_news(self) -> bool:
+        return any(self._is_new(row) for row in self._request.rows)
+
+    def _is_new(self, row: Row) -> bool:
+        if self._ended[row.index]:
+            return False
+        num_new = len(row.token_ids) - row.prompt_len
+        return row.finish_reason is not None or num_new > self._read[row.index]
+
+    def _piece(self) -> Piece | None:
+        for row in self._request.rows:
+            if self._is_new(row):
+                return self._take(row)
+        return None
+
+    def _take(self, row: Row) -> Piece:
+        finish_reason = row.finish_reason  # first: all that it ends is there once it is set
+        token_ids = tuple(row.token_ids[row.prompt_len + self._read[row.index] :])
+        start, self._read[row.index] = self._read[row.index], self._read[row.index] + len(token_ids)
+        logprobs = None
+        if row.logprobs is not None:
+            logprobs = tuple(row.logprobs[start : start + len(token_ids)])
+        self._ended[row.index] = finish_reason is not None
+        return Piece(
+            index=row.index,
+            text="" if row.sink is None else row.sink.take(),
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=row.stop_reason if finish_reason is not None else None,
+        )
+
+
+def raise_error(request: Request) -> None:
+    """Raise EngineError if a step that the request was in has failed."""
+    if request.error is not None:
+        raise EngineError(f"generation failed: {request.error}") from request.error

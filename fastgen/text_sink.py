@@ -1,0 +1,189 @@
+"""TextSink: the text of one row while its tokens arrive, and its stop strings.
+
+What it shows is final: bytes of an unfinished character wait for the rest, and text that may be the
+beginning of a stop string waits until it is clear whether it is.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+_REPLACEMENT = "\ufffd"
+_MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens will never decode
+
+
+class Detokenizer(Protocol):
+    """Turns ids into text one by one; text comes as soon as its characters are complete."""
+
+    def push(self, token_id: int) -> str: ...
+    def finish(self) -> str: ...
+
+
+class Decoding(Protocol):
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class ByteLevelDecoder:
+    """For vocabularies whose tokens are byte strings (GPT-2's): an incremental UTF-8 decoder."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
+class WindowDecoder:
+    """For every other tokenizer: decodes the last few tokens with and without the new one.
+
+    The window begins at the token before the last text was shown, so that rules between neighbours
+    (spaces between words, byte fallback) apply; its length does not grow with the row.
+    """
+
+    def __init__(self, tokenizer: Decoding) -> None:
+        self._decode = tokenizer.decode
+        self._window: list[int] = []
+        self._shown = 0  # how many of the window's tokens have been shown
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        held = len(self._window) - self._shown
+        text = self._new_text()
+        if text.endswith(_REPLACEMENT) and held < _MAX_HELD_TOKENS:
+            return ""
+        if not text and held >= _MAX_HELD_TOKENS:  # special tokens only: the window must not grow
+            del self._window[self._shown :]
+        return self._show(text)
+
+    def finish(self) -> str:
+        return self._show(self._new_text())
+
+    def _new_text(self) -> str:
+        before = self._decode(self._window[: self._shown]) if self._shown else ""
+        return self._decode(self._window)[len(before) :]
+
+    def _show(self, text: str) -> str:
+        if text:  # a token without text (a special one) leaves the window as it is
+            self._window = self._window[self._shown :]
+            self._shown = len(self._window)
+        return text
+
+
+class StopMatcher:
+    """Finds the first of several strings in a text that comes character by character.
+
+    Knuth, Morris and Pratt's automaton, one per string: each character costs amortised O(1) a
+    string, whatever the strings' lengths, and where the tokens are cut makes no difference.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [(stop, _prefix_function(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # longest prefix of each stop that ends the text so far
+        self._first = {stop[0] for stop in stops}
+
+    @property
+    def num_held(self) -> int:
+        """How many of the last characters may belong to a stop string."""
+        return max(self._matched, default=0)
+
+    def feed(self, text: str) -> tuple[int, str] | None:
+        """The end, as an index into `text`, of the first stop string completed, and the string.
+
+        Of several that end at the same character, the longest.
+        """
+        if not any(self._matched) and self._first.isdisjoint(text):
+            return None
+        for at, character in enumerate(text):
+            complete = [stop for i, (stop, _) in enumerate(self._stops) if self._step(i, character)]
+            if complete:
+                return at + 1, max(complete, key=len)
+        return None
+
+    def _step(self, index: int, character: str) -> bool:
+        stop, prefix = self._stops[index]
+        matched = self._matched[index]
+        while matched and stop[matched] != character:
+            matched = prefix[matched - 1]
+        matched += stop[matched] == character
+        self._matched[index] = matched
+        return matched == len(stop)
+
+
+class TextSink:
+    """Text of one row. `push` is called on the step thread, `take` by whoever reads the stream.
+
+    Attributes:
+        stop_reason: the stop string that was completed, else None.
+    """
+
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, include_stop: bool = False
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(stop) if stop else None
+        self._include_stop = include_stop
+        self._held = ""
+        self._pieces: list[str] = []  # appended to by the step thread only
+        self._taken = 0
+        self.stop_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All that may be shown so far."""
+        return "".join(self._pieces)
+
+    def push(self, token_id: int) -> bool:
+        """Add a token; true when that completes a stop string. O(1) amortised."""
+        return self._show(self._detokenizer.push(token_id))
+
+    def finish(self) -> None:
+        """The row has ended: show what was held back."""
+        if self.stop_reason is None:
+            self._show(self._detokenizer.finish())
+            if self._held:
+                self._pieces.append(self._held)
+                self._held = ""
+
+    def take(self) -> str:
+        """What can be shown and has not been taken yet."""
+        end = len(self._pieces)
+        new, self._taken = self._pieces[self._taken : end], end
+        return "".join(new)
+
+    def _show(self, text: str) -> bool:
+        if self._matcher is None:
+            if text:
+                self._pieces.append(text)
+            return False
+        if not text:
+            return False
+        match = self._matcher.feed(text)
+        pending = self._held + text
+        if match is None:
+            cut = len(pending) - self._matcher.num_held
+            self._held = pending[cut:]
+        else:
+            end, self.stop_reason = match
+            cut = len(self._held) + end - (0 if self._include_stop else len(self.stop_reason))
+            self._held = ""
+        if cut:
+            self._pieces.append(pending[:cut])
+        return match is not None
+
+
+def _prefix_function(pattern: str) -> list[int]:
+    """For each prefix of `pattern`: the length of its longest proper prefix that is its suffix."""
+    lengths = [0] * len(pattern)
+    matched = 0
+    for at in range(1, len(pattern)):
+        while matched and pattern[at] != pattern[matched]:
+            matched = lengths[matched - 1]
+        matched += pattern[at] == pattern[matched]
+        lengths[at] = matched
+    return lengths

@@ -1,0 +1,255 @@
+"""Text <-> token ids, and TextSink: text out of a stream of ids, correct at every moment.
+
+Fast tokenizer files run in the `tokenizers` library; vocabularies that only transformers can read
+(BERT's, sentencepiece's) are opened through it when it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from fastgen.errors import CheckpointError
+from fastgen.safetensors_files import checked_file, read_json
+from fastgen.text_sink import ByteLevelDecoder, Detokenizer, TextSink, WindowDecoder
+
+# Tokenizer classes that transformers may be asked for by name: data readers, no remote code.
+_TRANSFORMERS_CLASSES = frozenset(
+    "AlbertTokenizer AlbertTokenizerFast BertJapaneseTokenizer BertTokenizer BertTokenizerFast "
+    "CpmTokenizer GPT2Tokenizer GPT2TokenizerFast PreTrainedTokenizerFast T5Tokenizer "
+    "T5TokenizerFast XLMRobertaTokenizer XLMRobertaTokenizerFast XLNetTokenizer "
+    "XLNetTokenizerFast".split()
+)
+_CLASS_BY_FILE = {
+    "vocab.txt": "BertTokenizer",
+    "spiece.model": "T5Tokenizer",
+    "sentencepiece.bpe.model": "XLMRobertaTokenizer",
+}
+
+
+class Backend(Protocol):
+    """What a tokenizer library has to offer. All ids and texts are plain Python."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def detokenizer(self) -> Detokenizer: ...
+    def token_text(self, token_id: int) -> str: ...
+    @property
+    def max_chars_per_token(self) -> int | None: ...
+
+
+class Tokenizer:
+    """One model's tokenizer. Prompts are encoded as they stand: no special token is added, but one
+    that is written out in the text, such as `<|endoftext|>`, becomes its id (as in transformers).
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer | None:
+        """The tokenizer whose files lie in `folder`; None if there are none.
+
+        Raises:
+            CheckpointError: a file is there but cannot be used; says why.
+        """
+        if (folder / "tokenizer.json").exists():
+            return cls(_FastBackend(_open_tokenizer_json(folder)))
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            return cls(_FastBackend(_open_vocab_and_merges(folder)))
+        return _open_with_transformers(folder)
+
+    def encode(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
+        """Token ids of each text; the GIL is released while it runs.
+
+        Raises:
+            TypeError, ValueError: not a string, not valid Unicode, or certainly longer than
+                `max_tokens` tokens (found before any work is done on it).
+        """
+        for text in texts:
+            self._check_text(text, max_tokens)
+        return self._backend.encode(texts)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._backend.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones written out; for showing to people."""
+        return self._backend.token_text(token_id)
+
+    def sink(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> TextSink:
+        """A TextSink for one row."""
+        return TextSink(self._backend.detokenizer(), stop, include_stop=include_stop)
+
+    def _check_text(self, text: Any, max_tokens: int | None) -> None:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, not {type(text).__name__}")
+        if max_tokens is not None and len(text) > max_tokens:
+            longest = self._backend.max_chars_per_token
+            if longest is not None and len(text) > max_tokens * longest:
+                raise ValueError(
+                    f"the text has {len(text)} characters: more than {max_tokens} tokens, "
+                    f"the most that fits, even at {longest} characters a token"
+                )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode: a lone surrogate at character {error.start}"
+            ) from None
+
+
+class _FastBackend:
+    """A `tokenizers.Tokenizer`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
+        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._bytes: dict[int, bytes] = {token_id: b"" for token_id in self._special}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [item.ids for item in encoded]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self) -> Detokenizer:
+        return ByteLevelDecoder(self._token_bytes) if self._byte_level else WindowDecoder(self)
+
+    def token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    @cached_property
+    def max_chars_per_token(self) -> int | None:
+        """Only where no text can vanish: byte-level, and nothing normalized away."""
+        lossless = self._byte_level and self._tokenizer.normalizer is None
+        return max(map(len, self._tokenizer.get_vocab(True)), default=1) if lossless else None
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """Bytes of a byte-level token; of an id the tokenizer does not know (padding): none."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._added.get(token_id)
+            if known is None:
+                known = _byte_level_bytes(self._tokenizer.id_to_token(token_id) or "")
+            self._bytes[token_id] = known
+        return known
+
+
+class _TransformersBackend:
+    """A tokenizer written in Python within transformers."""
+
+    max_chars_per_token = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def detokenizer(self) -> Detokenizer:
+        return WindowDecoder(self)
+
+    def token_text(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id]))
+
+
+def _open_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
+    path = checked_file(folder, "tokenizer.json")
+    return _parsed(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
+
+
+def _open_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
+    """GPT-2's own files: a byte-level BPE vocabulary and its merges."""
+    vocab, merges = checked_file(folder, "vocab.json"), checked_file(folder, "merges.txt")
+    settings = _tokenizer_config(folder)
+    add_prefix_space = settings.get("add_prefix_space") is True
+
+    def build() -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+        tokenizer.decoder = decoders.ByteLevel()
+        names = {_token_text(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")}
+        special = sorted(names - {None} | {"<|endoftext|>"}, key=str)
+        tokenizer.add_special_tokens([t for t in special if tokenizer.token_to_id(t) is not None])
+        return tokenizer
+
+    return _parsed(vocab, build)
+
+
+def _parsed(path: Path, build: Any) -> tokenizers.Tokenizer:
+    try:
+        tokenizer: tokenizers.Tokenizer = build()
+    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+        raise CheckpointError(f"{path}: not a usable tokenizer: {error}") from error
+    return tokenizer
+
+
+def _open_with_transformers(folder: Path) -> Tokenizer | None:
+    found = [name for name in _CLASS_BY_FILE if (folder / name).exists()]
+    class_name = _tokenizer_config(folder).get("tokenizer_class")
+    if not found:
+        return None
+    if class_name not in _TRANSFORMERS_CLASSES:
+        class_name = _CLASS_BY_FILE[found[0]]
+    path = checked_file(folder, found[0])
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: this tokenizer ({class_name}) needs transformers: pip install 'fastgen[hf]'"
+        ) from None
+    try:
+        opened = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers meets in the files
+        raise CheckpointError(f"{path}: {class_name} cannot read it: {error}") from error
+    fast = getattr(opened, "backend_tokenizer", None)
+    return Tokenizer(_FastBackend(fast) if fast is not None else _TransformersBackend(opened))
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "tokenizer_config.json").exists():
+        return {}
+    settings = read_json(folder, "tokenizer_config.json")
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder}/tokenizer_config.json: must hold a JSON object")
+    return settings
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as a string, or as an object with its content."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) else None
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:  # not written in the byte alphabet: the token stands for its own text
+        return token.encode("utf-8", errors="replace")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
