@@ -224,4 +224,5 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _text(argument: str) -> str:
-    return sys.stdin.read() if argument == "-" else argument
+    """The argument itself; for "-" standard input, without the newline that ends its last line."""
+    return sys.stdin.read().removesuffix("\n") if argument == "-" else argument

@@ -136,7 +136,7 @@ class TorchSampler:
         return drawn[:, None]
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+        return torch.from_numpy(values.copy()).to(self.device)  # a field is strided: packed by copy
 
     def _logprobs(
         self, logits: Tensor, wanted: NDArray[np.int64], ids: list[int]
