@@ -1,8 +1,11 @@
 """The C++ extension, and `kernels/` as fastgen.kernels; all else stands in pyproject.toml."""
 
+from glob import glob
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
-from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.errors import BaseError, CCompilerError
 
 
 class OptionalBuildExt(build_ext):
@@ -11,15 +14,25 @@ class OptionalBuildExt(build_ext):
     def build_extension(self, ext):
         try:
             super().build_extension(ext)
-        except (CCompilerError, ExecError, PlatformError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
+            self._remove_older(ext)
             self.warn(
                 f"{ext.name} was not built ({error}). fastgen works without it, more slowly; "
                 "to have it, install a C++ compiler and reinstall fastgen."
             )
 
+    def _remove_older(self, ext):
+        built = Path(self.get_ext_fullpath(ext.name))
+        folder = Path("fastgen") if self.editable_mode else built.parent
+        (folder / built.name).unlink(missing_ok=True)
+
+
+sources, headers = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/*.h"))
+native = Pybind11Extension("fastgen._native", sources, depends=headers, cxx_std=17)
+native.optional = True  # an editable install then does not look for what was not built
 
 setup(
-    ext_modules=[Pybind11Extension("fastgen._native", ["csrc/bindings.cpp"], cxx_std=17)],
+    ext_modules=[native],
     cmdclass={"build_ext": OptionalBuildExt},
     packages=["fastgen", "fastgen.decoders", "fastgen.kernels"],
     package_dir={"fastgen.kernels": "kernels"},

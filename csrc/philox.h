@@ -27,9 +27,9 @@ inline Words4 philox4x32(Words4 counter, std::uint32_t key0, std::uint32_t key1)
 
 // The coin of the token at `position` of the row with `seed`: 53 bits, in [0, 1).
 inline double coin(std::uint64_t seed, std::uint64_t position) {
-  const Words4 words = philox4x32({static_cast<std::uint32_t>(position), 0, 0, 0},
-                                  static_cast<std::uint32_t>(seed),
-                                  static_cast<std::uint32_t>(seed >> 32));
+  const Words4 words =
+      philox4x32({static_cast<std::uint32_t>(position), 0, 0, 0}, static_cast<std::uint32_t>(seed),
+                 static_cast<std::uint32_t>(seed >> 32));
   const std::uint64_t bits = (std::uint64_t{words[0]} << 32 | words[1]) >> 11;
   return static_cast<double>(bits) * 0x1p-53;
 }

@@ -127,6 +127,9 @@ class Engine:
         Ctrl-C in the main thread is raised between two steps, so that it breaks nobody's row.
 
         A step that fails ends its rows with "error" and leaves the cause in `request.error`.
+
+        Raises:
+            EngineError: nothing is left to run, and `until()` is not true.
         """
         with _deferred_interrupts() as interrupted:
 
@@ -178,9 +181,9 @@ class Engine:
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
                 self._run_step(plan)
-            elif self._scheduler.waiting:
+            else:  # whoever runs the engine waits for something that cannot come
                 rows = self._scheduler.waiting
-                raise EngineError("nothing runs, and what waits cannot be admitted")
+                raise EngineError("there is no row that could run")
         except BaseException as error:
             hurt = list(rows or self._scheduler.running)
             self._fail(hurt, error)

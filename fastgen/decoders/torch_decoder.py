@@ -74,11 +74,12 @@ class TorchDecoder:
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> TorchStep:
         logits = self.forward(batch)
-        drawing = np.flatnonzero(batch.seats >= 0)
-        if len(drawing) == len(batch.seats):
-            return TorchStep(self._draw(logits, batch, drawing), logits[:0])
-        draws = self._draw(logits[self._tensor(drawing)], batch, drawing) if len(drawing) else []
-        return TorchStep(draws, logits[self._tensor(np.flatnonzero(batch.seats < 0))])
+        draws = batch.seats >= 0
+        if draws.all():
+            return TorchStep(self._draw(logits, batch, draws), logits[:0])
+        drawing = self._tensor(np.flatnonzero(draws))
+        others = self._tensor(np.flatnonzero(~draws))
+        return TorchStep(self._draw(logits[drawing], batch, draws), logits[others])
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         self._sampler.bind(seat, params, len(token_ids))
@@ -160,11 +161,13 @@ class TorchDecoder:
         drawn = self._sampler.last_drawn.to(ids.device)
         return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
 
-    def _draw(self, logits: Tensor, batch: StepBatch, drawing: NDArray[np.intp]) -> list[Draw]:
-        behind = batch.logits_at[drawing] + 1  # where a draft of the next token would stand
+    def _draw(self, logits: Tensor, batch: StepBatch, draws: NDArray[np.bool_]) -> list[Draw]:
+        if not len(logits):
+            return []
+        behind = batch.logits_at[draws] + 1  # where a draft of the next token would stand
         drafts = np.append(batch.token_ids, np.int32(-1))[behind]
         return self._sampler.draw(
-            logits.to(self._sampler.device), batch.seats[drawing], drafts.tolist()
+            logits.to(self._sampler.device), batch.seats[draws], drafts.tolist()
         )
 
     def _tensor(self, values: NDArray[np.integer[Any]]) -> Tensor:

@@ -1,0 +1,66 @@
+# Everything is installed into .venv, once, and again only after a change of what decides it.
+#   make demo      install, and let the bundled model continue a prompt
+#   make test      the quick checks          make test-all  the longer ones
+#   make lint      style and types           make format    put the style right
+
+export PYTHONSAFEPATH = 1
+export HF_HUB_OFFLINE = 1
+unexport TOKENIZERS_PARALLELISM
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := $(PIP) --no-build-isolation --editable
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: demo test test-all lint format clean
+
+demo: .venv/demo.stamp
+	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
+		"In the beginning"
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/test.stamp
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/test.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf .venv build dist *.egg-info fastgen/*.so .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "fastgen needs Python 3.11 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Making .venv"
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual" \
+		"environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+.venv/tools.stamp: .venv/made.stamp constraints.txt
+	@echo "Installing the build tools into .venv"
+	@$(PIP) setuptools wheel pybind11
+	@touch $@
+
+.venv/demo.stamp: .venv/tools.stamp $(BUILD_INPUTS)
+	@echo "Installing fastgen and PyTorch into .venv; the first time this takes minutes"
+	@$(INSTALL) '.[torch]'
+	@touch $@
+
+.venv/test.stamp: .venv/tools.stamp $(BUILD_INPUTS)
+	@echo "Installing fastgen and its test tools into .venv; the first time this takes minutes"
+	@$(INSTALL) '.[test]'
+	@touch .venv/demo.stamp $@

@@ -1,0 +1,58 @@
+"""Shared fixtures, and the one table of tolerances."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import fastgen
+
+# How far results may be from the reference. "ratio": times transformers' own error at the same
+# dtype; "slack": times the largest |logit|, for where that error happens to be near zero.
+TOLERANCES = {
+    "float32": {"ratio": 2.0, "slack": 1e-6},
+    "bfloat16": {"ratio": 2.0, "slack": 1e-3},
+    "float16": {"ratio": 2.0, "slack": 1e-4},
+    # where PyTorch's batched products may decide differently: DESIGN's rule for the torch decoder
+    "torch_gap": 1e-3,
+    # float64 sums in another order: log-probabilities against transformers' float32
+    "logprob": 2e-5,
+}
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[fastgen.Generator]:
+    """The bundled model. Shared: tests leave its engine idle."""
+    with fastgen.load() as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def idle_model(model: fastgen.Generator) -> Iterator[fastgen.Generator]:
+    """The bundled model, checked afterwards: no row left, every block free."""
+    yield model
+    assert model.engine.num_unfinished == 0
+    assert model.engine.num_free_blocks == model.plan.limits.num_blocks
+
+
+@pytest.fixture(scope="session")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a random checkpoint, by the name of its variant; saved once."""
+    saved: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in saved:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # transformers' own, while it saves
+                from variants import save_variant
+
+                saved[name] = save_variant(name, tmp_path_factory.mktemp(name))
+        return saved[name]
+
+    return folder
