@@ -71,7 +71,7 @@ class Engine:
         params: SamplingParams,
         *,
         sinks: Sequence[TextSink] | None = None,
-        timeout: float | None = None,
+        deadline: float | None = None,
         cache_salt: str | None = None,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
@@ -80,7 +80,7 @@ class Engine:
             token_ids: the prompt, at least one id.
             params: its options.
             sinks: one for each of the n rows, for text and stop strings.
-            timeout: seconds from now after which its rows end with "timeout".
+            deadline: the time.monotonic() at which its rows end with "timeout".
             cache_salt: prompts with different salts share no KV blocks.
 
         Raises:
@@ -90,10 +90,7 @@ class Engine:
         prompt = self.check_request(token_ids, params)
         if params.stop and sinks is None:
             raise ValueError("stop strings need text: this request has no TextSink")
-        if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        deadline = None if timeout is None else time.monotonic() + timeout
         request = Request(prompt, params, deadline, cache_salt)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
@@ -173,7 +170,8 @@ class Engine:
 
     def _step(self) -> None:
         """One step. What goes wrong in it ends the rows of its batch, and no others."""
-        self._sweep()
+        if self._sweep():
+            return  # that may be what the driver waits for
         rows: Sequence[Row] = ()
         try:
             rows = self._admit()
@@ -225,22 +223,28 @@ class Engine:
         if row.finish_reason is not None:
             self._release(row)
 
-    def _sweep(self) -> None:
-        """End what was cancelled and what has run out of time."""
+    def _sweep(self) -> bool:
+        """End what was cancelled and what has run out of time; whether there was any."""
         self._take_arrivals()
+        ended = False
         while self._cancelled:
-            self._end(self._cancelled.popleft(), "cancelled")
+            ended |= self._end(self._cancelled.popleft(), "cancelled")
         while self._deadlines:
             deadline, _, request = self._deadlines[0]
             if not request.done and deadline > time.monotonic():
                 break
             with self._progress:
                 _, _, request = heapq.heappop(self._deadlines)
-            self._end(request, "timeout")
+            ended |= self._end(request, "timeout")
+        return ended
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
+    def _end(self, request: Request, reason: FinishReason) -> bool:
+        """End the rows that have not ended yet; whether there were any."""
+        if request.done:
+            return False
         for row in request.rows:
             self._end_row(row, reason)
+        return True
 
     def _end_row(self, row: Row, reason: FinishReason) -> None:
         if row.finish_reason is None:
@@ -288,6 +292,17 @@ class Engine:
                 f"{self.decoder.limits.max_seq_len} at most {longest} can be taken"
             )
         return tuple(map(int, prompt))
+
+
+def deadline_in(timeout: float | None) -> float | None:
+    """The time.monotonic() that is `timeout` seconds away."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
+    if not timeout >= 0:
+        raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
+    return time.monotonic() + timeout
 
 
 def _score(entries: Sequence[Entry], logits: Floats) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from fastgen.checkpoint import Checkpoint, open_checkpoint
 from fastgen.config import GPT2Config
 from fastgen.decoders.choice import DecoderPlan, LoadOptions, build_decoder, plan_decoder
-from fastgen.engine import Engine
+from fastgen.engine import Engine, deadline_in
 from fastgen.model_tensors import checkpoint_of_model
 from fastgen.native import native
 from fastgen.request import Request, Row
@@ -179,7 +178,8 @@ class Generator:
         [chosen] = _params_for(1, params, options)
         [token_ids] = self._encode(_as_list(prompt), [chosen])
         sinks = self._sinks(chosen, streams=True)
-        request = self.engine.add_request(token_ids, chosen, sinks=sinks, timeout=timeout)
+        deadline = deadline_in(timeout)
+        request = self.engine.add_request(token_ids, chosen, sinks=sinks, deadline=deadline)
         return Stream(self.engine, request)
 
     def score(self, texts: Any, *, progress: bool | None = None) -> list[Score]:
@@ -223,7 +223,7 @@ class Generator:
         progress: bool | None,
     ) -> list[Request]:
         """Feed the jobs in order, some rows ahead of the seats, until all are done."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_in(timeout)
         remaining, requests, running = iter(jobs), [], list[Request]()
         with _progress_bar(count, progress) as bar:
             try:
@@ -250,10 +250,9 @@ class Generator:
         room = _ROWS_AHEAD * self.plan.limits.num_seats - sum(r.params.n for r in running)
         added: list[Request] = []
         while room > 0 and (job := next(jobs, None)) is not None:
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             added.append(
                 self.engine.add_request(
-                    job.token_ids, job.params, sinks=job.sinks, timeout=timeout
+                    job.token_ids, job.params, sinks=job.sinks, deadline=deadline
                 )
             )
             room -= job.params.n
@@ -349,7 +348,8 @@ class _Job(NamedTuple):
 def _progress_bar(count: int, progress: bool | None) -> tqdm[Any]:
     """On a terminal, for more than one prompt, if it takes over a second."""
     show = progress if progress is not None else count > 1 and sys.stderr.isatty()
-    return tqdm(total=count, disable=not show, unit="prompt", delay=0 if progress else 1, leave=False)
+    delay = 0 if progress else 1
+    return tqdm(total=count, disable=not show, unit="prompt", delay=delay, leave=bool(progress))
 
 
 def _params_for(

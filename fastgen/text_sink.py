@@ -7,6 +7,7 @@ beginning of a stop string waits until it is clear whether it is.
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -50,6 +51,7 @@ class WindowDecoder:
         self._decode = tokenizer.decode
         self._window: list[int] = []
         self._shown = 0  # how many of the window's tokens have been shown
+        self._unfinished = 0  # how many characters at the end of those were not
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -59,19 +61,20 @@ class WindowDecoder:
             return ""
         if not text and held >= _MAX_HELD_TOKENS:  # special tokens only: the window must not grow
             del self._window[self._shown :]
-        return self._show(text)
+        ready = text.rstrip(_REPLACEMENT) or text  # tokens may end within characters for ever
+        return self._show(ready, len(text) - len(ready))
 
     def finish(self) -> str:
         return self._show(self._new_text())
 
     def _new_text(self) -> str:
-        before = self._decode(self._window[: self._shown]) if self._shown else ""
-        return self._decode(self._window)[len(before) :]
+        before = len(self._decode(self._window[: self._shown])) if self._shown else 0
+        return self._decode(self._window)[before - self._unfinished :]
 
-    def _show(self, text: str) -> str:
+    def _show(self, text: str, unfinished: int = 0) -> str:
         if text:  # a token without text (a special one) leaves the window as it is
             self._window = self._window[self._shown :]
-            self._shown = len(self._window)
+            self._shown, self._unfinished = len(self._window), unfinished
         return text
 
 
@@ -128,7 +131,8 @@ class TextSink:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._include_stop = include_stop
-        self._held = ""
+        self._held: deque[str] = deque()  # what may be the beginning of a stop string
+        self._num_held = 0  # its characters
         self._pieces: list[str] = []  # appended to by the step thread only
         self._taken = 0
         self.stop_reason: str | None = None
@@ -146,9 +150,7 @@ class TextSink:
         """The row has ended: show what was held back."""
         if self.stop_reason is None:
             self._show(self._detokenizer.finish())
-            if self._held:
-                self._pieces.append(self._held)
-                self._held = ""
+            self._release(self._num_held)
 
     def take(self) -> str:
         """What can be shown and has not been taken yet."""
@@ -164,17 +166,28 @@ class TextSink:
         if not text:
             return False
         match = self._matcher.feed(text)
-        pending = self._held + text
+        self._held.append(text)
+        self._num_held += len(text)
         if match is None:
-            cut = len(pending) - self._matcher.num_held
-            self._held = pending[cut:]
-        else:
-            end, self.stop_reason = match
-            cut = len(self._held) + end - (0 if self._include_stop else len(self.stop_reason))
-            self._held = ""
-        if cut:
-            self._pieces.append(pending[:cut])
-        return match is not None
+            self._release(self._num_held - self._matcher.num_held)
+            return False
+        end, self.stop_reason = match
+        dropped = len(text) - end + (0 if self._include_stop else len(self.stop_reason))
+        self._release(self._num_held - dropped)
+        self._held.clear()
+        self._num_held = 0
+        return True
+
+    def _release(self, count: int) -> None:
+        """Show the first `count` of the characters held."""
+        self._num_held -= count
+        while count:
+            piece = self._held.popleft()
+            if len(piece) > count:
+                self._held.appendleft(piece[count:])
+                piece = piece[:count]
+            self._pieces.append(piece)
+            count -= len(piece)
 
 
 def _prefix_function(pattern: str) -> list[int]:

@@ -25,6 +25,7 @@ _TRANSFORMERS_CLASSES = frozenset(
     "T5TokenizerFast XLMRobertaTokenizer XLMRobertaTokenizerFast XLNetTokenizer "
     "XLNetTokenizerFast".split()
 )
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CLASS_BY_FILE = {
     "vocab.txt": "BertTokenizer",
     "spiece.model": "T5Tokenizer",
@@ -114,7 +115,6 @@ class _FastBackend:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token_id for token_id, token in added.items() if token.special}
-        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {token_id: b"" for token_id in self._special}
 
@@ -133,17 +133,24 @@ class _FastBackend:
 
     @cached_property
     def max_chars_per_token(self) -> int | None:
-        """Only where no text can vanish: byte-level, and nothing normalized away."""
-        lossless = self._byte_level and self._tokenizer.normalizer is None
-        return max(map(len, self._tokenizer.get_vocab(True)), default=1) if lossless else None
+        """Only where no text can vanish: byte-level all through, and every byte has a token."""
+        tokenizer, vocab = self._tokenizer, self._tokenizer.get_vocab(True)
+        added = tokenizer.get_added_tokens_decoder().values()
+        lossless = (
+            self._byte_level
+            and tokenizer.normalizer is None
+            and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+            and isinstance(tokenizer.model, models.BPE)
+            and vocab.keys() >= _BYTE_OF.keys()
+            and not any(token.lstrip or token.rstrip for token in added)
+        )
+        return max(map(len, vocab)) if lossless else None
 
     def _token_bytes(self, token_id: int) -> bytes:
         """Bytes of a byte-level token; of an id the tokenizer does not know (padding): none."""
         known = self._bytes.get(token_id)
         if known is None:
-            known = self._added.get(token_id)
-            if known is None:
-                known = _byte_level_bytes(self._tokenizer.id_to_token(token_id) or "")
+            known = _byte_level_bytes(self._tokenizer.id_to_token(token_id) or "")
             self._bytes[token_id] = known
         return known
 
@@ -160,7 +167,9 @@ class _TransformersBackend:
         return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """Without transformers' clean-up of spaces: it would take back what a stream has shown."""
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(list(token_ids), **options))
 
     def detokenizer(self) -> Detokenizer:
         return WindowDecoder(self)
@@ -178,24 +187,45 @@ def _open_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
     """GPT-2's own files: a byte-level BPE vocabulary and its merges."""
     vocab, merges = checked_file(folder, "vocab.json"), checked_file(folder, "merges.txt")
     settings = _tokenizer_config(folder)
+    if "added_tokens_decoder" not in settings:  # as before transformers 4.34
+        settings |= _json_object(folder, "special_tokens_map.json")
     add_prefix_space = settings.get("add_prefix_space") is True
 
     def build() -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
         tokenizer.decoder = decoders.ByteLevel()
-        names = {_token_text(settings.get(f"{role}_token")) for role in ("bos", "eos", "pad", "unk")}
-        special = sorted(names - {None} | {"<|endoftext|>"}, key=str)
+        names = {_token_text(settings.get(f"{role}_token")) for role in _ROLES}
+        special = sorted({name for name in names if name} | {"<|endoftext|>"})
         tokenizer.add_special_tokens([t for t in special if tokenizer.token_to_id(t) is not None])
+        for token_id, token in sorted(_added_tokens(folder, settings, special).items()):
+            tokenizer.add_tokens([token])
+            if tokenizer.token_to_id(token.content) != token_id:
+                raise ValueError(f"added token {token.content!r} cannot have id {token_id}")
         return tokenizer
 
     return _parsed(vocab, build)
 
 
+def _added_tokens(
+    folder: Path, settings: dict[str, Any], special: Sequence[str]
+) -> dict[int, tokenizers.AddedToken]:
+    """Tokens that do not stand in vocab.json, by id."""
+    if "added_tokens_decoder" in settings:
+        listed = settings["added_tokens_decoder"].items()
+        return {int(token_id): tokenizers.AddedToken(**token) for token_id, token in listed}
+    return {
+        token_id: tokenizers.AddedToken(content, special=content in special)
+        for content, token_id in _json_object(folder, "added_tokens.json").items()
+    }
+
+
 def _parsed(path: Path, build: Any) -> tokenizers.Tokenizer:
     try:
         tokenizer: tokenizers.Tokenizer = build()
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+    except BaseException as error:  # bare Exception for what it cannot parse, or a Rust panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(f"{path}: not a usable tokenizer: {error}") from error
     return tokenizer
 
@@ -223,12 +253,17 @@ def _open_with_transformers(folder: Path) -> Tokenizer | None:
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "tokenizer_config.json").exists():
+    return _json_object(folder, "tokenizer_config.json")
+
+
+def _json_object(folder: Path, name: str) -> dict[str, Any]:
+    """Of a file that need not be there."""
+    if not (folder / name).exists():
         return {}
-    settings = read_json(folder, "tokenizer_config.json")
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{folder}/tokenizer_config.json: must hold a JSON object")
-    return settings
+    value = read_json(folder, name)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{folder / name}: must hold a JSON object")
+    return value
 
 
 def _token_text(value: Any) -> str | None:

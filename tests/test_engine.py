@@ -17,7 +17,7 @@ from engine_harness import (
 )
 
 import fastgen
-from fastgen.engine import Engine
+from fastgen.engine import Engine, deadline_in
 from fastgen.request import Request
 
 
@@ -202,8 +202,8 @@ def test_cancelling_the_row_others_wait_for_lets_them_go_on() -> None:
 
 def test_deadlines_end_rows_that_wait_and_rows_that_run(engine: Engine) -> None:
     params = greedy(max_new_tokens=200, ignore_eos=True)
-    running = [engine.add_request([index + 1], params, timeout=0.05) for index in range(4)]
-    waiting = engine.add_request([9], params, timeout=0.05)
+    running = [engine.add_request([index + 1], params, deadline=deadline_in(0.05)) for index in range(4)]
+    waiting = engine.add_request([9], params, deadline=deadline_in(0.05))
     patient = engine.add_request([10], greedy(max_new_tokens=3, ignore_eos=True))
     run_all(engine, [*running, waiting, patient])
     assert {request.rows[0].finish_reason for request in running} == {"timeout"}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
-
 from tiny_checkpoints import (
     TOKENIZER,
     assert_loads,

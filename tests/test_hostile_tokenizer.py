@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from fastgen.errors import CheckpointError, EngineError
 from tiny_checkpoints import (
     TOKENIZER,
     assert_loads,
@@ -22,6 +20,8 @@ from tiny_checkpoints import (
     write_json,
     write_vocabulary,
 )
+
+from fastgen.errors import CheckpointError, EngineError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -41,11 +41,11 @@ def added(**changes: Any) -> dict[str, Any]:
 REGEX = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
 # Content of tokenizer.json -> what the message says of it.
 TOKENIZERS: dict[str, tuple[Any, str]] = {
-    "empty": (b"", "EOF while parsing"),
-    "cut": (json.dumps(TOKENIZER).encode()[:-1], "EOF while parsing"),
-    "not JSON": (b"a b", "expected value"),
-    "not UTF-8": (b'{"version": "\xff"}', "UTF-8"),
-    "deep": (b'{"model":' * 10**5, "recursion limit exceeded"),
+    "empty": (b"", "is not valid JSON"),
+    "cut": (json.dumps(TOKENIZER).encode()[:-1], "is not valid JSON"),
+    "not JSON": (b"a b", "is not valid JSON"),
+    "not UTF-8": (b'{"version": "\xff"}', "is not valid JSON"),
+    "deep": (b'{"model":' * 10**5, "is nested too deeply"),
     "array": ([], "invalid type: sequence"),
     "null": (None, "invalid type: null"),
     "empty object": ({}, "Model missing"),
@@ -76,6 +76,10 @@ TOKENIZERS: dict[str, tuple[Any, str]] = {
         {**TOKENIZER, "model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", -1.0]]}},
         "UnkIdNotInVocabulary",
     ),
+    "model twice": (
+        f'{{"model": null, {json.dumps(TOKENIZER)[1:]}'.encode(),
+        "key 'model' stands twice",
+    ),
     # These make the tokenizers library panic, which is no ordinary exception in Python.
     "broken charsmap": (
         {**TOKENIZER, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
@@ -100,11 +104,26 @@ def test_malformed_tokenizer(tmp_path: Path, content: Any, cause: str) -> None:
     assert_refused(write_tokenizer(tmp_path, content), "tokenizer.json: ", cause)
 
 
-def test_tokenizer_that_would_abort_the_process(tmp_path: Path) -> None:
-    """The library cuts a token within a character, and aborts when it reports the result."""
+def aborting() -> str:
+    """A tokenizer.json of which the library cuts a token within a character, reports that in a text
+    that is not valid UTF-8, and thereby aborts the process.
+    """
     vocabulary = {"a": 0, "é": 1, "aé": 2}
-    content = bpe(vocab=vocabulary, merges=["a é"], continuing_subword_prefix="#")
-    told = refusals(write_tokenizer(tmp_path, content))
+    return json.dumps(bpe(vocab=vocabulary, merges=["a é"], continuing_subword_prefix="#"))
+
+
+ABORTING = {
+    "plain": aborting(),
+    "overridden by a good model": f'{aborting()[:-1]}, "model": {json.dumps(bpe()["model"])}}}',
+    "before what is no JSON": f"{aborting()[:-1]}, ???",
+    "behind a number of 5001 digits": f'{{"x": 1{"0" * 5000}, {aborting()[1:]}',
+    "behind a deep value": f'{{"x": {"[" * 120}{"]" * 120}, {aborting()[1:]}',
+}
+
+
+@pytest.mark.parametrize("text", cases(ABORTING))
+def test_tokenizer_that_would_abort_the_process(tmp_path: Path, text: str) -> None:
+    told = refusals(write_tokenizer(tmp_path, text.encode()))
     assert told, "the process was aborted"
     assert_names(told[0], str(tmp_path), "tokenizer.json: ")
 
@@ -172,6 +191,39 @@ def test_malformed_vocabulary(tmp_path: Path, file: str, text: str, cause: str) 
     write_vocabulary(write_checkpoint(tmp_path))
     (tmp_path / file).write_text(text)
     assert_refused(tmp_path, file, cause)
+
+
+USABLE = "not a usable tokenizer"
+ADDED = {
+    "list": ("tokenizer_config.json", {"added_tokens_decoder": [1]}, USABLE),
+    "null": ("tokenizer_config.json", {"added_tokens_decoder": None}, USABLE),
+    "id no number": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "'x'"),
+    "id after a gap": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"9": {"content": "<x>"}}},
+        "'<x>' cannot have id 9",
+    ),
+    "negative id": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"-1": {"content": "<x>"}}},
+        "'<x>' cannot have id -1",
+    ),
+    "text": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<x>"}}, USABLE),
+    "number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 5}}}, USABLE),
+    "unknown field": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"a": 1}}}, USABLE),
+    "older, list": ("added_tokens.json", ["<x>"], "added_tokens.json: must hold a JSON object"),
+    "older, id after a gap": ("added_tokens.json", {"<x>": 9}, "'<x>' cannot have id 9"),
+    "older, id text": ("added_tokens.json", {"<x>": "3"}, USABLE),
+    "older, mixed ids": ("added_tokens.json", {"<x>": 3, "<y>": "4"}, USABLE),
+    "map list": ("special_tokens_map.json", [], "special_tokens_map.json: must hold a JSON object"),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "cause"), cases(ADDED))
+def test_malformed_added_tokens(tmp_path: Path, file: str, content: Any, cause: str) -> None:
+    write_vocabulary(write_checkpoint(tmp_path))
+    write_json(tmp_path / file, content)
+    assert_refused(tmp_path, cause)
 
 
 def test_settings_of_odd_types(tmp_path: Path) -> None:

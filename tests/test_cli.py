@@ -1,0 +1,117 @@
+"""The command line, run as a user runs it: a process, its output, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fastgen
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fastgen", *arguments],
+        input=stdin, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_generate_streams_the_prompt_and_what_follows(model: fastgen.Generator) -> None:
+    done = run("generate", "--temperature", "0", "--max-new-tokens", "12", "In the beginning")
+    assert done.returncode == 0, done.stderr
+    text = model("In the beginning", temperature=0, max_new_tokens=12)
+    assert done.stdout == f"In the beginning{text}\n"
+    assert done.stderr == ""
+
+
+def test_generate_several_as_the_api_does(model: fastgen.Generator) -> None:
+    options = ["--seed", "1", "--temperature", "0.8", "--top-p", "0.95", "-n", "3"]
+    done = run("generate", *options, "--max-new-tokens", "9", "--json", "-", stdin="Hello\n")
+    [wanted] = model.generate(
+        "Hello", seed=1, temperature=0.8, top_p=0.95, n=3, max_new_tokens=9
+    )
+    found = json.loads(done.stdout)["completions"]
+    assert [c["text"] for c in found] == [c.text for c in wanted.completions]
+    assert [c["seed"] for c in found] == [c.seed for c in wanted.completions]
+    shown = run("generate", *options, "--max-new-tokens", "9", "Hello").stdout
+    assert all(f"Hello{completion.text}\n" in shown for completion in wanted.completions)
+
+
+def test_score_prints_each_token_and_the_perplexity(model: fastgen.Generator) -> None:
+    text = "Let there be light: 你好"
+    [wanted] = model.score([text])
+    record = json.loads(run("score", "-", "--json", stdin=text + "\n").stdout)
+    assert record["logprobs"] == pytest.approx(list(wanted.logprobs), abs=1e-5)
+    assert record["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+    shown = run("score", text).stdout
+    assert f"perplexity {wanted.perplexity:.3f}" in shown
+    assert len(shown.splitlines()) == len(wanted.token_ids) + 1
+    assert json.loads(run("score", "", "--json").stdout)["perplexity"] is None
+
+
+def test_info_says_what_would_be_loaded(variant: Callable[[str], Path]) -> None:
+    done = run("info", "--model", str(variant("untied")), "--max-batch-size", "4")
+    assert done.returncode == 0, done.stderr
+    for part in ("3 layers, 4 heads of 8", "head of its own", "torch (", "MB = weights", "KV"):
+        assert part in done.stdout
+    record = json.loads(run("info", "--json").stdout)
+    assert record["parameters"] == 6_049_792
+    assert record["plan"]["memory"]["num_blocks"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "--model", "./nowhere", "x"], "./nowhere: no such folder"),
+        (["generate", "--top-p", "7", "x"], "top_p must be"),
+        (["generate", "--device", "warp", "x"], "device='warp'"),
+        (["generate", "--max-memory", "1", "x"], "max_memory=1 MB"),
+        (["generate", "word " * 5000], "tokens"),
+        (["info", "--dtype", "int3"], "dtype must be one of"),
+    ],
+)
+def test_mistakes_give_one_line_and_exit_code_1(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("fastgen: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_usage_errors_exit_with_2() -> None:
+    assert run().returncode == 2
+    assert run("generate").returncode == 2
+    assert run("--version").stdout == f"fastgen {fastgen.__version__}\n"
+
+
+def test_ctrl_c_keeps_the_text_and_exits_130() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastgen", "generate", "--ignore-eos", "--max-new-tokens", "1000",
+         "In the beginning"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    shown = os.read(process.stdout.fileno(), 16)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (shown + rest).startswith(b"In the beginning")
+    assert b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m fastgen generate --ignore-eos --max-new-tokens 300 In | head -c 5",
+        shell=True, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert len(done.stdout) == 5
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr

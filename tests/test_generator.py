@@ -1,0 +1,292 @@
+"""generate, stream, score and load, as their users call them, on the bundled model."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOLERANCES
+from test_variants import load_transformers, transformers_logits
+
+import fastgen
+from fastgen.generator import BUNDLED_MODEL
+
+GREEDY_100 = Path(__file__).parent / "greedy_100.txt"
+HELD_OUT = Path(__file__).parent / "held_out.txt"
+
+
+def test_the_bundled_models_100_greedy_tokens(idle_model: fastgen.Generator) -> None:
+    text = idle_model("And it came to pass", temperature=0, max_new_tokens=100)
+    assert text == GREEDY_100.read_text()
+
+
+def test_streamed_is_whole(idle_model: fastgen.Generator) -> None:
+    for seed in range(5):
+        options = {"seed": seed, "max_new_tokens": 60, "temperature": 1.2, "n": 3, "logprobs": 1}
+        [whole] = idle_model.generate("And the king said", **options)
+        pieces = list(idle_model.stream("And the king said", **options))
+        for completion in whole.completions:
+            mine = [piece for piece in pieces if piece.index == completion.index]
+            assert "".join(map(str, mine)) == completion.text
+            assert sum((piece.token_ids for piece in mine), ()) == completion.token_ids
+            scored = [entry.logprob for piece in mine for entry in piece.logprobs]
+            assert scored == pytest.approx([e.logprob for e in completion.logprobs], abs=1e-4)
+            assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+            assert mine[-1].finish_reason == completion.finish_reason
+
+
+def test_same_seed_same_tokens_alone_or_among_others(idle_model: fastgen.Generator) -> None:
+    prompts = [f"{word} of the" for word in "day king house land God people".split()]
+    params = [fastgen.SamplingParams(seed=i, max_new_tokens=20, top_p=0.9) for i in range(6)]
+    together = idle_model.generate(prompts, params)
+    for prompt, options, wanted in zip(prompts, params, together, strict=True):
+        [alone] = idle_model.generate(prompt, options)
+        assert alone.completions == wanted.completions
+
+
+def test_a_completions_own_seed_repeats_it(idle_model: fastgen.Generator) -> None:
+    [generation] = idle_model.generate("In the beginning", n=3, max_new_tokens=12)
+    for completion in generation.completions:
+        [again] = idle_model.generate("In the beginning", seed=completion.seed, max_new_tokens=12)
+        assert again.completions[0].token_ids == completion.token_ids
+    assert len({completion.seed for completion in generation.completions}) == 3
+
+
+def test_prompts_in_every_form(idle_model: fastgen.Generator) -> None:
+    tokenizer = idle_model.tokenizer
+    assert tokenizer is not None
+    [ids] = tokenizer.encode(["In the beginning"])
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 5}
+    text = idle_model("In the beginning", **options)
+    assert isinstance(text, str)
+    assert idle_model(ids, **options) == text
+    assert idle_model(tuple(ids), **options) == text
+    assert idle_model(np.array(ids), **options) == text
+    assert idle_model(torch.tensor(ids), **options) == text
+    assert idle_model(["In the beginning", ids], **options) == [text, text]
+    assert idle_model(torch.tensor([ids, ids]), **options) == [text, text]
+    assert idle_model.generate([], **options) == []
+    from_bos = idle_model([0], **options)
+    assert idle_model("", **options) == from_bos
+    assert idle_model([[]], **options) == [from_bos]
+
+
+def test_eos_stop_ids_and_stop_strings_end_a_row(idle_model: fastgen.Generator) -> None:
+    prompt, options = "And God said", {"temperature": 0, "max_new_tokens": 40}
+    [free] = idle_model.generate(prompt, **options)
+    tokens, text = free.completions[0].token_ids, free.completions[0].text
+    stop_id = tokens[6]
+    [by_id] = idle_model.generate(prompt, stop_token_ids=[stop_id], **options)
+    end = tokens.index(stop_id) + 1
+    assert by_id.completions[0].token_ids == tokens[:end]
+    assert (by_id.completions[0].finish_reason, by_id.completions[0].stop_reason) == ("stop", stop_id)
+    assert idle_model.tokenizer is not None
+    assert by_id.completions[0].text == idle_model.tokenizer.decode(tokens[: end - 1])
+    [kept] = idle_model.generate(prompt, stop_token_ids=[stop_id], include_stop=True, **options)
+    assert kept.completions[0].text == idle_model.tokenizer.decode(tokens[:end])
+    stop = text[20:24]
+    [by_text] = idle_model.generate(prompt, stop=stop, **options)
+    assert by_text.completions[0].text == text[: text.index(stop)]
+    assert by_text.completions[0].stop_reason == stop
+    [with_stop] = idle_model.generate(prompt, stop=[stop], include_stop=True, **options)
+    assert with_stop.completions[0].text == text[: text.index(stop)] + stop
+
+
+def test_eos_ends_a_row_unless_ignored(idle_model: fastgen.Generator) -> None:
+    prompt = HELD_OUT.read_text()[-120:]  # the very end of a chapter
+    seeds = range(40)
+    rows = [c for g in idle_model.generate([prompt] * 40, [
+        fastgen.SamplingParams(seed=seed, max_new_tokens=80) for seed in seeds
+    ]) for c in g.completions]  # fmt: skip
+    ended = [row for row in rows if row.finish_reason == "stop"]
+    assert ended, "with 40 seeds some must end"
+    assert all(row.token_ids[-1] == 0 and row.stop_reason is None for row in ended)
+    assert all("<|endoftext|>" not in row.text for row in ended)
+    seed, length = ended[0].seed, len(ended[0].token_ids)
+    [on] = idle_model.generate(prompt, seed=seed, max_new_tokens=80, ignore_eos=True)
+    assert on.completions[0].token_ids[:length] == ended[0].token_ids
+    assert on.completions[0].finish_reason == "length"
+
+
+def test_score_is_transformers_log_softmax(idle_model: fastgen.Generator) -> None:
+    text = HELD_OUT.read_text()[:3000]
+    [score] = idle_model.score([text])
+    peer = load_transformers(BUNDLED_MODEL, torch.float32)
+    [logits] = transformers_logits(peer, [list(score.token_ids)])
+    expected = torch.from_numpy(logits).double().log_softmax(1)[:-1]
+    wanted = expected[torch.arange(len(expected)), torch.tensor(score.token_ids[1:])].numpy()
+    assert score.logprobs[0] is None
+    found = np.array(score.logprobs[1:])
+    assert np.abs(found - wanted).max() < 5 * TOLERANCES["logprob"]
+    assert score.windows == 1
+    assert score.perplexity == pytest.approx(np.exp(-wanted.mean()), rel=1e-5)
+
+
+def test_score_of_long_texts_in_windows(idle_model: fastgen.Generator) -> None:
+    text = HELD_OUT.read_text()[:12_000]
+    [score] = idle_model.score([text])
+    count, context = len(score.token_ids), 1024
+    assert count > 2 * context
+    assert score.windows > 1
+    assert score.num_scored == count - 1
+    [first] = idle_model.score([score.token_ids[:context]])
+    assert score.logprobs[:context] == pytest.approx(first.logprobs, abs=1e-4)
+    [last] = idle_model.score([score.token_ids[-context:]])
+    assert score.logprobs[-100:] == pytest.approx(last.logprobs[-100:], abs=1e-4)
+
+
+def test_the_held_out_loss_is_the_published_one(idle_model: fastgen.Generator) -> None:
+    """3.186 nats a token over windows of 256 tokens, as tools/train_bundled_model.py measures it."""
+    assert idle_model.tokenizer is not None
+    chapters = HELD_OUT.read_text().split("<|endoftext|>")
+    ids = [i for encoded in idle_model.tokenizer.encode(chapters) for i in (0, *encoded)]
+    windows = [ids[at : at + 257] for at in range(0, len(ids) - 256, 257)]
+    scores = idle_model.score(windows)
+    loss = -sum(s.total_logprob for s in scores) / sum(s.num_scored for s in scores)
+    assert loss == pytest.approx(3.186, abs=0.001)
+
+
+def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
+    empty, one, two = idle_model.score(["", [5], [5, 6]])
+    assert (empty.logprobs, one.logprobs) == ((), (None,))
+    assert np.isnan(one.perplexity)
+    assert two.num_scored == 1
+    assert idle_model.score("God")[0].token_ids == idle_model.score(["God"])[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.generate("x", temprature=1), TypeError, "did you mean 'temperature'"),
+        (lambda m: m.generate("x", fastgen.SamplingParams(), n=2), TypeError, "not both"),
+        (lambda m: m.generate(["x", "y"], [fastgen.SamplingParams()]), ValueError, "2 prompts"),
+        (lambda m: m.generate("x", {"n": 2}), TypeError, "SamplingParams"),
+        (lambda m: m.generate(7), TypeError, "strings or token ids"),
+        (lambda m: m.generate(b"x"), TypeError, "bytes"),
+        (lambda m: m.generate(["fine", [1, 2, 9999]]), ValueError, "prompt 1: .*9999"),
+        (lambda m: m.generate("word " * 3000), ValueError, "tokens"),
+        (lambda m: m.generate("x" * 10**7), ValueError, "even at"),
+        (lambda m: m.generate("x", stop_token_ids=[5000]), ValueError, "5000"),
+        (lambda m: m.stream(["a", "b"]), TypeError, "one prompt"),
+        (lambda m: m.generate("x", timeout=-1), ValueError, "timeout"),
+        (lambda m: fastgen.load(max_seq_len=2000), ValueError, "1024 positions"),
+        (lambda m: fastgen.load(dtype="float8"), ValueError, "dtype"),
+        (lambda m: fastgen.load(decoder="gpu"), ValueError, "decoder"),
+        (lambda m: fastgen.load(device="warp"), ValueError, "device='warp'"),
+        (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),
+        (lambda m: fastgen.load(quantize="int8"), ValueError, "int8"),
+        (lambda m: fastgen.load(batch_invariant=True), ValueError, "batch_invariant"),
+        (lambda m: fastgen.load(max_batch_size=0), ValueError, "max_batch_size"),
+        (lambda m: fastgen.load(max_memory=10), ValueError, "MB of KV"),
+        (lambda m: fastgen.load(3), TypeError, "int"),
+        (lambda m: fastgen.load("./nowhere"), fastgen.CheckpointError, "no such folder"),
+        (lambda m: fastgen.load("no/such-model"), fastgen.CheckpointError, "no/such-model"),
+    ],
+)
+def test_mistakes_are_named(
+    idle_model: fastgen.Generator, call: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(idle_model)
+
+
+def test_a_wrong_prompt_among_many_costs_nothing(idle_model: fastgen.Generator) -> None:
+    before = idle_model.engine.stats.steps
+    with pytest.raises(ValueError, match="prompt 50"):
+        idle_model.generate([*["fine"] * 50, [70_000]], max_new_tokens=3)
+    assert idle_model.engine.stats.steps == before
+
+
+def test_max_memory_caps_the_kv_cache() -> None:
+    with fastgen.load(max_memory=150) as model:
+        assert model.plan.memory.total <= 150 * 2**20
+        assert model.plan.memory.num_blocks >= 32
+        texts = model(["one", "two", "three"], temperature=0, max_new_tokens=300, ignore_eos=True)
+        assert len(texts) == 3
+    with fastgen.load(max_seq_len=64, max_batch_size=2) as small:
+        assert small.plan.memory.kv_tokens == 128
+        [generation] = small.generate("In the beginning", max_new_tokens=500, ignore_eos=True)
+        assert len(generation.prompt_token_ids) + len(generation.completions[0].token_ids) == 64
+
+
+def test_a_transformers_model_in_memory(idle_model: fastgen.Generator) -> None:
+    peer = load_transformers(BUNDLED_MODEL, torch.bfloat16)
+    with fastgen.load(peer) as model:
+        assert model.config == idle_model.config or model.config.dtype != idle_model.config.dtype
+        text = model("In the beginning", temperature=0, max_new_tokens=8)
+        assert text == idle_model("In the beginning", temperature=0, max_new_tokens=8)
+
+
+def test_closing_a_stream_frees_its_row(idle_model: fastgen.Generator) -> None:
+    stream = idle_model.stream("In the beginning", max_new_tokens=200, ignore_eos=True)
+    next(stream)
+    assert idle_model.engine.num_unfinished == 1
+    stream.close()
+    assert idle_model.engine.num_unfinished == 0
+    assert list(stream) == []
+    dropped = idle_model.stream("In the beginning", max_new_tokens=200)
+    del dropped
+    assert idle_model.engine.num_unfinished == 0
+
+
+def test_timeout_ends_generate_and_stream(idle_model: fastgen.Generator) -> None:
+    start = time.monotonic()
+    rows = idle_model.generate(["a"] * 64, timeout=0.3, max_new_tokens=900, ignore_eos=True)
+    assert time.monotonic() - start < 30
+    assert {row.completions[0].finish_reason for row in rows} == {"timeout"}
+    *_, last = idle_model.stream("a", timeout=0.05, max_new_tokens=900, ignore_eos=True)
+    assert last.finish_reason == "timeout"
+
+
+def test_ctrl_c_ends_a_generation_between_steps(idle_model: fastgen.Generator) -> None:
+    [before] = idle_model.generate("And it came", temperature=0, max_new_tokens=10)
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        idle_model.generate(["x"] * 200, max_new_tokens=900, ignore_eos=True)
+    assert idle_model.engine.num_unfinished == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    [after] = idle_model.generate("And it came", temperature=0, max_new_tokens=10)
+    assert after.completions[0].token_ids == before.completions[0].token_ids
+
+
+def test_progress_is_shown_when_asked(
+    idle_model: fastgen.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle_model.generate(["a", "b", "c"], max_new_tokens=2, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    idle_model.generate(["a", "b", "c"], max_new_tokens=2)
+    assert capsys.readouterr().err == "", "no terminal, no bar"
+
+
+def test_10_000_prompts_come_back_in_order(idle_model: fastgen.Generator) -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, 4096, (10_000, 3)).tolist()
+    most = 0
+    add = idle_model.engine.add_request
+
+    def watch(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        most = max(most, idle_model.engine.num_unfinished)
+        return add(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idle_model.engine, "add_request", watch)
+        results = idle_model.generate(prompts, temperature=0, max_new_tokens=2)
+    assert [list(result.prompt_token_ids) for result in results] == prompts
+    assert most <= 2 * idle_model.plan.limits.num_seats, "fed as they can be run, not all at once"
+
+
+def test_a_closed_model_says_so() -> None:
+    model = fastgen.load(max_batch_size=1)
+    model.close()
+    with pytest.raises(fastgen.EngineError, match="closed"):
+        model("x")
