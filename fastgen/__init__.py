@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgen.decoders.choice import Backend, backends
-    from fastgen.errors import CheckpointError, EngineError, QueueFull
+    from fastgen.errors import CheckpointError, EngineError
     from fastgen.generator import Generator, load
     from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
     from fastgen.sampling_params import SamplingParams
@@ -30,7 +30,6 @@ _MODULES = {
     "Generation": "results",
     "Generator": "generator",
     "Piece": "results",
-    "QueueFull": "errors",
     "SamplingParams": "sampling_params",
     "Score": "results",
     "Stream": "stream",
@@ -48,7 +47,6 @@ __all__ = [
     "Generation",
     "Generator",
     "Piece",
-    "QueueFull",
     "SamplingParams",
     "Score",
     "Stream",

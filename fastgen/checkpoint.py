@@ -36,6 +36,7 @@ _REFUSED_TENSORS = {
     "cross-attention": re.compile(r"\.(crossattention|ln_cross_attn)\."),
     "an unmerged adapter": re.compile(r"\.(lora_\w+|base_layer|adapters?|prompt_encoder)\."),
 }
+_UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 _HUB_SUBFOLDERS = ["*/*"]
@@ -103,8 +104,8 @@ class Checkpoint:
     def _decide_head(self) -> bool:
         """Whether the head is tied, by transformers' rules.
 
-        With only a head, the embedding is tied to it. Both present but different stay apart, whatever
-        the config says. Untied by the config and no head: nothing to run with.
+        With only a head, the embedding is tied to it. Both present but different stay apart,
+        whatever the config says. Untied by the config and no head: nothing to run with.
         """
         has_head, has_embedding = HEAD in self._keys, EMBEDDING in self._keys
         if has_head and not has_embedding and self.config.tie_word_embeddings:
@@ -210,8 +211,7 @@ def _with_generation_config(config_data: Any, folder: Path) -> Any:
 def _require_safetensors(folder: Path) -> None:
     if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
         return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
-                     for path in folder.glob(pattern))  # fmt: skip
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _UNSAFE_SUFFIXES)
     if pickled:
         raise CheckpointError(
             f"{folder / pickled[0]}: only safetensors files are read (others can run code when "

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastgen import __version__
+from fastgen.decoders.choice import backends, plan_decoder
+from fastgen.decoders.plan import LoadOptions
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.generator import Generator, load, open_model
 from fastgen.results import Score
@@ -182,8 +184,6 @@ def _token_text(model: Generator, token_id: int) -> str:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from fastgen.decoders.choice import LoadOptions, backends, plan_decoder
-
     names = [field.name for field in dataclasses.fields(LoadOptions)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     checkpoint = open_model(arguments.model, arguments.revision)

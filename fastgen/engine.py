@@ -1,8 +1,8 @@
 """The engine: ids in, ids out. One step loop: schedule, forward, sample, emit.
 
 Any thread may add requests and run the loop. Whoever finds it idle drives it, for everybody, until
-what it waits for has come; the others wait for the driver's steps and take over when it leaves. So a
-caller that pauses its stream stalls nobody. The engine knows no text: a request that needs text
+what it waits for has come; the others wait for the driver's steps and take over when it leaves. So
+a caller that pauses its stream stalls nobody. The engine knows no text: a request that needs text
 brings a TextSink for each row.
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from fastgen.decoders.interface import Decoder, Draw
 from fastgen.errors import EngineError
@@ -112,7 +113,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End the request's rows with "cancelled", before the next step. Ended rows stay as they are."""
+        """End those of the request's rows that run with "cancelled", before the next step."""
         self._cancelled.append(request)
         with self._drive(wait=False) as driving:
             if driving:
@@ -151,9 +152,7 @@ class Engine:
             self.decoder.close()
 
     @contextmanager
-    def _drive(
-        self, *, wait: bool, until: Callable[[], bool] = lambda: False
-    ) -> Iterator[bool]:
+    def _drive(self, *, wait: bool, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Hold the driver's place, if it is free or becomes free before `until()` is true."""
         with self._progress:
             while self._driving and wait and not until():
@@ -278,7 +277,7 @@ class Engine:
             raise ValueError("the prompt is empty: it needs at least one token id")
         for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
-                if isinstance(token_id, bool) or not isinstance(token_id, numbers.Integral):
+                if not _is_integer(token_id):
                     raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")
                 if not 0 <= token_id < self._vocab_size:
                     raise ValueError(
@@ -292,6 +291,10 @@ class Engine:
                 f"{self.decoder.limits.max_seq_len} at most {longest} can be taken"
             )
         return tuple(map(int, prompt))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def deadline_in(timeout: float | None) -> float | None:
@@ -323,8 +326,8 @@ def _score(entries: Sequence[Entry], logits: Floats) -> None:
 def _deferred_interrupts() -> Iterator[list[int]]:
     """In the main thread, hold Ctrl-C back until the block ends; a second one acts at once.
 
-    The list is no longer empty once it was pressed. Only Python's own handler is replaced; a program
-    that has set one of its own keeps it.
+    The list is no longer empty once it was pressed. Only Python's own handler is replaced; a
+    program that has set one of its own keeps it.
     """
     pressed: list[int] = []
 

@@ -9,7 +9,3 @@ class CheckpointError(Exception):
 
 class EngineError(Exception):
     """The engine could not do what was asked, through no fault in the request itself."""
-
-
-class QueueFull(EngineError):
-    """The engine's waiting queue is at its bound; try again later."""

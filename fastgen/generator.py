@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,22 +14,22 @@ from tqdm import tqdm
 
 from fastgen.checkpoint import Checkpoint, open_checkpoint
 from fastgen.config import GPT2Config
-from fastgen.decoders.choice import DecoderPlan, LoadOptions, build_decoder, plan_decoder
+from fastgen.decoders.choice import build_decoder, plan_decoder
+from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.engine import Engine, deadline_in
 from fastgen.model_tensors import checkpoint_of_model
 from fastgen.native import native
+from fastgen.prompts import Params, Prompt, as_list, is_one, listed, params_for
 from fastgen.request import Request, Row
 from fastgen.results import Completion, Generation, Score
 from fastgen.sampling_params import SamplingParams, reject_unknown
+from fastgen.scoring import joined_score, windows_of
 from fastgen.stream import Stream, raise_error
 from fastgen.text_sink import TextSink
 from fastgen.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 _ROWS_AHEAD = 2  # rows queued per seat: enough that a freed seat never waits for Python
-
-Prompt = str | Sequence[int]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 def load(
@@ -83,8 +82,8 @@ def load(
     reject_unknown(unknown, [*(field.name for field in fields(options)), "revision"])
     if native is None:
         warnings.warn(
-            "fastgen's C++ extension is not installed (no compiler was found when fastgen was); "
-            "everything works, sampling is slower",
+            "fastgen's C++ extension was not built when fastgen was installed (is there a C++ "
+            "compiler?); everything works without it, sampling is slower",
             stacklevel=2,
         )
     checkpoint = open_model(model, revision)
@@ -127,7 +126,7 @@ class Generator:
     def __call__(self, prompts: Any, params: Params = None, **options: Any) -> Any:
         """The text that follows: a str for one prompt, a list of str for several."""
         texts = [generation.text for generation in self.generate(prompts, params, **options)]
-        return texts[0] if _is_one(prompts) else texts
+        return texts[0] if is_one(prompts) else texts
 
     def generate(
         self,
@@ -151,8 +150,8 @@ class Generator:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
             EngineError: a step failed.
         """
-        many = _as_list(prompts)
-        each = _params_for(len(many), params, options)
+        many = as_list(prompts)
+        each = params_for(len(many), params, options)
         encoded = self._encode(many, each)
         jobs = (
             _Job(ids, chosen, self._sinks(chosen, streams=False))
@@ -173,10 +172,10 @@ class Generator:
 
         Pieces of several completions (n > 1) come mixed; `piece.index` says whose each is.
         """
-        if not _is_one(prompt):
+        if not is_one(prompt):
             raise TypeError("stream takes one prompt; use generate for several")
-        [chosen] = _params_for(1, params, options)
-        [token_ids] = self._encode(_as_list(prompt), [chosen])
+        [chosen] = params_for(1, params, options)
+        [token_ids] = self._encode(as_list(prompt), [chosen])
         sinks = self._sinks(chosen, streams=True)
         deadline = deadline_in(timeout)
         request = self.engine.add_request(token_ids, chosen, sinks=sinks, deadline=deadline)
@@ -188,15 +187,15 @@ class Generator:
         A text longer than the context is scored in windows that overlap by half a context, so every
         token but the first window's has at least half a context before it.
         """
-        many = _as_list(texts)
+        many = as_list(texts)
         from_text = iter(self._encode_texts([t for t in many if isinstance(t, str)], bounded=False))
-        ids = [next(from_text) if isinstance(text, str) else _listed(text) for text in many]
+        ids = [next(from_text) if isinstance(text, str) else listed(text) for text in many]
         params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
-        windows = [_windows(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
+        windows = [windows_of(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
         jobs = (_Job(tokens, params, None) for each in windows for _, tokens in each)
         requests = iter(self._run(jobs, sum(map(len, windows)), None, progress))
         return [
-            _joined(token_ids, [(start, next(requests)) for start, _ in each])
+            joined_score(token_ids, [(start, next(requests)) for start, _ in each])
             for token_ids, each in zip(ids, windows, strict=True)
         ]
 
@@ -233,15 +232,19 @@ class Generator:
                     running += new
                     if not running:
                         return requests
-                    self.engine.run(lambda: any(request.done for request in running))
-                    for request in running:
-                        raise_error(request)
+                    self._run_any(running)
                     bar.update(sum(request.done for request in running))
                     running = [request for request in running if not request.done]
             except BaseException:
                 for request in running:
                     self.engine.cancel(request)
                 raise
+
+    def _run_any(self, requests: Sequence[Request]) -> None:
+        """Run until one of the requests is done."""
+        self.engine.run(lambda: any(request.done for request in requests))
+        for request in requests:
+            raise_error(request)
 
     def _feed(
         self, jobs: Iterator[_Job], running: Sequence[Request], deadline: float | None
@@ -264,7 +267,7 @@ class Generator:
         from_text = iter(self._encode_texts(texts))
         encoded: list[list[int]] = []
         for index, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
-            ids = next(from_text) if isinstance(prompt, str) else _listed(prompt)
+            ids = next(from_text) if isinstance(prompt, str) else listed(prompt)
             try:
                 encoded.append(list(self.engine.check_request(ids or self._start(), options)))
             except (TypeError, ValueError) as error:
@@ -350,60 +353,3 @@ def _progress_bar(count: int, progress: bool | None) -> tqdm[Any]:
     show = progress if progress is not None else count > 1 and sys.stderr.isatty()
     delay = 0 if progress else 1
     return tqdm(total=count, disable=not show, unit="prompt", delay=delay, leave=bool(progress))
-
-
-def _params_for(
-    count: int, params: Params, options: dict[str, Any]
-) -> Sequence[SamplingParams]:
-    """One SamplingParams per prompt, from whichever way they were given."""
-    if params is not None and options:
-        raise TypeError(f"give SamplingParams or options such as {next(iter(options))}, not both")
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams(**options)] * count
-    each = list(params) if isinstance(params, Iterable) else [params]
-    for item in each:
-        if not isinstance(item, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, not {type(item).__name__}")
-    if len(each) != count:
-        raise ValueError(f"{len(each)} SamplingParams were given for {count} prompts")
-    return each
-
-
-def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt: a string, or a sequence whose first element is an id."""
-    if isinstance(prompts, str):
-        return True
-    listed = _listed(prompts)
-    return bool(listed) and isinstance(listed[0], numbers.Integral)
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    return [prompts] if _is_one(prompts) else _listed(prompts)
-
-
-def _listed(values: Any) -> list[Any]:
-    """A list of a sequence, NumPy array or torch tensor."""
-    listed = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(listed, (bytes, dict)) or not isinstance(listed, Iterable):
-        raise TypeError(f"prompts must be strings or token ids, not {type(values).__name__}")
-    return list(listed)
-
-
-def _windows(token_ids: Sequence[int], context: int) -> list[tuple[int, Sequence[int]]]:
-    """Start and tokens of each window of a text to be scored."""
-    if len(token_ids) < 2:
-        return []
-    step = max(1, context // 2)
-    last = max(0, len(token_ids) - context)
-    starts = [*range(0, last, step), last]
-    return [(start, token_ids[start : start + context]) for start in starts]
-
-
-def _joined(token_ids: Sequence[int], windows: Sequence[tuple[int, Request]]) -> Score:
-    """A text's score from its windows; where two overlap, the one with more context counts."""
-    logprobs: list[float | None] = [None] * min(1, len(token_ids))
-    for start, request in windows:
-        assert request.prompt_logprobs is not None
-        for scored in request.prompt_logprobs[len(logprobs) - start :]:
-            logprobs.append(None if scored is None else scored.logprob)
-    return Score(tuple(token_ids), tuple(logprobs), len(windows))

@@ -1,13 +1,13 @@
 """Who owns which block of KV memory: free list, reference counts, and look-up by content.
 
 A block holds the keys and values of 32 consecutive tokens of a row, in every layer. Blocks here are
-only numbers; the decoder owns the memory. Rows that begin with the same tokens share blocks. A row only
-writes blocks that it alone owns: what it wants to continue of a found, partly filled block, it copies
-into a block of its own (copy on write).
+only numbers; the decoder owns the memory. Rows that begin with the same tokens share blocks. A row
+only writes blocks that it alone owns: a partly filled block that it finds and wants to continue, it
+copies into one of its own (copy on write).
 
 Content is known by a chain of SHA-256 hashes: a block's key covers its tokens, their positions and
-everything before it, so equal keys mean equal keys and values. A block stays findable after its last
-owner has gone, until its memory is needed.
+everything before it, so equal keys mean equal keys and values. A block stays findable after its
+last owner has gone, until its memory is needed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors and memory, as affinity and cgroups grant."""
+"""What this process may use of the machine: processors and memory, as cgroups grant them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 def granted_cores() -> int:
     """Processors this process may keep busy: its affinity mask, and its cgroup's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota, _, period = _read(_CGROUP / "cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit():
         cores = min(cores, max(1, int(quota) // int(period)))

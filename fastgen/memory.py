@@ -73,8 +73,9 @@ def plan_memory(
     needed = blocks_for(max_seq_len)
     num_blocks = min(max_batch_size * needed, max(0, room) // (block_bytes + scratch_per_block))
     if num_blocks < needed:
+        kv_needed = needed * (block_bytes + scratch_per_block)
         raise ValueError(
-            f"one context of {max_seq_len} tokens needs {needed * (block_bytes + scratch_per_block) / MB:,.1f} MB of KV "
+            f"one context of {max_seq_len} tokens needs {kv_needed / MB:,.1f} MB of KV "
             f"beside {weights / MB:,.1f} MB of weights and {scratch / MB:,.1f} MB of scratch, more "
             f"than {bound}; lower max_seq_len or raise max_memory"
         )

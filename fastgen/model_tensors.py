@@ -27,10 +27,8 @@ class ModelTensors:
     def load(self, key: str) -> NDArray[Any]:
         tensor = self._tensors[key].detach().cpu()
         if self.infos[key].dtype == "BF16":  # NumPy has no bfloat16 of its own
-            bits: NDArray[Any] = tensor.contiguous().view(_int16()).numpy()
-            return bits.view(NUMPY_DTYPES["BF16"]).copy()
-        copied: NDArray[Any] = np.array(tensor.numpy())
-        return copied
+            return np.array(tensor.contiguous().view(_int16()).numpy()).view(NUMPY_DTYPES["BF16"])
+        return np.array(tensor.numpy())
 
 
 def checkpoint_of_model(model: Any) -> Checkpoint:

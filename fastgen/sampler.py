@@ -58,9 +58,7 @@ def kept_weights(logits: Floats, params: SamplingParams) -> NDArray[np.float64]:
     return weights
 
 
-def token_logprobs(
-    logits: Floats, token_ids: Sequence[int], num_top: int
-) -> list[TokenLogprobs]:
+def token_logprobs(logits: Floats, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """Log-probabilities of given tokens under raw logits, float32 (n, V), one row a token."""
     wide = logits.astype(np.float64)
     highest = wide.max(axis=1, keepdims=True)

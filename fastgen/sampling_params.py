@@ -20,7 +20,7 @@ class SamplingParams:
     Attributes:
         n: completions per prompt; sample j > 0 draws with a seed of its own, derived from `seed`.
         max_new_tokens: upper bound of new tokens; a row also ends where the context does.
-        temperature: divides the logits; 0 is greedy (the highest logit, the lowest id among equals).
+        temperature: divides the logits; 0 is greedy: the highest logit, of equals the lowest id.
         top_k: keep the k highest logits and all equals of the k-th; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
         stop: string, or strings, that end a row when its text contains them.
@@ -117,9 +117,8 @@ def _boolean(name: str, value: Any) -> bool:
 def _temperature(value: Any) -> float:
     temperature = _real("temperature", value)
     if temperature != 0 and not MIN_TEMPERATURE <= temperature <= 1e6:
-        raise ValueError(
-            f"temperature must be 0 (greedy) or between {MIN_TEMPERATURE} and 1e6, not {temperature}"
-        )
+        allowed = f"0 (greedy) or between {MIN_TEMPERATURE} and 1e6"
+        raise ValueError(f"temperature must be {allowed}, not {temperature}")
     return temperature
 
 

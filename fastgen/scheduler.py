@@ -1,8 +1,8 @@
 """Which rows run in a step: continuous batching over KV blocks, chunked prefill, prefix reuse.
 
-Every step gives each decoding row its token first; what is left of the token budget goes to prompts,
-in the order in which the rows came. A row is admitted when it can have all the blocks that it may
-ever need, so nothing admitted is ever preempted.
+Every step gives each decoding row its token first; what is left of the token budget goes to
+prompts, in the order in which the rows came. A row is admitted when it can have all the blocks that
+it may ever need, so nothing admitted is ever preempted.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Scheduler:
                 row.tail_key = None
 
     def remove(self, row: Row) -> None:
-        """A row has ended or will: its seat and blocks are free. Nothing happens the second time."""
+        """Free a row's seat and blocks, or its place in the queue; harmless the second time."""
         if row.seat < 0:
             if row in self.waiting:
                 self.waiting.remove(row)

@@ -19,11 +19,22 @@ from fastgen.safetensors_files import checked_file, read_json
 from fastgen.text_sink import ByteLevelDecoder, Detokenizer, TextSink, WindowDecoder
 
 # Tokenizer classes that transformers may be asked for by name: data readers, no remote code.
-_TRANSFORMERS_CLASSES = frozenset(
-    "AlbertTokenizer AlbertTokenizerFast BertJapaneseTokenizer BertTokenizer BertTokenizerFast "
-    "CpmTokenizer GPT2Tokenizer GPT2TokenizerFast PreTrainedTokenizerFast T5Tokenizer "
-    "T5TokenizerFast XLMRobertaTokenizer XLMRobertaTokenizerFast XLNetTokenizer "
-    "XLNetTokenizerFast".split()
+_TRANSFORMERS_CLASSES = (
+    "AlbertTokenizer",
+    "AlbertTokenizerFast",
+    "BertJapaneseTokenizer",
+    "BertTokenizer",
+    "BertTokenizerFast",
+    "CpmTokenizer",
+    "GPT2Tokenizer",
+    "GPT2TokenizerFast",
+    "PreTrainedTokenizerFast",
+    "T5Tokenizer",
+    "T5TokenizerFast",
+    "XLMRobertaTokenizer",
+    "XLMRobertaTokenizerFast",
+    "XLNetTokenizer",
+    "XLNetTokenizerFast",
 )
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CLASS_BY_FILE = {
@@ -116,7 +127,7 @@ class _FastBackend:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token_id for token_id, token in added.items() if token.special}
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._bytes: dict[int, bytes] = {token_id: b"" for token_id in self._special}
+        self._bytes: dict[int, bytes] = dict.fromkeys(self._special, b"")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 import fastgen
-from fastgen.decoders.choice import LoadOptions, build_decoder, plan_decoder
+from fastgen.decoders.choice import build_decoder, plan_decoder
 from fastgen.decoders.interface import StepBatch
+from fastgen.decoders.plan import LoadOptions
 from fastgen.engine import Engine
 from fastgen.generator import open_model
 from fastgen.request import Request

@@ -37,15 +37,21 @@ ACTIVATIONS = {
 }
 
 
+ALIASES = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+}
+
+
 class ReferenceGPT2:
     """Logits of whole sequences, without a cache."""
 
     def __init__(self, folder: Path) -> None:
-        names = {"n_embd": "hidden_size", "n_head": "num_attention_heads",
-                 "n_layer": "num_hidden_layers", "n_positions": "max_position_embeddings"}  # fmt: skip
         config = json.loads((folder / "config.json").read_text())
-        self.config = {ours: config.get(ours, config.get(general)) for ours, general in names.items()}
-        self.config = {**config, **self.config}
+        known = {ours: config.get(ours, config.get(general)) for ours, general in ALIASES.items()}
+        self.config = {**config, **known}
         stored = {}
         for file in sorted(folder.glob("*.safetensors")):
             stored.update(load_file(file))

@@ -32,7 +32,9 @@ class Rows:
         counts = np.array([len(tokens[row]) for row in rows])
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         cached = self.cache_lens[rows]
-        positions = np.concatenate([np.arange(c, c + n) for c, n in zip(cached, counts, strict=True)])
+        positions = np.concatenate(
+            [np.arange(c, c + n) for c, n in zip(cached, counts, strict=True)]
+        )
         total = int(starts[-1])
         logits_at = np.arange(total) if seats is None else starts[1:] - 1
         drawn = np.full(total, -1) if seats is None else np.array([seats[row] for row in rows])
@@ -66,5 +68,3 @@ def all_logits(
             fed[row] += len(tokens)
         turn += 1
     return [np.concatenate(parts) for parts in found]
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tiny_checkpoints import CONFIG, random_array, random_tensors, run_python, write_checkpoint
 
 STATUS = Path("/proc/self/status")

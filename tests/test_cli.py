@@ -34,9 +34,7 @@ def test_generate_streams_the_prompt_and_what_follows(model: fastgen.Generator) 
 def test_generate_several_as_the_api_does(model: fastgen.Generator) -> None:
     options = ["--seed", "1", "--temperature", "0.8", "--top-p", "0.95", "-n", "3"]
     done = run("generate", *options, "--max-new-tokens", "9", "--json", "-", stdin="Hello\n")
-    [wanted] = model.generate(
-        "Hello", seed=1, temperature=0.8, top_p=0.95, n=3, max_new_tokens=9
-    )
+    [wanted] = model.generate("Hello", seed=1, temperature=0.8, top_p=0.95, n=3, max_new_tokens=9)
     found = json.loads(done.stdout)["completions"]
     assert [c["text"] for c in found] == [c.text for c in wanted.completions]
     assert [c["seed"] for c in found] == [c.seed for c in wanted.completions]

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TOLERANCES
-from stepping import Rows, all_logits
 
 import fastgen
+from conftest import TOLERANCES
 from fastgen.decoders.interface import Decoder
 from fastgen.sampler import draw
+from stepping import Rows, all_logits
 
 Folder = Callable[[str], Path]
 
@@ -151,7 +151,9 @@ def test_copied_blocks_hold_the_same_keys_and_values(decoder: Decoder) -> None:
     [row] = random_rows(9, (40,))
     rows = Rows(decoder, 2)
     decoder.forward(rows.batch([row, []]))
-    decoder.copy_blocks(list(zip(rows.tables[0][:2].tolist(), rows.tables[1][:2].tolist(), strict=True)))
+    decoder.copy_blocks(
+        list(zip(rows.tables[0][:2].tolist(), rows.tables[1][:2].tolist(), strict=True))
+    )
     rows.cache_lens[1] = 40
     last = np.from_dlpack(decoder.forward(rows.batch([[7], [7]]))).copy()
     assert_close([last[0]], [last[1]])
@@ -170,7 +172,9 @@ def test_reserve_grows_and_keeps_what_is_cached(variant: Folder) -> None:
         tail = np.from_dlpack(decoder.forward(rows.batch([row[40:]]))).copy()
         assert_close([tail], [all_logits(decoder, [row], [96])[0][40:]])
         bound(decoder, 5)
-        assert len(decoder.step(Rows(decoder, 5).batch([[1]] * 5, seats=[0, 1, 2, 3, 4])).wait()) == 5
+        assert (
+            len(decoder.step(Rows(decoder, 5).batch([[1]] * 5, seats=[0, 1, 2, 3, 4])).wait()) == 5
+        )
 
 
 def test_batches_over_the_limits_are_refused(decoder: Decoder) -> None:

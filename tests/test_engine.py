@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+
+import fastgen
 from engine_harness import (
     assert_idle,
     greedy,
@@ -15,8 +17,6 @@ from engine_harness import (
     random_prompt,
     run_all,
 )
-
-import fastgen
 from fastgen.engine import Engine, deadline_in
 from fastgen.request import Request
 
@@ -31,10 +31,12 @@ def add_mixed(engine: Engine, rng: np.random.Generator, count: int) -> list[Requ
         engine.add_request(
             random_prompt(rng, int(rng.integers(1, 120))),
             fastgen.SamplingParams(
-                seed=index, temperature=float(rng.choice([0.0, 0.7, 1.3])), top_k=40,
+                seed=index,
+                temperature=float(rng.choice([0.0, 0.7, 1.3])),
+                top_k=40,
                 max_new_tokens=int(rng.integers(1, 40)),
             ),
-        )  # fmt: skip
+        )
         for index in range(count)
     ]
 
@@ -46,7 +48,9 @@ def test_no_step_exceeds_the_budget_and_every_decoding_row_gets_its_token(engine
     fed: list[tuple[int, int]] = []  # rows that decode, and rows that get one token, in each step
 
     def count(batch: object) -> None:
-        decoding = [r for r in rows if r.seat >= 0 and not r.is_prefilling and r.finish_reason is None]
+        decoding = [
+            r for r in rows if r.seat >= 0 and not r.is_prefilling and r.finish_reason is None
+        ]
         seats = set(recorder.batches[-1].seats.tolist())
         fed.append((len(decoding), sum(row.seat in seats for row in decoding)))
 
@@ -92,9 +96,7 @@ def test_more_samples_than_seats_and_each_repeats_with_its_own_seed(engine: Engi
     run_all(engine, [request])
     assert len({tuple(tokens) for tokens in new_tokens(request)}) > 5
     for row in request.rows[:3]:
-        again = engine.add_request(
-            prompt, fastgen.SamplingParams(seed=row.params.seed, **options)
-        )
+        again = engine.add_request(prompt, fastgen.SamplingParams(seed=row.params.seed, **options))
         run_all(engine, [again])
         assert new_tokens(again) == [row.new_token_ids]
     assert_idle(engine)
@@ -135,7 +137,7 @@ def test_a_finished_rows_text_is_found_again_with_what_was_drawn(engine: Engine)
     first = engine.add_request(prompt, greedy(max_new_tokens=60, ignore_eos=True))
     run_all(engine, [first])
     before = engine.stats.prefill_tokens
-    dialogue = first.rows[0].token_ids + [11, 12, 13]  # 103 tokens; 99 are cached: 3 full blocks
+    dialogue = [*first.rows[0].token_ids, 11, 12, 13]  # 103 tokens, 99 cached: 3 full blocks
     second = engine.add_request(dialogue, greedy(max_new_tokens=5, ignore_eos=True))
     run_all(engine, [second])
     assert engine.stats.prefill_tokens - before == 103 - 96
@@ -181,7 +183,10 @@ def test_cancelling_a_row_changes_nobody_and_frees_its_blocks(engine: Engine) ->
     run_all(engine, requests)
     for before, after in zip(undisturbed[::2], requests[::2], strict=True):
         assert new_tokens(before) == new_tokens(after)
-    assert new_tokens(undisturbed[1])[0][: len(new_tokens(requests[1])[0])] == new_tokens(requests[1])[0]
+    assert (
+        new_tokens(undisturbed[1])[0][: len(new_tokens(requests[1])[0])]
+        == new_tokens(requests[1])[0]
+    )
     assert_idle(engine)
 
 
@@ -202,7 +207,9 @@ def test_cancelling_the_row_others_wait_for_lets_them_go_on() -> None:
 
 def test_deadlines_end_rows_that_wait_and_rows_that_run(engine: Engine) -> None:
     params = greedy(max_new_tokens=200, ignore_eos=True)
-    running = [engine.add_request([index + 1], params, deadline=deadline_in(0.05)) for index in range(4)]
+    running = [
+        engine.add_request([index + 1], params, deadline=deadline_in(0.05)) for index in range(4)
+    ]
     waiting = engine.add_request([9], params, deadline=deadline_in(0.05))
     patient = engine.add_request([10], greedy(max_new_tokens=3, ignore_eos=True))
     run_all(engine, [*running, waiting, patient])
@@ -244,7 +251,9 @@ def test_threads_drive_one_engine_and_a_paused_one_stalls_nobody() -> None:
         alone.append(engine.add_request(prompt, params))
         run_all(engine, alone)
     paused = engine.add_request(prompts[0], params)
-    engine.run(lambda: len(paused.rows[0].new_token_ids) >= 1)  # then its reader does something else
+    engine.run(
+        lambda: len(paused.rows[0].new_token_ids) >= 1
+    )  # then its reader does something else
     found: dict[int, list[list[int]]] = {}
 
     def work(index: int) -> None:

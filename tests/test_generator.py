@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TOLERANCES
-from test_variants import load_transformers, transformers_logits
 
 import fastgen
+from conftest import TOLERANCES
 from fastgen.generator import BUNDLED_MODEL
+from test_variants import load_transformers, transformers_logits
 
 GREEDY_100 = Path(__file__).parent / "greedy_100.txt"
 HELD_OUT = Path(__file__).parent / "held_out.txt"
@@ -42,7 +42,7 @@ def test_streamed_is_whole(idle_model: fastgen.Generator) -> None:
 
 
 def test_same_seed_same_tokens_alone_or_among_others(idle_model: fastgen.Generator) -> None:
-    prompts = [f"{word} of the" for word in "day king house land God people".split()]
+    prompts = [f"{word} of the" for word in ["day", "king", "house", "land", "God", "people"]]
     params = [fastgen.SamplingParams(seed=i, max_new_tokens=20, top_p=0.9) for i in range(6)]
     together = idle_model.generate(prompts, params)
     for prompt, options, wanted in zip(prompts, params, together, strict=True):
@@ -85,7 +85,10 @@ def test_eos_stop_ids_and_stop_strings_end_a_row(idle_model: fastgen.Generator) 
     [by_id] = idle_model.generate(prompt, stop_token_ids=[stop_id], **options)
     end = tokens.index(stop_id) + 1
     assert by_id.completions[0].token_ids == tokens[:end]
-    assert (by_id.completions[0].finish_reason, by_id.completions[0].stop_reason) == ("stop", stop_id)
+    assert (by_id.completions[0].finish_reason, by_id.completions[0].stop_reason) == (
+        "stop",
+        stop_id,
+    )
     assert idle_model.tokenizer is not None
     assert by_id.completions[0].text == idle_model.tokenizer.decode(tokens[: end - 1])
     [kept] = idle_model.generate(prompt, stop_token_ids=[stop_id], include_stop=True, **options)
@@ -142,7 +145,7 @@ def test_score_of_long_texts_in_windows(idle_model: fastgen.Generator) -> None:
 
 
 def test_the_held_out_loss_is_the_published_one(idle_model: fastgen.Generator) -> None:
-    """3.186 nats a token over windows of 256 tokens, as tools/train_bundled_model.py measures it."""
+    """3.186 nats a token over windows of 256 tokens, as the training script measures it."""
     assert idle_model.tokenizer is not None
     chapters = HELD_OUT.read_text().split("<|endoftext|>")
     ids = [i for encoded in idle_model.tokenizer.encode(chapters) for i in (0, *encoded)]

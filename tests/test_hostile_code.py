@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
+
 from tiny_checkpoints import (
     TOKENIZER,
     assert_loads,

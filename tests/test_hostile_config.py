@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from fastgen.checkpoint import open_checkpoint
+from fastgen.errors import CheckpointError
 from tiny_checkpoints import (
     CONFIG,
     assert_loads,
@@ -20,9 +23,6 @@ from tiny_checkpoints import (
     write_checkpoint,
     write_json,
 )
-
-from fastgen.checkpoint import open_checkpoint
-from fastgen.errors import CheckpointError
 
 pytestmark = pytest.mark.timeout(60)
 

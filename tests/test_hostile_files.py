@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import save_file
+
+from fastgen.errors import CheckpointError
 from tiny_checkpoints import (
     TOKENIZER,
     assert_loads,
@@ -28,8 +30,6 @@ from tiny_checkpoints import (
     write_shards,
     write_vocabulary,
 )
-
-from fastgen.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 

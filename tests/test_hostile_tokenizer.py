@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from fastgen.errors import CheckpointError, EngineError
 from tiny_checkpoints import (
     TOKENIZER,
     assert_loads,
@@ -20,8 +22,6 @@ from tiny_checkpoints import (
     write_json,
     write_vocabulary,
 )
-
-from fastgen.errors import CheckpointError, EngineError
 
 pytestmark = pytest.mark.timeout(60)
 

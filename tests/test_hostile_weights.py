@@ -11,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+
+from fastgen.checkpoint import open_checkpoint
+from fastgen.errors import CheckpointError
 from tiny_checkpoints import (
     Array,
     assert_loads,
@@ -25,9 +28,6 @@ from tiny_checkpoints import (
     write_checkpoint,
     write_raw,
 )
-
-from fastgen.checkpoint import open_checkpoint
-from fastgen.errors import CheckpointError
 
 pytestmark = pytest.mark.timeout(60)
 

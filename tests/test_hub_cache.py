@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from tiny_checkpoints import assert_loads, assert_refused, cases, run_python, write_checkpoint
 
 pytestmark = pytest.mark.timeout(120)

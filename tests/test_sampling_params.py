@@ -10,16 +10,23 @@ import pytest
 
 from fastgen import SamplingParams
 
+WRONG = {
+    "n max_new_tokens top_k seed logprobs prompt_logprobs": [
+        -1, 1.5, "2", True, [1], {}, 2**70, math.nan, math.inf, b"1", object(),
+    ],
+    "temperature top_p": [
+        -0.1, math.nan, math.inf, -math.inf, "1", True, None, [0.5], 10**400, 1j,
+    ],
+    "n": [0, None],
+    "temperature": [1e-9, 1e30],
+    "top_p": [0, 1.01],
+    "stop": ["", ["a", ""], [b"a"], b"a", [1], 7, {"a": 1}, ["\ud800"], [None]],
+    "stop_token_ids": [[-1], [1.0], ["1"], [True], "12", 3, [[1]], [2**40]],
+    "include_stop ignore_eos": [0, 1, None, "yes"],
+}  # fmt: skip
 BAD = [
-    *[(name, value) for name in ("n", "max_new_tokens", "top_k", "seed", "logprobs", "prompt_logprobs")
-      for value in (-1, 1.5, "2", True, [1], {}, 2**70, math.nan, float("inf"), b"1", object())],
-    *[(name, value) for name in ("temperature", "top_p")
-      for value in (-0.1, math.nan, math.inf, -math.inf, "1", True, None, [0.5], 10**400, 1j)],
-    ("n", 0), ("n", None), ("temperature", 1e-9), ("temperature", 1e30), ("top_p", 0), ("top_p", 1.01),
-    *[("stop", value) for value in ("", ["a", ""], [b"a"], b"a", [1], 7, {"a": 1}, ["\ud800"], [None])],
-    *[("stop_token_ids", value) for value in ([-1], [1.0], ["1"], [True], "12", 3, [[1]], [2**40])],
-    *[(name, value) for name in ("include_stop", "ignore_eos") for value in (0, 1, None, "yes")],
-]  # fmt: skip
+    (name, value) for names, values in WRONG.items() for name in names.split() for value in values
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda v: repr(v)[:20])
@@ -40,7 +47,11 @@ def test_unknown_options_name_the_nearest() -> None:
 
 def test_values_are_normalized_to_plain_python() -> None:
     params = SamplingParams(
-        n=np.int64(2), temperature=1, top_p=np.float32(0.5), stop="a", stop_token_ids=[3, 3, np.int32(4)]
+        n=np.int64(2),
+        temperature=1,
+        top_p=np.float32(0.5),
+        stop="a",
+        stop_token_ids=[3, 3, np.int32(4)],
     )
     assert (type(params.n), type(params.temperature), type(params.top_p)) == (int, float, float)
     assert params.stop == ("a",)

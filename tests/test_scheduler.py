@@ -25,7 +25,7 @@ TEXTS = [np.random.default_rng(seed).integers(0, 50, 192).tolist() for seed in r
 class CacheModel(RuleBasedStateMachine):
     """Runs the scheduler without a decoder, and keeps by hand what each block's slots hold.
 
-    A slot's content is the whole row up to and including its token, as keys and values depend on it.
+    A slot's content is the whole row up to its token, as keys and values depend on all of it.
     """
 
     def __init__(self) -> None:
@@ -144,12 +144,17 @@ def test_everything_admitted_ends_within_a_computed_bound() -> None:
     rows: list[Row] = []
     for _ in range(60):
         length, new = int(rng.integers(1, 150)), int(rng.integers(1, 40))
-        request = Request(tuple(rng.integers(0, 50, length).tolist()), SamplingParams(max_new_tokens=new))
+        request = Request(
+            tuple(rng.integers(0, 50, length).tolist()), SamplingParams(max_new_tokens=new)
+        )
         request.make_rows(int(rng.integers(2**32)), length + new, frozenset(), None)
         rows += request.rows
     scheduler.waiting.extend(rows)
     share = LIMITS.max_tokens - LIMITS.num_seats
-    bound = sum(blocks_for(row.prompt_len) * BLOCK_SIZE // share + 1 + row.params.max_new_tokens for row in rows)
+    bound = sum(
+        blocks_for(row.prompt_len) * BLOCK_SIZE // share + 1 + row.params.max_new_tokens
+        for row in rows
+    )
     steps = 0
     while scheduler.num_unfinished:
         scheduler.admit()

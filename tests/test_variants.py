@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
+
+import fastgen
 from conftest import TOLERANCES
 from reference import ReferenceGPT2
 from stepping import all_logits
-from transformers import GPT2LMHeadModel
 from variants import VARIANTS
-
-import fastgen
 
 Folder = Callable[[str], Path]
 EXPECTED_WARNINGS = {"value_head": "v_head"}

@@ -126,7 +126,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], Edit | None, torch.dtype]] = {
     "head_dim_8": ({"n_embd": 24, "n_head": 3}, None, torch.float32),
     "head_dim_80": ({"n_embd": 160, "n_head": 2}, None, torch.float32),
     "head_dim_128": ({"n_embd": 256, "n_head": 2}, None, torch.float32),
-    "one_of_each": ({"n_layer": 1, "n_head": 1, "n_embd": 3, "vocab_size": 13}, None, torch.float32),
+    "one_of_each": (
+        {"n_layer": 1, "n_head": 1, "n_embd": 3, "vocab_size": 13},
+        None,
+        torch.float32,
+    ),
     "general_names": ({}, _general_names, torch.float32),
     "value_head": ({}, _value_head, torch.float32),
     "extra_config_keys": ({}, _extra_config_keys, torch.float32),

@@ -63,7 +63,7 @@ class DecoderLimits:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One drawn token. `ok` is false where the logits were NaN or infinite: `token_id` is 0 then."""
+    """One drawn token. Where the logits were NaN or infinite, `ok` is false and `token_id` 0."""
 
     seat: int
     token_id: int

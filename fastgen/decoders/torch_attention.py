@@ -20,9 +20,9 @@ from fastgen.decoders.interface import StepBatch
 class Group:
     """Rows with T new tokens each.
 
-    `tokens` are the packed indices of their new tokens, (G * T,), or None if they are all of them in
-    order. The keys and values to read are `span`, a run of neighbouring slots (one row whose blocks
-    happen to be neighbours: nothing is copied), or the blocks of `tables`, (G * blocks,).
+    `tokens` are the packed indices of their new tokens, (G * T,), or None if they are all of them
+    in order. The keys and values to read are `span`, a run of neighbouring slots (one row whose
+    blocks happen to be neighbours: nothing is copied), or the blocks of `tables`, (G * blocks,).
     """
 
     num_rows: int

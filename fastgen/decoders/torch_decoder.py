@@ -109,7 +109,9 @@ class TorchDecoder:
         blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
         self.limits = replace(limits, num_blocks=blocks, num_seats=seats)
         self._memory = replace(
-            self._memory, num_blocks=blocks, kv_cache=self._kv_cache.numel() * self._kv_cache.itemsize
+            self._memory,
+            num_blocks=blocks,
+            kv_cache=self._kv_cache.numel() * self._kv_cache.itemsize,
         )
 
     def memory(self) -> MemoryPlan:

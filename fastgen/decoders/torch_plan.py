@@ -6,8 +6,8 @@ import torch
 
 from fastgen.checkpoint import Checkpoint
 from fastgen.config import GPT2Config
-from fastgen.decoders.choice import DecoderPlan, LoadOptions
 from fastgen.decoders.interface import DecoderLimits
+from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.decoders.torch_decoder import TorchDecoder
 from fastgen.decoders.torch_weights import Weights, weight_bytes
 from fastgen.kv_cache import BLOCK_SIZE

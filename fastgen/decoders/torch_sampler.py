@@ -159,14 +159,14 @@ class TorchSampler:
 
 
 def _run_offsets(seats: NDArray[np.int32]) -> NDArray[np.int64]:
-    """How many draws of the same seat stand directly before each: 0 except where drafts are checked."""
+    """How many draws of the same seat stand directly before each; drafts are checked there."""
     at = np.arange(len(seats))
     starts = np.r_[True, seats[1:] != seats[:-1]]
     return at - np.maximum.accumulate(np.where(starts, at, 0))
 
 
 def _accepted(ids: list[int], runs: NDArray[np.int64], drafts: Sequence[int]) -> list[int]:
-    """The draws that count: up to and including the first of its run that differs from its draft."""
+    """The draws that count: of each run, up to the first that differs from its draft."""
     if not runs.any():
         return list(range(len(ids)))
     kept: list[int] = []

@@ -1,7 +1,7 @@
-"""Weights of the torch decoder: read one tensor at a time, put into the layout that is fast to use.
+"""Weights of the torch decoder: read one tensor at a time, put into the layout that is fastest.
 
-On a CPU the projections are packed for oneDNN, which reads them at nearly twice the speed of a plain
-matrix product for few tokens (measured: benchmarks/LOG.md); elsewhere they stay (out, in) matrices.
+On a CPU the projections are packed for oneDNN, which reads them much faster than a plain matrix
+product does for few tokens (measured: benchmarks/LOG.md); elsewhere they stay (out, in) matrices.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def weight_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtyp
 
 def _packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this CPU and this PyTorch have oneDNN's packed linear layer for `dtype`."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False

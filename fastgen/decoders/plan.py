@@ -1,0 +1,65 @@
+"""What a caller wants of a decoder, and what was decided: the two sides of the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastgen.config import DTYPES
+from fastgen.decoders.interface import DecoderLimits
+from fastgen.memory import MemoryPlan
+
+DECODERS = ("auto", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How a model is loaded; see fastgen.load."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: str | None = None
+    decoder: str = "auto"
+    max_batch_size: int = 32
+    max_seq_len: int | None = None
+    max_memory: int | None = None
+    num_threads: int | None = None
+    batch_invariant: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_seq_len", "max_memory", "num_threads"):
+            value = getattr(self, name)
+            if value is None and name != "max_batch_size":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        _one_of("dtype", str(self.dtype).removeprefix("torch."), ("auto", *DTYPES))
+        _one_of("decoder", self.decoder, DECODERS)
+        if self.quantize is not None:
+            raise ValueError(
+                f"quantize={self.quantize!r}: no decoder here has quantized weights yet"
+            )
+        if self.batch_invariant not in (None, False, True):
+            raise TypeError("batch_invariant must be True, False or None")
+        if self.batch_invariant:
+            raise ValueError("batch_invariant=True: the torch decoder cannot promise equal bits")
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderPlan:
+    """The decoder a model gets and why, where, in what arithmetic, with how much memory."""
+
+    decoder: str
+    reason: str
+    device: str
+    dtype: str
+    num_threads: int | None
+    limits: DecoderLimits
+    memory: MemoryPlan
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
