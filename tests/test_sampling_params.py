@@ -24,9 +24,7 @@ WRONG = {
     "stop_token_ids": [[-1], [1.0], ["1"], [True], "12", 3, [[1]], [2**40]],
     "include_stop ignore_eos": [0, 1, None, "yes"],
 }  # fmt: skip
-BAD = [
-    (name, value) for names, values in WRONG.items() for name in names.split() for value in values
-]
+BAD = [(name, value) for names in WRONG for name in names.split() for value in WRONG[names]]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda v: repr(v)[:20])
