@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.config import GPT2Config
-from fastgen.errors import CheckpointError
+from fastgen.errors import CheckpointError, shown_name
 from fastgen.safetensors_files import (
     INDEX_FILE,
     NUMPY_DTYPES,
     SINGLE_FILE,
     SafetensorsFiles,
     TensorInfo,
+    holds,
     read_json,
 )
 
@@ -34,7 +35,7 @@ _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants of old checkpoints
 _REFUSED_TENSORS = {
     "cross-attention": re.compile(r"\.(crossattention|ln_cross_attn)\."),
-    "an unmerged adapter": re.compile(r"\.(lora_\w+|base_layer|adapters?|prompt_encoder)\."),
+    "an unmerged adapter": re.compile(r"\.(lora_\w+|base_layer|adapters?|prompt_encoder)(\.|$)"),
 }
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -86,6 +87,9 @@ class Checkpoint:
             CheckpointError: it holds NaN or infinity, or the file cannot be read any more.
         """
         tensor = self._source.load(self._keys[name])
+        info = self._source.infos[self._keys[name]]
+        if tensor.shape != info.shape or tensor.dtype != NUMPY_DTYPES[info.dtype]:
+            raise self._error(name, "has changed since the checkpoint was opened")
         if not _all_finite(tensor):
             raise self._error(name, "holds NaN or infinite values")
         return tensor
@@ -93,7 +97,7 @@ class Checkpoint:
     def _error(self, name: str, cause: str) -> CheckpointError:
         key = self._keys.get(name)
         where = f"{self.name}/{self._source.infos[key].file}" if key else self.name
-        return CheckpointError(f"{where}: tensor {key or name} {cause}")
+        return CheckpointError(f"{where}: tensor {shown_name(key or name)} {cause}")
 
     def _check_refused(self) -> None:
         for meaning, pattern in _REFUSED_TENSORS.items():
@@ -139,7 +143,7 @@ class Checkpoint:
         shapes = expected_shapes(self.config, tied=self.tied)
         for name, shape in shapes.items():
             if name not in self._keys:
-                known = ", ".join(sorted(self._source.infos)[:3])
+                known = ", ".join(map(shown_name, sorted(self._source.infos)[:3]))
                 raise self._error(name, f"is missing (the file holds {known}, ...)")
             info = self._source.infos[self._keys[name]]
             if info.shape != shape:
@@ -150,8 +154,8 @@ class Checkpoint:
                 )
         extra = sorted(self._keys.keys() - shapes.keys() - {HEAD})
         if extra:
-            shown = ", ".join(extra[:5]) + (", ..." if len(extra) > 5 else "")
-            warnings.warn(f"{self.name}: {len(extra)} tensors are not used: {shown}", stacklevel=6)
+            listed = ", ".join(map(shown_name, extra[:5])) + (", ..." if len(extra) > 5 else "")
+            warnings.warn(f"{self.name}: {len(extra)} tensors are not used: {listed}", stacklevel=6)
 
 
 def expected_shapes(config: GPT2Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -185,7 +189,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
         CheckpointError: names the file and what is wrong with it.
     """
     folder = _resolve_folder(model, revision)
-    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").exists():
+    if not holds(folder, "config.json") and holds(folder, "adapter_config.json"):
         raise CheckpointError(
             f"{folder}/adapter_config.json: an unmerged adapter without its base model; "
             "merge it (peft's merge_and_unload) and save the whole model"
@@ -199,17 +203,19 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
 
 def _with_generation_config(config_data: Any, folder: Path) -> Any:
     """config.json's data with the eos and pad ids of generation_config.json, if it has any."""
-    if not (folder / "generation_config.json").exists() or not isinstance(config_data, Mapping):
+    if not holds(folder, "generation_config.json") or not isinstance(config_data, Mapping):
         return config_data
     generation = read_json(folder, "generation_config.json")
     if not isinstance(generation, dict):
         raise CheckpointError(f"{folder}/generation_config.json: must hold a JSON object")
     keys = ("eos_token_id", "pad_token_id")
-    return {**config_data, **{k: generation[k] for k in keys if generation.get(k) is not None}}
+    ids = {k: generation[k] for k in keys if generation.get(k) is not None}
+    GPT2Config.from_dict(ids, f"{folder}/generation_config.json")
+    return {**config_data, **ids}
 
 
 def _require_safetensors(folder: Path) -> None:
-    if any((folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if any(holds(folder, name) for name in (SINGLE_FILE, INDEX_FILE)):
         return
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _UNSAFE_SUFFIXES)
     if pickled:
@@ -224,11 +230,14 @@ def _require_safetensors(folder: Path) -> None:
 def _resolve_folder(model: str | Path, revision: str | None) -> Path:
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a folder or a hub id, not {type(model).__name__}")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise CheckpointError(f"{folder}: is a file; give the folder it lies in")
+    try:
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise CheckpointError(f"{folder}: is a file; give the folder it lies in")
+    except (OSError, RuntimeError) as error:  # RuntimeError: of whom ~name is no home
+        raise CheckpointError(f"{model}: no such folder ({error.args[-1]})") from error
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such folder")
     return _download(model, revision)

@@ -7,12 +7,11 @@ compute differently is either supported here or refused by name; keys without a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.errors import CheckpointError
+from fastgen.errors import CheckpointError, shown
 
 ACTIVATIONS = (
     "gelu",
@@ -135,46 +134,43 @@ class _Reader:
     def _check_architecture(self) -> None:
         model_type = self.data.get("model_type", "gpt2")
         if model_type != "gpt2":
-            raise self.error(f"model_type is {model_type!r}; only 'gpt2' runs here")
+            raise self.error(f"model_type is {shown(model_type)}; only 'gpt2' runs here")
         for key, meaning in _REFUSED.items():
             if self.data.get(key):
                 raise self.error(f"{key} is set: {meaning} cannot be run exactly")
 
-    def value(self, key: str, default: Any) -> Any:
-        """`key`, or its general name in transformers; both are allowed if they agree."""
-        alias = _ALIASES.get(key, key)
-        found = {name: self.data[name] for name in (key, alias) if name in self.data}
-        if len(found) == 2 and found[key] != found[alias]:
-            raise self.error(f"{key} is {found[key]!r} but {alias} is {found[alias]!r}")
-        return next(iter(found.values()), default)
-
     def size(self, key: str, default: int) -> int:
-        value = self.value(key, default)
+        """Of `key`, or of its general name in transformers; both are allowed if they agree."""
+        alias = _ALIASES.get(key, key)
+        own, general = self.data.get(key, default), self.data.get(alias, default)
+        if key in self.data and alias in self.data and own != general:
+            raise self.error(f"{key} is {shown(own)} but {alias} is {shown(general)}")
+        key, value = (alias, general) if alias in self.data else (key, own)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(f"{key} must be an integer, not {_show(value)}")
+            raise self.error(f"{key} must be an integer, not {shown(value)}")
         if not 1 <= value <= _MAX_SIZE:
-            raise self.error(f"{key} must be between 1 and {_MAX_SIZE}, not {_show(value)}")
+            raise self.error(f"{key} must be between 1 and {_MAX_SIZE}, not {shown(value)}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
         value = self.data.get(key, default)
         if not isinstance(value, bool):
-            raise self.error(f"{key} must be true or false, not {_show(value)}")
+            raise self.error(f"{key} must be true or false, not {shown(value)}")
         return value
 
     def epsilon(self) -> float:
         value = self.data.get("layer_norm_epsilon", 1e-5)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(f"layer_norm_epsilon must be a number, not {_show(value)}")
-        if not (math.isfinite(value) and 0 <= value < 1):
-            raise self.error(f"layer_norm_epsilon must be in [0, 1), not {_show(value)}")
+            raise self.error(f"layer_norm_epsilon must be a number, not {shown(value)}")
+        if not 0 <= value < 1:  # NaN is not either
+            raise self.error(f"layer_norm_epsilon must be in [0, 1), not {shown(value)}")
         return float(value)
 
     def activation(self) -> str:
         value = self.data.get("activation_function", "gelu_new")
         if value not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
-            raise self.error(f"activation_function is {_show(value)}; known are: {known}")
+            raise self.error(f"activation_function is {shown(value)}; known are: {known}")
         return str(value)
 
     def special_id(self, key: str, vocab_size: int) -> int | None:
@@ -191,16 +187,11 @@ class _Reader:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise self.error(f"{key} must be an id or a list of ids, not {_show(value)}")
+                raise self.error(f"{key} must be an id or a list of ids, not {shown(value)}")
         return tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
 
     def dtype(self) -> str | None:
         value = self.data.get("dtype", self.data.get("torch_dtype"))
         if value is not None and not isinstance(value, str):
-            raise self.error(f"dtype must be a name such as 'float32', not {_show(value)}")
+            raise self.error(f"dtype must be a name such as 'float32', not {shown(value)}")
         return value
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -7,6 +7,7 @@ at all: regular files inside the folder (or the hub cache the folder belongs to)
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from fastgen.errors import CheckpointError
+from fastgen.errors import CheckpointError, shown, shown_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,8 +43,7 @@ class SafetensorsFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.infos: dict[str, TensorInfo] = {}
-        index = folder / INDEX_FILE
-        if (folder / SINGLE_FILE).exists() or not index.exists():
+        if holds(folder, SINGLE_FILE) or not holds(folder, INDEX_FILE):
             self._add_file(SINGLE_FILE)
         else:
             self._add_shards(read_weight_map(folder))
@@ -61,11 +61,18 @@ class SafetensorsFiles:
     def _add_file(self, file: str) -> None:
         path = checked_file(self.folder, file)
         try:
+            path.open("rb").close()  # says why it cannot be opened, which the library does not
             with safe_open(path, framework="numpy") as opened:
+                _check_unique(path)
                 for key in opened.keys():  # noqa: SIM118 (no mapping)
                     view = opened.get_slice(key)
                     self._add(key, TensorInfo(file, tuple(view.get_shape()), view.get_dtype()))
         except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise CheckpointError(
+                f"{path}: not a valid safetensors file ({size} bytes): {error}"
+            ) from error
+        except ValueError as error:
             raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from error
 
     def _add(self, key: str, info: TensorInfo) -> None:
@@ -94,7 +101,9 @@ def read_weight_map(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: holds no weight_map from tensor names to shard files")
     for key, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: {key} maps to {file!r}, not to a .safetensors file")
+            raise CheckpointError(
+                f"{path}: {key} maps to {shown(file)}, not to a .safetensors file"
+            )
     return weight_map
 
 
@@ -107,14 +116,15 @@ def checked_file(folder: Path, name: str) -> Path:
     Raises:
         CheckpointError: the name leaves the folder, or the file is missing, a directory, a device.
     """
-    path = folder / name
     if name != Path(name).name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{folder}: file name {name!r} is not a bare file name")
+        raise CheckpointError(f"{folder}: file name {shown(name)} is not a bare file name")
+    path = folder / name
+    where = folder / shown_name(name)
     try:
         target = path.resolve(strict=True)
         mode = target.stat().st_mode
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, before Python 3.13
-        raise CheckpointError(f"{path}: cannot be opened: {_cause(error)}") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{where}: cannot be opened: {_cause(error)}") from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is not a regular file")
     home = folder.resolve()
@@ -123,6 +133,11 @@ def checked_file(folder: Path, name: str) -> Path:
     if target.parent != home and not inside_cache:
         raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}")
     return path
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether there is anything of this name; a broken link too, so that it is told of."""
+    return os.path.lexists(folder / name)
 
 
 def read_json(folder: Path, name: str) -> Any:
@@ -142,12 +157,19 @@ def read_json(folder: Path, name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} stands twice in one object")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {shown(name)} stands twice in one object")
+        result[name] = value
     return result
+
+
+def _check_unique(path: Path) -> None:
+    """The format forbids a name twice in a header; the library takes the last of them."""
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    json.loads(header, object_pairs_hook=_unique)
 
 
 def _refuse_constant(name: str) -> None:
@@ -155,4 +177,4 @@ def _refuse_constant(name: str) -> None:
 
 
 def _cause(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error)[:500]

@@ -146,6 +146,9 @@ class Scheduler:
         num_cached = min(len(found) * BLOCK_SIZE, row.prompt_len - 1)  # the last gives the logits
         shared = found[: num_cached // BLOCK_SIZE]
         self.pool.share(found)
+        if total - len(shared) > self.pool.num_free and len(found) > len(shared):
+            self.pool.release(found[len(shared) :])  # there may be no room for it and its copy
+            found, num_cached = shared, len(shared) * BLOCK_SIZE
         if total - len(shared) > self.pool.num_free:
             self.pool.release(found)
             return None

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from fastgen.errors import CheckpointError
-from fastgen.safetensors_files import checked_file, read_json
+from fastgen.errors import CheckpointError, shown
+from fastgen.safetensors_files import checked_file, holds, read_json
 from fastgen.text_sink import ByteLevelDecoder, Detokenizer, TextSink, WindowDecoder
 
 # Tokenizer classes that transformers may be asked for by name: data readers, no remote code.
@@ -70,9 +70,9 @@ class Tokenizer:
         Raises:
             CheckpointError: a file is there but cannot be used; says why.
         """
-        if (folder / "tokenizer.json").exists():
+        if holds(folder, "tokenizer.json"):
             return cls(_FastBackend(_open_tokenizer_json(folder)))
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        if holds(folder, "vocab.json") and holds(folder, "merges.txt"):
             return cls(_FastBackend(_open_vocab_and_merges(folder)))
         return _open_with_transformers(folder)
 
@@ -130,7 +130,12 @@ class _FastBackend:
         self._bytes: dict[int, bytes] = dict.fromkeys(self._special, b"")
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except BaseException as error:
+            if not _is_librarys(error):
+                raise
+            raise ValueError(f"the tokenizer cannot encode this: {error}") from error
         return [item.ids for item in encoded]
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -191,6 +196,7 @@ class _TransformersBackend:
 
 def _open_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
     path = checked_file(folder, "tokenizer.json")
+    _check_merges(folder)
     return _parsed(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
 
 
@@ -215,7 +221,7 @@ def _open_vocab_and_merges(folder: Path) -> tokenizers.Tokenizer:
                 raise ValueError(f"added token {token.content!r} cannot have id {token_id}")
         return tokenizer
 
-    return _parsed(vocab, build)
+    return _parsed(f"{vocab}, {merges.name}", build)
 
 
 def _added_tokens(
@@ -231,18 +237,41 @@ def _added_tokens(
     }
 
 
-def _parsed(path: Path, build: Any) -> tokenizers.Tokenizer:
+def _parsed(path: Path | str, build: Any) -> tokenizers.Tokenizer:
     try:
         tokenizer: tokenizers.Tokenizer = build()
     except BaseException as error:  # bare Exception for what it cannot parse, or a Rust panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not _is_librarys(error):
             raise
         raise CheckpointError(f"{path}: not a usable tokenizer: {error}") from error
     return tokenizer
 
 
+def _is_librarys(error: BaseException) -> bool:
+    """Not Ctrl-C and the like: a bare Exception, or a Rust panic, which is a BaseException."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _check_merges(folder: Path) -> None:
+    """What a merge cuts off must be there: elsewhere the library may cut within a character, and
+    abort the process. The file is strict JSON, so that the library sees what is checked here.
+    """
+    data = read_json(folder, "tokenizer.json")
+    model = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        return
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in model["merges"] if prefix else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(parts, list) and parts and str(parts[-1]).startswith(str(prefix))):
+            raise CheckpointError(
+                f"{folder}/tokenizer.json: not a usable tokenizer: merge {shown(merge)} does not "
+                f"have the continuing_subword_prefix {shown(prefix)}"
+            )
+
+
 def _open_with_transformers(folder: Path) -> Tokenizer | None:
-    found = [name for name in _CLASS_BY_FILE if (folder / name).exists()]
+    found = [name for name in _CLASS_BY_FILE if holds(folder, name)]
     class_name = _tokenizer_config(folder).get("tokenizer_class")
     if not found:
         return None
@@ -269,7 +298,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def _json_object(folder: Path, name: str) -> dict[str, Any]:
     """Of a file that need not be there."""
-    if not (folder / name).exists():
+    if not holds(folder, name):
         return {}
     value = read_json(folder, name)
     if not isinstance(value, dict):

@@ -144,6 +144,19 @@ def test_a_finished_rows_text_is_found_again_with_what_was_drawn(engine: Engine)
     assert_idle(engine)
 
 
+def test_a_prompt_repeats_in_a_pool_of_exactly_one_context() -> None:
+    """The found, partly filled block and its copy do not both fit: it is computed again."""
+    engine = make_engine(seats=1, max_seq_len=128)
+    prompt = random_prompt(np.random.default_rng(12), 70)
+    requests = []
+    for _ in range(3):
+        requests.append(engine.add_request(prompt, greedy(max_new_tokens=58, ignore_eos=True)))
+        run_all(engine, requests)
+    assert new_tokens(requests[0]) == new_tokens(requests[1]) == new_tokens(requests[2])
+    assert engine.stats.prefill_tokens == 70 + 2 * (70 - 64)
+    assert_idle(engine)
+
+
 def test_salts_keep_prefixes_apart(engine: Engine) -> None:
     prompt = random_prompt(np.random.default_rng(7), 64)
     for salt in ("a", "b", None):

@@ -3,10 +3,10 @@
     apt-get install bible-kjv
     python tools/train_bundled_model.py OUT [--minutes 75] [--threads 2]
 
-Needs PyTorch, transformers and tokenizers, and the `bible` command of Debian's package bible-kjv for
-the text. Writes a checkpoint folder (float16) to OUT, and the held-out chapters, every 20th one,
-beside it as OUT/held_out.txt. Windows have 256 tokens but start at a random position, so that all
-1024 positions are trained.
+Needs PyTorch, transformers and tokenizers, and the `bible` command of Debian's package bible-kjv
+for the text. Writes a checkpoint folder (float16) to OUT, and the held-out chapters, every 20th
+one, beside it as OUT/held_out.txt. Windows have 256 tokens but start at a random position, so that
+all 1024 positions are trained.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ EVALUATE_EVERY = 250  # steps
 END = "<|endoftext|>"
 
 # The abbreviations that `bible` prints, in the order of the books.
-BOOKS = dict(
-    pair.split("=")
-    for pair in (
-        "Ge=Genesis|Exo=Exodus|Lev=Leviticus|Num=Numbers|Deu=Deuteronomy|Josh=Joshua|Jdgs=Judges|"
-        "Ruth=Ruth|1Sm=1 Samuel|2Sm=2 Samuel|1Ki=1 Kings|2Ki=2 Kings|1Chr=1 Chronicles|"
-        "2Chr=2 Chronicles|Ezra=Ezra|Neh=Nehemiah|Est=Esther|Job=Job|Psa=Psalm|Prv=Proverbs|"
-        "Eccl=Ecclesiastes|SSol=Song of Solomon|Isa=Isaiah|Jer=Jeremiah|Lam=Lamentations|"
-        "Eze=Ezekiel|Dan=Daniel|Hos=Hosea|Joel=Joel|Amos=Amos|Obad=Obadiah|Jonah=Jonah|Mic=Micah|"
-        "Nahum=Nahum|Hab=Habakkuk|Zep=Zephaniah|Hag=Haggai|Zec=Zechariah|Mal=Malachi|Mat=Matthew|"
-        "Mark=Mark|Luke=Luke|John=John|Acts=Acts|Rom=Romans|1Cor=1 Corinthians|2Cor=2 Corinthians|"
-        "Gal=Galatians|Eph=Ephesians|Phi=Philippians|Col=Colossians|1Th=1 Thessalonians|"
-        "2Th=2 Thessalonians|1Tim=1 Timothy|2Tim=2 Timothy|Titus=Titus|Phmn=Philemon|Heb=Hebrews|"
-        "Jas=James|1Pet=1 Peter|2Pet=2 Peter|1Jn=1 John|2Jn=2 John|3Jn=3 John|Jude=Jude|"
-        "Rev=Revelation"
-    ).split("|")
-)
+BOOKS = {
+    "Ge": "Genesis", "Exo": "Exodus", "Lev": "Leviticus", "Num": "Numbers", "Deu": "Deuteronomy",
+    "Josh": "Joshua", "Jdgs": "Judges", "Ruth": "Ruth", "1Sm": "1 Samuel", "2Sm": "2 Samuel",
+    "1Ki": "1 Kings", "2Ki": "2 Kings", "1Chr": "1 Chronicles", "2Chr": "2 Chronicles",
+    "Ezra": "Ezra", "Neh": "Nehemiah", "Est": "Esther", "Job": "Job", "Psa": "Psalm",
+    "Prv": "Proverbs", "Eccl": "Ecclesiastes", "SSol": "Song of Solomon", "Isa": "Isaiah",
+    "Jer": "Jeremiah", "Lam": "Lamentations", "Eze": "Ezekiel", "Dan": "Daniel", "Hos": "Hosea",
+    "Joel": "Joel", "Amos": "Amos", "Obad": "Obadiah", "Jonah": "Jonah", "Mic": "Micah",
+    "Nahum": "Nahum", "Hab": "Habakkuk", "Zep": "Zephaniah", "Hag": "Haggai", "Zec": "Zechariah",
+    "Mal": "Malachi", "Mat": "Matthew", "Mark": "Mark", "Luke": "Luke", "John": "John",
+    "Acts": "Acts", "Rom": "Romans", "1Cor": "1 Corinthians", "2Cor": "2 Corinthians",
+    "Gal": "Galatians", "Eph": "Ephesians", "Phi": "Philippians", "Col": "Colossians",
+    "1Th": "1 Thessalonians", "2Th": "2 Thessalonians", "1Tim": "1 Timothy", "2Tim": "2 Timothy",
+    "Titus": "Titus", "Phmn": "Philemon", "Heb": "Hebrews", "Jas": "James", "1Pet": "1 Peter",
+    "2Pet": "2 Peter", "1Jn": "1 John", "2Jn": "2 John", "3Jn": "3 John", "Jude": "Jude",
+    "Rev": "Revelation",
+}  # fmt: skip
 
 
 def read_chapters() -> list[str]:
