@@ -112,7 +112,7 @@ class BlockPool:
             self._forget(block)
             self._ref_counts[block] = 1
             blocks.append(block)
-        return blocks
+        return sorted(blocks)  # so that blocks that were neighbours once are neighbours again
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take one owner from each block of a row, given in the row's order.

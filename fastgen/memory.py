@@ -45,7 +45,6 @@ def plan_memory(
     weights: int,
     scratch: int,
     block_bytes: int,
-    scratch_per_block: int = 0,
     max_batch_size: int,
     max_seq_len: int,
     free: int,
@@ -55,7 +54,6 @@ def plan_memory(
 
     Args:
         weights, scratch, block_bytes: bytes of the weights, of a step's scratch, of one KV block.
-        scratch_per_block: what each block adds to the scratch.
         max_batch_size, max_seq_len: rows and tokens a row that the KV holds where memory allows.
         free: bytes that can be had now.
         max_memory: MB for weights, KV and scratch together; None takes at most half of what is free
@@ -71,13 +69,12 @@ def plan_memory(
         room = max_memory * MB - weights - scratch
         bound = f"max_memory={max_memory} MB"
     needed = blocks_for(max_seq_len)
-    num_blocks = min(max_batch_size * needed, max(0, room) // (block_bytes + scratch_per_block))
+    num_blocks = min(max_batch_size * needed, max(0, room) // block_bytes)
     if num_blocks < needed:
-        kv_needed = needed * (block_bytes + scratch_per_block)
+        kv_needed = needed * block_bytes
         raise ValueError(
             f"one context of {max_seq_len} tokens needs {kv_needed / MB:,.1f} MB of KV "
             f"beside {weights / MB:,.1f} MB of weights and {scratch / MB:,.1f} MB of scratch, more "
             f"than {bound}; lower max_seq_len or raise max_memory"
         )
-    scratch += num_blocks * scratch_per_block
     return MemoryPlan(weights, num_blocks * block_bytes, scratch, num_blocks)

@@ -1,7 +1,7 @@
 """The pure-PyTorch decoder: every GPT-2 variant, device and dtype; the reference for the others.
 
-Shape legend: N new tokens of a step, packed; G rows of a group with T new tokens each; S cached and
-new tokens; H heads, D head_dim, C = H * D hidden, I inner size, V vocabulary.
+Shape legend: N new tokens of a step, packed; T new tokens of one row, S with those in its cache;
+H heads, D head_dim, C = H * D hidden, I inner size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TorchDecoder:
         self.config, self.limits = config, limits
         self._weights, self._memory, self._num_threads = weights, memory, num_threads
         self._activation = ACTIVATIONS[config.activation]
-        self._kv_cache = self._new_blocks(limits.num_blocks)  # (layers, blocks, 32, 2, H, D)
+        self._kv_cache = self._new_blocks(limits.num_blocks)  # (layers, 2, H, slots, D)
         # float64 is where the sampler is defined; a device without it has its draws made on the CPU
         sampler_device = "cpu" if weights.device.type == "mps" else weights.device
         self._sampler = TorchSampler(limits.num_seats, torch.device(sampler_device))
@@ -96,14 +96,15 @@ class TorchDecoder:
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         sources, destinations = self._tensor(np.array(pairs, dtype=np.int64)).unbind(1)
-        self._kv_cache[:, destinations] = self._kv_cache[:, sources]
+        blocks = self._kv_cache.unflatten(3, (-1, self.limits.block_size))
+        blocks[:, :, :, destinations] = blocks[:, :, :, sources]
 
     @torch.inference_mode()
     def reserve(self, blocks: int, seats: int) -> None:
         limits = self.limits
         if blocks > limits.num_blocks:
             more = self._new_blocks(blocks - limits.num_blocks)
-            self._kv_cache = torch.cat([self._kv_cache, more], dim=1)
+            self._kv_cache = torch.cat([self._kv_cache, more], dim=3)
         if seats > limits.num_seats:
             self._sampler.reserve(seats)
         blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
@@ -125,13 +126,14 @@ class TorchDecoder:
 
     def close(self) -> None:
         self._weights.clear()
-        self._kv_cache = self._kv_cache[:, :0].clone()
+        self._kv_cache = self._kv_cache.new_empty(0)
 
     def _hidden(self, batch: StepBatch) -> Tensor:
         token_ids = self._token_ids(batch.token_ids)  # (N,)
         hidden = F.embedding(token_ids, self._weights.wte)
         hidden = hidden + F.embedding(self._tensor(batch.positions), self._weights.wpe)  # (N, C)
-        plan = plan_attention(batch, self.limits.block_size, self._kv_cache.device, hidden.dtype)
+        upcast = self.config.reorder_and_upcast_attn
+        plan = plan_attention(batch, self.limits.block_size, hidden.device, upcast=upcast)
         for index, layer in enumerate(self._weights.layers):
             hidden = hidden + self._attention(self._norm(hidden, *layer.ln_1), plan, index, layer)
             hidden = hidden + self._mlp(self._norm(hidden, *layer.ln_2), layer)
@@ -140,13 +142,8 @@ class TorchDecoder:
     def _attention(self, x: Tensor, plan: AttentionPlan, index: int, layer: Layer) -> Tensor:
         config = self.config
         qkv = layer.c_attn(x).view(len(x), 3, config.num_heads, config.head_dim)
-        attended = attend(
-            qkv,
-            self._kv_cache[index],
-            plan,
-            scale=config.attention_scale(index),
-            upcast=config.reorder_and_upcast_attn,
-        )
+        scale = config.attention_scale(index)
+        attended = attend(qkv, self._kv_cache[index], plan, scale)
         return layer.c_proj(attended)  # (N, C)
 
     def _mlp(self, x: Tensor, layer: Layer) -> Tensor:
@@ -177,8 +174,8 @@ class TorchDecoder:
 
     def _new_blocks(self, num_blocks: int) -> Tensor:
         config = self.config
-        shape = (config.num_layers, num_blocks, self.limits.block_size, 2,
-                 config.num_heads, config.head_dim)  # fmt: skip
+        slots = num_blocks * self.limits.block_size
+        shape = (config.num_layers, 2, config.num_heads, slots, config.head_dim)
         return torch.zeros(shape, dtype=self._weights.dtype, device=self._weights.device)
 
 

@@ -37,7 +37,6 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
         weights=weight_bytes(checkpoint, device, dtype),
         scratch=_scratch_bytes(config, dtype, max_tokens, max_logits, seats),
         block_bytes=block_bytes,
-        scratch_per_block=block_bytes // config.num_layers,  # one layer's keys and values, gathered
         max_batch_size=seats,
         max_seq_len=max_seq_len,
         free=_free_memory(device),
@@ -106,9 +105,10 @@ def _free_memory(device: torch.device) -> int:
 def _scratch_bytes(
     config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int, seats: int
 ) -> int:
-    """Upper bound of what one step holds at a time, gathered KV apart."""
+    """Upper bound of what one step holds at a time."""
     per_token = 8 * config.hidden_size + 2 * config.inner_size
-    mask = max_tokens * config.max_positions
+    row = config.max_positions * 2 * config.hidden_size * (4 + dtype.itemsize)  # KV, gathered
+    mask = max_tokens * config.max_positions * 5  # bool, and as the float32 it becomes
     logits = max_logits * config.vocab_size * (4 + dtype.itemsize)
     sampling = seats * config.vocab_size * _SAMPLING_BYTES
-    return max_tokens * per_token * dtype.itemsize + mask * dtype.itemsize + logits + sampling
+    return max_tokens * per_token * dtype.itemsize + row + mask + logits + sampling
