@@ -11,6 +11,7 @@ its multiply-adds over the peak, both measured in the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -47,14 +48,14 @@ def transformers_call(folder: Path, dtype: str, batch: int) -> Callable[[], Any]
     return call
 
 
+_fresh_seeds = itertools.count(1)
+
+
 def fastgen_call(model: fastgen.Generator, batch: int, **options: Any) -> Callable[[], Any]:
     """Each call's prompts are new, so that nothing is found in the cache."""
-    calls = 0
 
     def call() -> Any:
-        nonlocal calls
-        calls += 1
-        many = prompts(batch, model.config.vocab_size, seed=calls)
+        many = prompts(batch, model.config.vocab_size, seed=next(_fresh_seeds))
         return model.generate(many, max_new_tokens=NEW, ignore_eos=True, **options)
 
     return call

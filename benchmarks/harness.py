@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved runs, the machine's own limits, one JSON line at the end.
+"""What every benchmark shares: interleaved runs, the machine's limits, one JSON line at the end.
 
 The machine may be shared and its speed may drift, so candidates take turns within one run, and only
 medians and ratios of that run are worth quoting.

@@ -53,13 +53,13 @@ def blocks_for(num_tokens: int) -> int:
 class BlockPool:
     """Every block of one decoder: each is free, or owned by one row or several.
 
-    Free blocks whose content is known are reused last, oldest first.
+    Free blocks are reused in the order in which they became free, so that blocks that were one
+    row's become one row's again, and neighbours stay neighbours.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self._ref_counts = [0] * num_blocks
-        self._blank = OrderedDict.fromkeys(range(num_blocks))  # free, content worth nothing
-        self._cached: OrderedDict[int, None] = OrderedDict()  # free, content still findable
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # what they hold stays findable
         self._block_by_key: dict[Key, int] = {}
         self._keys_by_block: dict[int, list[Key]] = {}
         self._pending: set[Key] = set()  # keys of blocks that are still being filled
@@ -70,7 +70,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        return len(self._blank) + len(self._cached)
+        return len(self._free)
 
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
@@ -79,7 +79,7 @@ class BlockPool:
         """Add `num_blocks` blank blocks behind the existing ones."""
         start = self.num_blocks
         self._ref_counts += [0] * num_blocks
-        self._blank.update(dict.fromkeys(range(start, start + num_blocks)))
+        self._free.update(dict.fromkeys(range(start, start + num_blocks)))
 
     def find(self, key: Key) -> int | None:
         """The block with this content, if there is one and it is filled."""
@@ -93,8 +93,7 @@ class BlockPool:
         """Add an owner to each block; a free one is taken out of the free list."""
         for block in blocks:
             if self._ref_counts[block] == 0:
-                self._blank.pop(block, None)
-                self._cached.pop(block, None)
+                del self._free[block]
             self._ref_counts[block] += 1
 
     def allocate(self, count: int) -> list[int]:
@@ -107,12 +106,11 @@ class BlockPool:
             raise EngineError(f"{count} KV blocks wanted, {self.num_free} are free")
         blocks = []
         for _ in range(count):
-            free = self._blank or self._cached
-            block, _ = free.popitem(last=False)
+            block, _ = self._free.popitem(last=False)
             self._forget(block)
             self._ref_counts[block] = 1
             blocks.append(block)
-        return sorted(blocks)  # so that blocks that were neighbours once are neighbours again
+        return sorted(blocks)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Take one owner from each block of a row, given in the row's order.
@@ -125,7 +123,7 @@ class BlockPool:
                 raise EngineError(f"KV block {block} is released more often than taken")
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                (self._cached if block in self._keys_by_block else self._blank)[block] = None
+                self._free[block] = None
 
     def register(self, key: Key, block: int, *, pending: bool = False) -> None:
         """Make an owned block findable by its content; the first block with a key keeps it."""
@@ -147,11 +145,8 @@ class BlockPool:
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance (for tests and debugging)."""
-        free = set(self._blank) | set(self._cached)
-        assert len(free) == self.num_free, "a block is free twice"
-        assert free == {b for b, count in enumerate(self._ref_counts) if count == 0}
+        assert set(self._free) == {b for b, count in enumerate(self._ref_counts) if count == 0}
         assert all(count >= 0 for count in self._ref_counts)
-        assert set(self._cached) == free & set(self._keys_by_block)
         pairs = {(key, b) for b, keys in self._keys_by_block.items() for key in keys}
         assert pairs == set(self._block_by_key.items())
         assert self._pending <= set(self._block_by_key)
@@ -167,6 +162,3 @@ class BlockPool:
         self._keys_by_block[block].remove(key)
         if not self._keys_by_block[block]:
             del self._keys_by_block[block]
-            if block in self._cached:
-                del self._cached[block]
-                self._blank[block] = None

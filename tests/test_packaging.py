@@ -201,7 +201,8 @@ def test_constraints_pin_all_that_is_installed() -> None:
     for extra in project["project"]["optional-dependencies"].values():
         declared += extra
     names = set().union(*(required(text, set()) for text in declared))
-    assert names - pins() - {"fastgen", "triton"} == set()  # triton: on machines with a GPU only
+    not_run_here = {"fastgen", "ray", "triton"}  # clusters, GPUs
+    assert names - pins() - not_run_here == set()
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:

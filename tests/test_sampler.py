@@ -122,9 +122,10 @@ def test_torch_draws_what_the_definition_draws(vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_logits_end_only_their_row(bad: float) -> None:
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0}])
+def test_bad_logits_end_only_their_row(bad: float, options: dict[str, float]) -> None:
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
-    params = [SamplingParams(seed=1)] * 3
+    params = [SamplingParams(seed=1, **options)] * 3
     expected = draw_with_torch(logits, params, 4)
     logits[1, 7] = bad
     sampler = TorchSampler(3, torch.device("cpu"))

@@ -1,9 +1,9 @@
 """Attention of the torch decoder over block tables: where tokens go, and who reads what.
 
-The cache of a layer is (2, H, slots, D): keys and values, and slot = block * 32 + offset. A row whose
-blocks are neighbours reads its keys and values where they lie; otherwise its blocks are gathered
-first. Rows are attended to one by one: measured on a CPU, that beats padding them into one call
-(benchmarks/LOG.md), and nothing is computed that a mask would hide. Shapes: see torch_decoder.
+The cache of a layer is (2, H, slots, D): keys and values, and slot = block * 32 + offset. A row
+whose blocks are neighbours reads its keys and values where they lie; otherwise its blocks are
+gathered first. Rows are attended to one by one: measured on a CPU, that beats padding them into one
+call (benchmarks/LOG.md), and nothing is computed that a mask would hide. Shapes: see torch_decoder.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def attend(qkv: Tensor, kv_cache: Tensor, plan: AttentionPlan, scale: float) -> 
     """
     by_head = qkv.permute(1, 2, 0, 3)  # (3, H, N, D)
     kv_cache.index_copy_(2, plan.slots, by_head[1:])
-    query = by_head[0]
+    query = by_head[0].float() if plan.in_float32 else by_head[0]
     attended = [_attend_row(query, kv_cache, plan, row, scale) for row in plan.rows]
     joined = attended[0] if len(attended) == 1 else torch.cat(attended)  # (N, H, D)
     return joined.to(qkv.dtype).flatten(1)
@@ -111,10 +111,10 @@ def _attend_row(
     if row.first_slot is not None:
         cached = kv_cache[:, None, :, row.first_slot : row.first_slot + row.length]
     else:
-        blocks = kv_cache.unflatten(2, (-1, plan.block_size))
+        blocks = kv_cache.view(2, len(query), -1, plan.block_size, query.shape[-1])
         cached = blocks.index_select(2, row.blocks).flatten(2, 3)[:, None, :, : row.length]
     if plan.in_float32:
-        own, cached = own.float(), cached.float()
+        cached = cached.float()
     key, value = cached.unbind(0)  # (1, H, S, D) each
     attended = F.scaled_dot_product_attention(
         own, key, value, row.mask, is_causal=row.is_causal, scale=scale

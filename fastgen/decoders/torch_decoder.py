@@ -96,7 +96,8 @@ class TorchDecoder:
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         sources, destinations = self._tensor(np.array(pairs, dtype=np.int64)).unbind(1)
-        blocks = self._kv_cache.unflatten(3, (-1, self.limits.block_size))
+        layers, _, heads, _, head_dim = self._kv_cache.shape
+        blocks = self._kv_cache.view(layers, 2, heads, -1, self.limits.block_size, head_dim)
         blocks[:, :, :, destinations] = blocks[:, :, :, sources]
 
     @torch.inference_mode()

@@ -53,7 +53,7 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     )
     return DecoderPlan(
         decoder="torch",
-        reason="it was asked for" if options.decoder == "torch" else "the only decoder installed",
+        reason="it was asked for" if options.decoder == "torch" else "the only decoder there is",
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         num_threads=_num_threads(options.num_threads, device),

@@ -232,4 +232,5 @@ def _pick(weights: Tensor, coins: Tensor) -> Tensor:
     running = weights.cumsum(1)
     total = running[:, -1:].contiguous()
     drawn = torch.searchsorted(running, coins * total, right=True)
-    return torch.minimum(drawn, torch.searchsorted(running, total))  # coin * total may round up
+    picked = torch.minimum(drawn, torch.searchsorted(running, total))  # coin * total may round up
+    return picked.clamp_max(weights.shape[1] - 1)  # rows of NaN: they are marked, not drawn from
