@@ -22,15 +22,15 @@ from fastgen.decoders.interface import StepBatch
 class RowPlan:
     """One row's share of a step: packed tokens `start` to `end`, T of them; S tokens in the cache.
 
-    `first_slot` is where the row's cache begins, if its blocks are neighbours; else `blocks` are to
-    be gathered. `mask`, bool (T, S), is None where every key is visible or the row is causal from
+    The row's cache begins at `first_slot`; `blocks` is None if its blocks are neighbours, else they
+    are to be gathered. `mask`, bool (T, S), is None where every key is visible or the row is causal from
     an empty cache.
     """
 
     start: int
     end: int
     length: int
-    first_slot: int | None
+    first_slot: int
     blocks: Tensor | None
     mask: Tensor | None
     is_causal: bool
@@ -77,7 +77,7 @@ def _plan_row(batch: StepBatch, row: int, block_size: int, device: torch.device)
         start,
         end,
         length,
-        first_slot=int(table[0]) * block_size if neighbours else None,
+        first_slot=int(table[0]) * block_size,
         blocks=None if neighbours else torch.from_numpy(table.astype(np.int64)).to(device),
         mask=mask,
         is_causal=is_causal,
@@ -108,7 +108,7 @@ def _attend_row(
 ) -> Tensor:
     """(T, H, D)"""
     own = query[None, :, row.start : row.end]  # (1, H, T, D)
-    if row.first_slot is not None:
+    if row.blocks is None:
         cached = kv_cache[:, None, :, row.first_slot : row.first_slot + row.length]
     else:
         blocks = kv_cache.view(2, len(query), -1, plan.block_size, query.shape[-1])
