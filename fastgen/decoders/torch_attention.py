@@ -23,8 +23,8 @@ class RowPlan:
     """One row's share of a step: packed tokens `start` to `end`, T of them; S tokens in the cache.
 
     The row's cache begins at `first_slot`; `blocks` is None if its blocks are neighbours, else they
-    are to be gathered. `mask`, bool (T, S), is None where every key is visible or the row is causal from
-    an empty cache.
+    are to be gathered. `mask`, bool (T, S), is None where every key is visible or the row is causal
+    from an empty cache.
     """
 
     start: int
