@@ -224,12 +224,16 @@ def _require_safetensors(folder: Path) -> None:
             "opened). Convert a checkpoint you trust once, with transformers:\n"
             "  GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    raise CheckpointError(f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(
+        f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors files are read"
+    )
 
 
 def _resolve_folder(model: str | Path, revision: str | None) -> Path:
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a folder or a hub id, not {type(model).__name__}")
+    if model == "":
+        raise CheckpointError("the model's name is empty; give a folder or a hub id")
     try:
         folder = Path(model).expanduser()
         if folder.is_dir():

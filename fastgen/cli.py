@@ -19,6 +19,7 @@ from fastgen.generator import Generator, load, open_model
 from fastgen.results import Score
 from fastgen.sampling_params import SamplingParams
 
+_REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has gone, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError) as error:
+    except (*_REPORTED, OSError) as error:
         print(f"fastgen: {error}", file=sys.stderr)
         return 1
 
@@ -225,4 +226,11 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _text(argument: str) -> str:
     """The argument itself; for "-" standard input, without the newline that ends its last line."""
-    return sys.stdin.read().removesuffix("\n") if argument == "-" else argument
+    if argument != "-":
+        return argument
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}") from None

@@ -102,7 +102,7 @@ class Engine:
         if request.prefill_len == 0:  # nothing to compute, nothing to draw
             for row in request.rows:
                 row.finish("length")
-            request.finished = time.monotonic()
+                request.row_ended()
             return request
         with self._progress:
             if self._closed:
@@ -138,17 +138,15 @@ class Engine:
                 with self._drive(wait=True, until=over) as driving:
                     if driving and not over():
                         self._step()
+                    if driving and self._cancelled:
+                        self._sweep()
 
     def close(self) -> None:
         """End every row with "cancelled" and free the decoder. Safe to call twice."""
         with self._progress:
-            if self._closed:
-                return
-            self._closed = True
+            self._closed = True  # the next step of whoever drives ends every row
         with self._drive(wait=True):
-            self._take_arrivals()
-            for row in (*self._scheduler.running, *self._scheduler.waiting):
-                self._end_row(row, "cancelled")
+            self._sweep()
             self.decoder.close()
 
     @contextmanager
@@ -187,10 +185,6 @@ class Engine:
             if not (hurt and isinstance(error, Exception)):
                 raise
 
-    def _take_arrivals(self) -> None:
-        while self._arrivals:
-            self._scheduler.waiting.append(self._arrivals.popleft())
-
     def _admit(self) -> list[Row]:
         admitted, copies = self._scheduler.admit()
         for row in admitted:
@@ -224,11 +218,15 @@ class Engine:
 
     def _sweep(self) -> bool:
         """End what was cancelled and what has run out of time; whether there was any."""
-        self._take_arrivals()
+        while self._arrivals:
+            self._scheduler.waiting.append(self._arrivals.popleft())
         ended = False
+        if self._closed:
+            rows = (*self._scheduler.running, *self._scheduler.waiting)
+            self._cancelled.extend(dict.fromkeys(row.request for row in rows))
         while self._cancelled:
             ended |= self._end(self._cancelled.popleft(), "cancelled")
-        while self._deadlines:
+        while self._deadlines:  # finished ones leave when they come to the front
             deadline, _, request = self._deadlines[0]
             if not request.done and deadline > time.monotonic():
                 break
@@ -254,8 +252,7 @@ class Engine:
         if row.seat >= 0:
             self.decoder.release(row.seat)
         self._scheduler.remove(row)
-        if all(other.finish_reason is not None for other in row.request.rows):
-            row.request.finished = time.monotonic()
+        row.request.row_ended()
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for request in dict.fromkeys(row.request for row in rows):
@@ -270,20 +267,24 @@ class Engine:
         self.stats.prefill_tokens += tokens - decoded
         self.stats.largest_step = max(self.stats.largest_step, tokens)
 
+    def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
+        for token_id in token_ids:
+            if not _is_integer(token_id):
+                raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")
+            if not 0 <= token_id < self._vocab_size:
+                raise ValueError(
+                    f"{name} holds token id {token_id}, outside the vocabulary of "
+                    f"{self._vocab_size}"
+                )
+
     def check_request(self, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """The prompt as ints, if add_request would take it; raises what that would raise."""
         prompt = tuple(token_ids)
         if not prompt:
             raise ValueError("the prompt is empty: it needs at least one token id")
-        for name, ids in (("prompt", prompt), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in ids:
-                if not _is_integer(token_id):
-                    raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")
-                if not 0 <= token_id < self._vocab_size:
-                    raise ValueError(
-                        f"{name} holds token id {token_id}, outside the vocabulary of "
-                        f"{self._vocab_size}"
-                    )
+        self.check_ids("prompt", prompt)
+        self.check_ids("stop_token_ids", params.stop_token_ids)
         longest = self.decoder.limits.max_seq_len - (params.max_new_tokens > 0)
         if len(prompt) > longest:
             raise ValueError(
@@ -297,15 +298,15 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def deadline_in(timeout: float | None) -> float | None:
-    """The time.monotonic() that is `timeout` seconds away."""
+def deadline_in(timeout: Any) -> float | None:
+    """The time.monotonic() that is `timeout` seconds away; None for None."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
         raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
-    if not timeout >= 0:
+    if not float(timeout) >= 0:
         raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
-    return time.monotonic() + timeout
+    return time.monotonic() + float(timeout)
 
 
 def _score(entries: Sequence[Entry], logits: Floats) -> None:

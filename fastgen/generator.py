@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -172,10 +173,10 @@ class Generator:
 
         Pieces of several completions (n > 1) come mixed; `piece.index` says whose each is.
         """
-        if not is_one(prompt):
+        if not is_one(prompt) and listed(prompt):
             raise TypeError("stream takes one prompt; use generate for several")
         [chosen] = params_for(1, params, options)
-        [token_ids] = self._encode(as_list(prompt), [chosen])
+        [token_ids] = self._encode([prompt], [chosen])
         sinks = self._sinks(chosen, streams=True)
         deadline = deadline_in(timeout)
         request = self.engine.add_request(token_ids, chosen, sinks=sinks, deadline=deadline)
@@ -190,6 +191,9 @@ class Generator:
         many = as_list(texts)
         from_text = iter(self._encode_texts([t for t in many if isinstance(t, str)], bounded=False))
         ids = [next(from_text) if isinstance(text, str) else listed(text) for text in many]
+        for index, token_ids in enumerate(ids):
+            with _naming_prompt("text", index, len(ids)):
+                self.engine.check_ids("text", token_ids)
         params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
         windows = [windows_of(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
         jobs = (_Job(tokens, params, None) for each in windows for _, tokens in each)
@@ -223,13 +227,13 @@ class Generator:
     ) -> list[Request]:
         """Feed the jobs in order, some rows ahead of the seats, until all are done."""
         deadline = deadline_in(timeout)
-        remaining, requests, running = iter(jobs), [], list[Request]()
+        remaining = iter(jobs)
+        requests: list[Request] = []
+        running: list[Request] = []
         with _progress_bar(count, progress) as bar:
             try:
                 while True:
-                    new = self._feed(remaining, running, deadline)
-                    requests += new
-                    running += new
+                    self._feed(remaining, requests, running, deadline)
                     if not running:
                         return requests
                     self._run_any(running)
@@ -247,19 +251,22 @@ class Generator:
             raise_error(request)
 
     def _feed(
-        self, jobs: Iterator[_Job], running: Sequence[Request], deadline: float | None
-    ) -> list[Request]:
-        """Add jobs to the engine while it has fewer rows of ours than it could soon run."""
+        self,
+        jobs: Iterator[_Job],
+        requests: list[Request],
+        running: list[Request],
+        deadline: float | None,
+    ) -> None:
+        """Add jobs to the engine, and to both lists, while few of our rows are left to run."""
         room = _ROWS_AHEAD * self.plan.limits.num_seats - sum(r.params.n for r in running)
-        added: list[Request] = []
         while room > 0 and (job := next(jobs, None)) is not None:
-            added.append(
+            running.append(
                 self.engine.add_request(
                     job.token_ids, job.params, sinks=job.sinks, deadline=deadline
                 )
             )
+            requests.append(running[-1])
             room -= job.params.n
-        return added
 
     def _encode(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
         """Token ids of prompts, checked, so that a wrong one is found before any is run."""
@@ -268,11 +275,8 @@ class Generator:
         encoded: list[list[int]] = []
         for index, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
             ids = next(from_text) if isinstance(prompt, str) else listed(prompt)
-            try:
+            with _naming_prompt("prompt", index, len(prompts)):
                 encoded.append(list(self.engine.check_request(ids or self._start(), options)))
-            except (TypeError, ValueError) as error:
-                where = f"prompt {index}: " if len(prompts) > 1 else ""
-                raise type(error)(f"{where}{error}") from None
         return encoded
 
     def _encode_texts(self, texts: list[str], *, bounded: bool = True) -> list[list[int]]:
@@ -346,6 +350,16 @@ class _Job(NamedTuple):
     token_ids: Sequence[int]
     params: SamplingParams
     sinks: list[TextSink] | None
+
+
+@contextmanager
+def _naming_prompt(what: str, index: int, count: int) -> Iterator[None]:
+    """Say in a mistake's message which of several it is in."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        where = f"{what} {index}: " if count > 1 else ""
+        raise type(error)(f"{where}{error}") from None
 
 
 def _progress_bar(count: int, progress: bool | None) -> tqdm[Any]:

@@ -75,12 +75,6 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
 
-    def extend(self, num_blocks: int) -> None:
-        """Add `num_blocks` blank blocks behind the existing ones."""
-        start = self.num_blocks
-        self._ref_counts += [0] * num_blocks
-        self._free.update(dict.fromkeys(range(start, start + num_blocks)))
-
     def find(self, key: Key) -> int | None:
         """The block with this content, if there is one and it is filled."""
         return None if key in self._pending else self._block_by_key.get(key)

@@ -11,7 +11,7 @@ MB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes, all allocated at load: weights as the decoder keeps them, KV blocks, scratch.
+    """Bytes. Weights, as the decoder keeps them, and KV blocks are allocated at load.
 
     Scratch is the upper bound of what one step needs at a time.
     """
@@ -75,6 +75,6 @@ def plan_memory(
         raise ValueError(
             f"one context of {max_seq_len} tokens needs {kv_needed / MB:,.1f} MB of KV "
             f"beside {weights / MB:,.1f} MB of weights and {scratch / MB:,.1f} MB of scratch, more "
-            f"than {bound}; lower max_seq_len or raise max_memory"
+            f"than {bound}; lower max_seq_len or max_batch_size, or raise max_memory"
         )
     return MemoryPlan(weights, num_blocks * block_bytes, scratch, num_blocks)

@@ -42,6 +42,9 @@ def as_list(prompts: Any) -> list[Any]:
 def listed(values: Any) -> list[Any]:
     """A list of a sequence, NumPy array or torch tensor."""
     items = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(items, (bytes, dict)) or not isinstance(items, Iterable):
-        raise TypeError(f"prompts must be strings or token ids, not {type(values).__name__}")
+    if isinstance(items, bytes) or not isinstance(items, Sequence):  # an iterator is gone once read
+        raise TypeError(
+            f"prompts must be a string or a list of strings or token ids, not "
+            f"{type(values).__name__}"
+        )
     return list(items)

@@ -25,7 +25,7 @@ class Row:
     request: Request
     index: int  # which of the request's n samples
     params: SamplingParams  # with the row's own seed
-    token_ids: list[int]  # prompt, then what was drawn
+    token_ids: list[int]  # prompt, then what was drawn; empty until the row is admitted
     max_len: int  # the row ends when it has this many tokens
     stop_ids: frozenset[int]
     sink: TextSink | None
@@ -75,9 +75,9 @@ class Row:
             self.finish("error")
             return
         token_id = draw.token_id
-        self.token_ids.append(token_id)
         if self.logprobs is not None and draw.logprobs is not None:
-            self.logprobs.append(draw.logprobs)
+            self.logprobs.append(draw.logprobs)  # first: readers count tokens
+        self.token_ids.append(token_id)
         if token_id in self.stop_ids:
             if self.sink is not None and self.params.include_stop:
                 self.sink.push(token_id)
@@ -122,10 +122,17 @@ class Request:
     admitted: float | None = None
     first_token: float | None = None
     finished: float | None = None
+    num_ended: int = 0  # rows
 
     @property
     def done(self) -> bool:
         return self.finished is not None
+
+    def row_ended(self) -> None:
+        """One of the rows has ended; the request is done with the last of them."""
+        self.num_ended += 1
+        if self.num_ended == len(self.rows):
+            self.finished = time.monotonic()
 
     @property
     def timings(self) -> Timings:
@@ -157,7 +164,7 @@ class Request:
                     request=self,
                     index=index,
                     params=params,
-                    token_ids=list(self.prompt_token_ids),
+                    token_ids=[],  # n may be far more than run at a time
                     max_len=max_len,
                     stop_ids=stop_ids,
                     sink=None if sinks is None else sinks[index],

@@ -18,6 +18,7 @@ from fastgen.results import TokenLogprobs
 from fastgen.sampling_params import SamplingParams
 
 Floats = NDArray[np.float32]
+SCORED_AT_ONCE = 16  # rows
 
 
 def draw(logits: Floats, params: SamplingParams, position: int) -> tuple[int, bool]:
@@ -59,7 +60,20 @@ def kept_weights(logits: Floats, params: SamplingParams) -> NDArray[np.float64]:
 
 
 def token_logprobs(logits: Floats, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens under raw logits, float32 (n, V), one row a token."""
+    """Log-probabilities of given tokens under raw logits, float32 (n, V), one row a token.
+
+    A few rows at a time: the work is done in float64, in several arrays of their size.
+    """
+    return [
+        scored
+        for at in range(0, len(token_ids), SCORED_AT_ONCE)
+        for scored in _some_logprobs(
+            logits[at : at + SCORED_AT_ONCE], token_ids[at : at + SCORED_AT_ONCE], num_top
+        )
+    ]
+
+
+def _some_logprobs(logits: Floats, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     wide = logits.astype(np.float64)
     highest = wide.max(axis=1, keepdims=True)
     log_total = highest + np.log(np.exp(wide - highest).sum(axis=1, keepdims=True))

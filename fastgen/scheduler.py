@@ -152,6 +152,7 @@ class Scheduler:
         if total - len(shared) > self.pool.num_free:
             self.pool.release(found)
             return None
+        row.token_ids = list(row.request.prompt_token_ids)
         row.blocks = shared + self.pool.allocate(total - len(shared))
         row.num_cached, row.num_registered = num_cached, len(shared)
         self.num_reused_tokens += num_cached

@@ -66,7 +66,7 @@ class Stream:
         self.close()
 
     def _has_news(self) -> bool:
-        return any(self._is_new(row) for row in self._request.rows)
+        return all(self._ended) or any(self._is_new(row) for row in self._request.rows)
 
     def _is_new(self, row: Row) -> bool:
         if self._ended[row.index]:

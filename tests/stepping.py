@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,11 @@ class Rows:
         )
 
 
+def to_numpy(logits: Any) -> np.ndarray:
+    """A copy of a decoder's logits, on the host."""
+    return np.from_dlpack(logits.cpu() if hasattr(logits, "cpu") else logits).copy()
+
+
 def all_logits(
     decoder: Decoder, rows: Sequence[Sequence[int]], chunks: Sequence[int], seed: int = 0
 ) -> list[np.ndarray]:
@@ -61,7 +67,7 @@ def all_logits(
     while any(done < len(row) for done, row in zip(fed, rows, strict=True)):
         size = chunks[turn % len(chunks)]
         new = [row[done : done + size] for done, row in zip(fed, rows, strict=True)]
-        logits = np.from_dlpack(decoder.forward(stepper.batch(new))).copy()
+        logits = to_numpy(decoder.forward(stepper.batch(new)))
         for row, tokens in enumerate(new):
             found[row].append(logits[: len(tokens)])
             logits = logits[len(tokens) :]

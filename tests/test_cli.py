@@ -83,6 +83,20 @@ def test_mistakes_give_one_line_and_exit_code_1(arguments: list[str], message: s
     assert "Traceback" not in done.stderr
 
 
+def test_streams_that_are_not_there_are_named() -> None:
+    command = f"{sys.executable} -m fastgen"
+    for line, message in (
+        (f"{command} score - <&-", "standard input"),
+        (f"printf '\\377' | {command} score -", "not UTF-8"),
+        (f"{command} generate --max-new-tokens 2 hi > /dev/full", "No space left"),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_usage_errors_exit_with_2() -> None:
     assert run().returncode == 2
     assert run("generate").returncode == 2

@@ -14,7 +14,7 @@ import fastgen
 from conftest import TOLERANCES
 from fastgen.decoders.interface import Decoder
 from fastgen.sampler import draw
-from stepping import Rows, all_logits
+from stepping import Rows, all_logits, to_numpy
 
 Folder = Callable[[str], Path]
 
@@ -54,10 +54,10 @@ def test_a_row_alone_is_the_row_among_others(decoder: Decoder) -> None:
 def test_repeated_and_scattered_logits_positions(decoder: Decoder) -> None:
     rows = Rows(decoder, 2)
     batch = rows.batch(random_rows(3, (5, 7)))
-    every = np.from_dlpack(decoder.forward(batch)).copy()
+    every = to_numpy(decoder.forward(batch))
     wanted = np.array([11, 0, 0, 4, 11], np.int32)
     picked = replace(batch, logits_at=wanted, seats=np.full(5, -1, np.int32))
-    some = np.from_dlpack(decoder.forward(picked)).copy()
+    some = to_numpy(decoder.forward(picked))
     assert_close([some], [every[wanted]])
 
 
@@ -86,7 +86,7 @@ def test_one_step_draws_for_some_rows_and_brings_logits_of_others(decoder: Decod
     params = bound(decoder, 1, top_p=0.9)
     rows = Rows(decoder, 3)
     batch = rows.batch(prompts, seats=[-1, 0, -1])
-    every = np.from_dlpack(decoder.forward(batch)).copy()
+    every = to_numpy(decoder.forward(batch))
     step = decoder.step(batch)
     [drawn] = step.wait()
     assert drawn.seat == 0
@@ -123,7 +123,7 @@ def test_observed_tokens_move_the_coin_on(decoder: Decoder) -> None:
     rows = Rows(decoder, 1)
     decoder.observe(0, 17)  # the row's sixth token, chosen by the host
     batch = rows.batch([[*prompt, -1]], seats=[0])
-    logits = np.from_dlpack(decoder.forward(batch)).copy()
+    logits = to_numpy(decoder.forward(batch))
     assert decoder.step(batch).wait()[0].token_id == draw(logits[0], params, 6)[0]
 
 
@@ -155,7 +155,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(decoder: Decoder) -> None:
         list(zip(rows.tables[0][:2].tolist(), rows.tables[1][:2].tolist(), strict=True))
     )
     rows.cache_lens[1] = 40
-    last = np.from_dlpack(decoder.forward(rows.batch([[7], [7]]))).copy()
+    last = to_numpy(decoder.forward(rows.batch([[7], [7]])))
     assert_close([last[0]], [last[1]])
 
 
@@ -169,7 +169,7 @@ def test_reserve_grows_and_keeps_what_is_cached(variant: Folder) -> None:
         decoder.reserve(decoder.limits.num_blocks + 9, 5)
         assert decoder.limits.num_seats == 5
         assert decoder.memory().kv_cache > before
-        tail = np.from_dlpack(decoder.forward(rows.batch([row[40:]]))).copy()
+        tail = to_numpy(decoder.forward(rows.batch([row[40:]])))
         assert_close([tail], [all_logits(decoder, [row], [96])[0][40:]])
         bound(decoder, 5)
         assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,16 +219,21 @@ def test_cancelling_the_row_others_wait_for_lets_them_go_on() -> None:
     assert_idle(engine)
 
 
-def test_deadlines_end_rows_that_wait_and_rows_that_run(engine: Engine) -> None:
+def test_deadlines_end_rows_that_wait_and_rows_that_run(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fastgen.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
     params = greedy(max_new_tokens=200, ignore_eos=True)
-    running = [
-        engine.add_request([index + 1], params, deadline=deadline_in(0.05)) for index in range(4)
-    ]
-    waiting = engine.add_request([9], params, deadline=deadline_in(0.05))
+    deadline = deadline_in(5)
+    running = [engine.add_request([index + 1], params, deadline=deadline) for index in range(4)]
+    waiting = engine.add_request([9], params, deadline=deadline)
     patient = engine.add_request([10], greedy(max_new_tokens=3, ignore_eos=True))
+    engine.run(lambda: len(running[0].rows[0].new_token_ids) == 7)
+    now[0] += 5
     run_all(engine, [*running, waiting, patient])
     assert {request.rows[0].finish_reason for request in running} == {"timeout"}
-    assert 0 < len(running[0].rows[0].new_token_ids) < 200
+    assert len(running[0].rows[0].new_token_ids) == 7
     assert waiting.rows[0].finish_reason == "timeout"
     assert waiting.rows[0].new_token_ids == []
     assert patient.rows[0].finish_reason == "length"

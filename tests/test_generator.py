@@ -172,6 +172,11 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: m.generate("x", {"n": 2}), TypeError, "SamplingParams"),
         (lambda m: m.generate(7), TypeError, "strings or token ids"),
         (lambda m: m.generate(b"x"), TypeError, "bytes"),
+        (lambda m: m.generate(p for p in ["a", "b"]), TypeError, "generator"),
+        (lambda m: m(map(str, [1])), TypeError, "map"),
+        (lambda m: m.score(iter(["a b"])), TypeError, "iterator"),
+        (lambda m: m.score(["fine", [99_999]]), ValueError, "text 1: .*99999"),
+        (lambda m: m.score([[object()]]), TypeError, "object"),
         (lambda m: m.generate(["fine", [1, 2, 9999]]), ValueError, "prompt 1: .*9999"),
         (lambda m: m.generate("word " * 3000), ValueError, "tokens"),
         (lambda m: m.generate("x" * 10**7), ValueError, "even at"),
@@ -182,6 +187,10 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: fastgen.load(dtype="float8"), ValueError, "dtype"),
         (lambda m: fastgen.load(decoder="gpu"), ValueError, "decoder"),
         (lambda m: fastgen.load(device="warp"), ValueError, "device='warp'"),
+        (lambda m: fastgen.load(device="meta"), ValueError, "device='meta'"),
+        (lambda m: fastgen.load(device=None), TypeError, "device"),
+        (lambda m: fastgen.load(max_batch_size=10**6), ValueError, "max_batch_size"),
+        (lambda m: fastgen.load(""), fastgen.CheckpointError, "empty"),
         (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),
         (lambda m: fastgen.load(quantize="int8"), ValueError, "int8"),
         (lambda m: fastgen.load(batch_invariant=True), ValueError, "batch_invariant"),
@@ -286,6 +295,70 @@ def test_10_000_prompts_come_back_in_order(idle_model: fastgen.Generator) -> Non
         results = idle_model.generate(prompts, temperature=0, max_new_tokens=2)
     assert [list(result.prompt_token_ids) for result in results] == prompts
     assert most <= 2 * idle_model.plan.limits.num_seats, "fed as they can be run, not all at once"
+
+
+def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
+    """Run `work` on another thread; its result, or the exception, comes into the list."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread, found
+
+
+def test_closing_ends_what_another_thread_generates() -> None:
+    model = fastgen.load(max_batch_size=4)
+    thread, found = in_thread(
+        lambda: model.generate(["x"] * 4, max_new_tokens=1000, ignore_eos=True)
+    )
+    while not model.engine.stats.decode_tokens:
+        time.sleep(0.01)
+    model.close()
+    thread.join(timeout=60)
+    rows = [completion for generation in found[0] for completion in generation.completions]
+    assert {row.finish_reason for row in rows} == {"cancelled"}
+    assert all(len(row.token_ids) < 1000 for row in rows)
+
+
+def test_closing_a_stream_from_another_thread_ends_its_reader(
+    idle_model: fastgen.Generator,
+) -> None:
+    stream = idle_model.stream("x", max_new_tokens=1000, ignore_eos=True)
+    next(stream)
+    thread, found = in_thread(lambda: sum(1 for _ in stream))
+    time.sleep(0.1)
+    stream.close()
+    thread.join(timeout=60)
+    assert isinstance(found[0], int)
+
+
+def test_an_interrupt_while_feeding_leaves_nothing_behind(
+    idle_model: fastgen.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, calls = idle_model.engine.add_request, iter(range(4))
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return add(*args, **options)
+
+    monkeypatch.setattr(idle_model.engine, "add_request", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        idle_model.generate(["a"] * 8, max_new_tokens=50)
+
+
+def test_many_samples_cost_little_until_they_run(idle_model: fastgen.Generator) -> None:
+    start = time.monotonic()
+    [generation] = idle_model.generate([7] * 900, n=5000, max_new_tokens=3, timeout=0.2)
+    assert time.monotonic() - start < 30, "quadratic in n"
+    assert len(generation.completions) == 5000
+    assert generation.completions[-1].finish_reason == "timeout"
 
 
 def test_a_closed_model_says_so() -> None:

@@ -135,7 +135,7 @@ def test_invalid_bytes_are_replaced_as_python_does(tokens: list[bytes]) -> None:
         sink.push(index)
         shown += sink.take()
         assert data.decode("utf-8", "replace").startswith(shown)
-        assert len(data.decode("utf-8", "replace")) - len(shown) <= 1  # an unfinished character
+        assert len(data.decode("utf-8", "replace")) - len(shown) <= 3  # an unfinished character
     sink.finish()
     assert sink.text == data.decode("utf-8", "replace")
 

@@ -51,8 +51,11 @@ def worst_error(found: list[Any], expected: list[Any]) -> float:
 
 
 @torch.inference_mode()
-def transformers_logits(peer: GPT2LMHeadModel, rows: list[list[int]]) -> list[Any]:
-    return [peer(torch.tensor([row])).logits[0].float().numpy() for row in rows]
+def transformers_logits(
+    peer: GPT2LMHeadModel, rows: list[list[int]], device: str = "cpu"
+) -> list[Any]:
+    inputs = [torch.tensor([row], device=device) for row in rows]
+    return [peer(ids).logits[0].float().cpu().numpy() for ids in inputs]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -35,6 +35,8 @@ class LoadOptions:
                 raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if not isinstance(self.device, str):
+            raise TypeError(f"device must be a name, not {type(self.device).__name__}")
         _one_of("dtype", str(self.dtype).removeprefix("torch."), ("auto", *DTYPES))
         _one_of("decoder", self.decoder, DECODERS)
         if self.quantize is not None:

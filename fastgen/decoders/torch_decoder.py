@@ -75,6 +75,8 @@ class TorchDecoder:
     def step(self, batch: StepBatch) -> TorchStep:
         logits = self.forward(batch)
         draws = batch.seats >= 0
+        if not draws.any():
+            return TorchStep([], logits)
         if draws.all():
             return TorchStep(self._draw(logits, batch, draws), logits[:0])
         drawing = self._tensor(np.flatnonzero(draws))
@@ -120,10 +122,7 @@ class TorchDecoder:
         return self._memory
 
     def warmup(self) -> None:
-        """One step in a block's last place, which the next row to own the block overwrites."""
-        one = np.zeros(1, np.int32)
-        starts = np.array([0, 1], np.int32)
-        self.forward(StepBatch(one, one, starts, one, one[None], one, one - 1))
+        """Nothing to do: PyTorch's first step is as fast as any."""
 
     def close(self) -> None:
         self._weights.clear()
@@ -162,8 +161,6 @@ class TorchDecoder:
         return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
 
     def _draw(self, logits: Tensor, batch: StepBatch, draws: NDArray[np.bool_]) -> list[Draw]:
-        if not len(logits):
-            return []
         behind = batch.logits_at[draws] + 1  # where a draft of the next token would stand
         drafts = np.append(batch.token_ids, np.int32(-1))[behind]
         return self._sampler.draw(

@@ -13,6 +13,7 @@ from fastgen.decoders.torch_weights import Weights, weight_bytes
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.machine import free_memory, granted_cores
 from fastgen.memory import plan_memory
+from fastgen.sampler import SCORED_AT_ONCE
 
 _STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster there
 _STEP_TOKENS_GPU = 2048
@@ -74,8 +75,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
+        torch.zeros(1, device=device).tolist()  # a "meta" tensor holds nothing to bring back
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         cause = str(error).splitlines()[0]
         raise ValueError(f"device={name!r} cannot be used: {cause}") from error
     return device
@@ -109,6 +110,6 @@ def _scratch_bytes(
     per_token = 8 * config.hidden_size + 2 * config.inner_size
     row = config.max_positions * 2 * config.hidden_size * (4 + dtype.itemsize)  # KV, gathered
     mask = max_tokens * config.max_positions * 5  # bool, and as the float32 it becomes
-    logits = max_logits * config.vocab_size * (4 + dtype.itemsize)
-    sampling = seats * config.vocab_size * _SAMPLING_BYTES
+    logits = max_logits * config.vocab_size * (8 + dtype.itemsize)  # and a copy in float32
+    sampling = (seats + SCORED_AT_ONCE) * config.vocab_size * _SAMPLING_BYTES
     return max_tokens * per_token * dtype.itemsize + row + mask + logits + sampling
