@@ -78,16 +78,17 @@ def test_mixed_requests_end_as_if_alone() -> None:
 
 @pytest.mark.slow
 def test_two_thousand_mixed_requests() -> None:
-    """The second thousand repeats the first: steps of known shapes, so memory stays as it is.
+    """The same 400 again and again: once their steps' shapes are known, memory stays as it is.
 
-    (PyTorch's oneDNN keeps code for each number of tokens that a step has had, in bounded caches.)
+    (PyTorch's oneDNN keeps code for each number of tokens that a step has had, in bounded caches;
+    the second round has other shapes than the first, as it finds prompts in the cache.)
     """
     engine = make_engine(seats=8)
-    run_mixed(engine, 1000, seed=3)
-    engine.decoder.batches.clear()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    requests = run_mixed(engine, 1000, seed=3)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peaks = []
+    for _ in range(5):
+        requests = run_mixed(engine, 400, seed=3)
+        engine.decoder.batches.clear()
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert_idle(engine)
-    assert grown < 40_000, f"{grown} kB more than after the first thousand"
+    assert peaks[4] - peaks[2] < 40_000, f"peak memory after each round, kB: {peaks}"
     check_alone(requests, every=11)
