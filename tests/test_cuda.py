@@ -11,12 +11,9 @@ import torch
 
 import fastgen
 from agreement import assert_rows_agree
-from conftest import TOLERANCES
 from fastgen.decoders.torch_sampler import TorchSampler
 from fastgen.sampler import draw
-from reference import ReferenceGPT2
-from stepping import all_logits
-from test_variants import load_transformers, random_rows, transformers_logits, worst_error
+from test_variants import assert_as_close_as_pytorch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,18 +25,7 @@ Folder = Callable[[str], Path]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["plain", "codeparrot", "untied", "head_dim_1", "head_dim_80"])
 def test_logits_are_as_close_as_transformers(name: str, dtype: str, variant: Folder) -> None:
-    folder = variant(name)
-    rows = random_rows(name, 211, (1, 17, 64, 96))
-    reference = ReferenceGPT2(folder)
-    expected = [reference.logits(row) for row in rows]
-    peer = load_transformers(folder, getattr(torch, dtype)).cuda()
-    theirs = [transformers_logits(peer, [row], "cuda")[0] for row in rows]
-    with fastgen.load(folder, device="cuda", dtype=dtype, max_batch_size=8) as model:
-        error = worst_error(all_logits(model.engine.decoder, rows, [5, 20]), expected)
-    largest = max(float(np.abs(logits).max()) for logits in expected)
-    bound = TOLERANCES[dtype]
-    allowed = bound["ratio"] * worst_error(theirs, expected) + bound["slack"] * largest
-    assert error <= allowed
+    assert_as_close_as_pytorch(name, dtype, variant(name), "cuda")
 
 
 def test_generates_what_the_cpu_generates(model: fastgen.Generator) -> None:

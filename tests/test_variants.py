@@ -81,13 +81,17 @@ def test_logits_are_as_close_to_float64_as_transformers(name: str, variant: Fold
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["plain", "codeparrot", "untied", "bf16_file", "fp16_file"])
 def test_16_bit_arithmetic_is_as_close_as_pytorchs(name: str, dtype: str, variant: Folder) -> None:
-    folder = variant(name)
+    assert_as_close_as_pytorch(name, dtype, variant(name), "cpu")
+
+
+def assert_as_close_as_pytorch(name: str, dtype: str, folder: Path, device: str) -> None:
+    """Error against float64 by the table's rule, next to transformers in the same dtype."""
     rows = random_rows(name, 211, (1, 17, 64, 96))
     reference = ReferenceGPT2(folder)
     expected = [reference.logits(row) for row in rows]
-    peer = load_transformers(folder, getattr(torch, dtype))
-    peer_error = worst_error(transformers_logits(peer, rows), expected)
-    with load(folder, dtype=dtype) as model:
+    peer = load_transformers(folder, getattr(torch, dtype)).to(device)
+    peer_error = worst_error(transformers_logits(peer, rows, device), expected)
+    with load(folder, dtype=dtype, device=device) as model:
         error = worst_error(all_logits(model.engine.decoder, rows, [5, 20]), expected)
     largest = max(float(np.abs(logits).max()) for logits in expected)
     allowed = TOLERANCES[dtype]["ratio"] * peer_error + TOLERANCES[dtype]["slack"] * largest
