@@ -23,9 +23,10 @@ from typing import Any
 
 from fastgen.decoders.interface import Decoder, Draw
 from fastgen.errors import EngineError
+from fastgen.processors import Floats
 from fastgen.request import Request, Row
 from fastgen.results import FinishReason
-from fastgen.sampler import Floats, token_logprobs
+from fastgen.sampler import token_logprobs
 from fastgen.sampling_params import SamplingParams
 from fastgen.scheduler import Entry, Scheduler, StepPlan
 from fastgen.text_sink import TextSink

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 from tqdm import tqdm
 
 from fastgen.checkpoint import Checkpoint, open_checkpoint
+from fastgen.checks import reject_unknown
 from fastgen.config import GPT2Config
 from fastgen.decoders.choice import build_decoder, plan_decoder
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
@@ -23,7 +24,7 @@ from fastgen.native import native
 from fastgen.prompts import Params, Prompt, as_list, is_one, listed, params_for
 from fastgen.request import Request, Row
 from fastgen.results import Completion, Generation, Score
-from fastgen.sampling_params import SamplingParams, reject_unknown
+from fastgen.sampling_params import SamplingParams
 from fastgen.scoring import joined_score, windows_of
 from fastgen.stream import Stream, raise_error
 from fastgen.text_sink import TextSink

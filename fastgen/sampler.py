@@ -1,9 +1,9 @@
 """The sampler's definition, for one row on the host: logits in, an id out.
 
-    filters (temperature, top-k, top-p)  ->  p = exp(logit - max) in float64  ->  the coin
+    processors  ->  filters  ->  p = exp(logit - max) in float64  ->  the coin
 
 The draw is the first id, in token-id order, whose running sum of kept p exceeds coin * total. Every
-other implementation (torch, later C++ and Triton) returns the same id for the same logits.
+other implementation (C++, torch, later Triton) returns the same id for the same logits.
 """
 
 from __future__ import annotations
@@ -13,50 +13,44 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.filters import kept_weights
 from fastgen.philox import coins
+from fastgen.processors import Floats, RowState, processed
 from fastgen.results import TokenLogprobs
 from fastgen.sampling_params import SamplingParams
 
-Floats = NDArray[np.float32]
 SCORED_AT_ONCE = 16  # rows
 
 
-def draw(logits: Floats, params: SamplingParams, position: int) -> tuple[int, bool]:
-    """Draw the token at `position` of a row, its index among the row's tokens.
+def draw(logits: Floats, params: SamplingParams, row: RowState) -> tuple[int, bool]:
+    """Draw the next token of a row.
 
     Args:
-        logits: float32 (V,).
+        logits: float32 (V,), not changed.
         params: the row's options; `seed` is its own.
 
     Returns:
-        The id, and whether the logits allowed a draw: (0, False) for NaN or infinite ones.
+        The id, and whether there was one to draw: (0, False) for logits that are NaN or +inf, as
+        the model or the row's own options made them, and where everything has been ruled out.
+
+    Raises:
+        Whatever the row's logits_processor raises.
     """
     if not np.isfinite(logits.max()):  # NaN propagates; -inf everywhere leaves nothing to draw
         return 0, False
+    scores = processed(logits, params, row)
     if params.temperature == 0:
-        return int(logits.argmax()), True
-    weights = kept_weights(logits, params)
-    running = np.cumsum(weights)
+        return (int(scores.argmax()), True) if np.isfinite(scores.max()) else (0, False)
+    with np.errstate(over="ignore"):
+        highest = scores.max() / np.float32(params.temperature)
+    if not np.isfinite(highest):
+        return 0, False
+    running = np.cumsum(kept_weights(scores, params))
     seed = np.array([params.seed or 0], dtype=np.uint64).view(np.int64)
-    coin = coins(seed, np.array([position], dtype=np.int64))[0]
+    coin = coins(seed, np.array([len(row.token_ids)], dtype=np.int64))[0]
     drawn = np.searchsorted(running, coin * running[-1], side="right")
     last = np.searchsorted(running, running[-1], side="left")  # if coin * total rounds to total
     return int(min(drawn, last)), True
-
-
-def kept_weights(logits: Floats, params: SamplingParams) -> NDArray[np.float64]:
-    """Unnormalized probabilities, float64 (V,); zero for what the filters removed."""
-    scaled = logits / np.float32(params.temperature)
-    if 0 < params.top_k < len(scaled):
-        kth = np.partition(scaled, -params.top_k)[-params.top_k]
-        scaled = np.where(scaled >= kth, scaled, np.float32(-np.inf))  # equals of the k-th stay
-    weights = np.exp(scaled.astype(np.float64) - np.float64(scaled.max()))
-    if params.top_p < 1:
-        order = np.argsort(-scaled, kind="stable")  # highest first, the lowest ids among equals
-        mass = np.cumsum(weights[order])
-        size = int(np.searchsorted(mass, params.top_p * mass[-1], side="left")) + 1
-        weights[order[size:]] = 0
-    return weights
 
 
 def token_logprobs(logits: Floats, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from conftest import TOLERANCES
 from fastgen import SamplingParams
+from fastgen.filters import kept_weights
 from fastgen.generator import BUNDLED_MODEL
 from fastgen.philox import coins
-from fastgen.sampler import kept_weights
 from reference import ReferenceGPT2
 
 GAP = TOLERANCES["torch_gap"]

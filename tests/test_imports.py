@@ -21,9 +21,10 @@ MAX_LINES = 400
 
 # From low to high: a module may import those of lower layers only, not its neighbours.
 LAYERS = (
-    "__init__ decoders errors machine native results sampling_params text_sink",
-    "config kv_cache philox safetensors_files",
-    "checkpoint memory sampler tokenizer",
+    "__init__ checks decoders errors machine native results text_sink",
+    "config kv_cache philox safetensors_files sampling_params",
+    "checkpoint filters memory processors tokenizer",
+    "sampler",
     "model_tensors decoders.interface",
     "decoders.plan decoders.torch_attention decoders.torch_sampler decoders.torch_weights",
     "decoders.torch_decoder",

@@ -98,7 +98,11 @@ class Decoder(Protocol):
         ...
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
-        """Give `seat` to a row: its options with its own seed, and the tokens it has so far."""
+        """Give `seat` to a row: its options with its own seed, and its prompt.
+
+        Penalties, bans and lengths count from there. `bad_words` holds token ids only, and a
+        `logits_processor` is not called: such rows are drawn on the host.
+        """
         ...
 
     def observe(self, seat: int, token_id: int) -> None:

@@ -1,0 +1,98 @@
+"""Checks of single values that a caller gave: plain Python out, or an error that names the option.
+
+Each raises TypeError for a value of the wrong type and ValueError for one out of range.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+INT32_MAX = 2**31 - 1
+
+
+def reject_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for the first option that is not known, naming the nearest known one."""
+    names = sorted(known)
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(names)}"
+            raise TypeError(f"unknown option {name!r}; {hint}")
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
+    if not is_integer(value):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, not {_brief(number)}")
+    return number
+
+
+def real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
+    """A finite float from `low` (which itself is refused if `above`) to `high`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, not {_brief(value)}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, not {number}")
+    if not low <= number <= high or (above and number == low):
+        between = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be {between}, not {number}")
+    return number
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+    return value
+
+
+def function(name: str, value: Any) -> Callable[..., Any] | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
+    return value  # type: ignore[no-any-return]
+
+
+def sequence(name: str, value: Any) -> tuple[Any, ...]:
+    """The items of a list, tuple or other iterable; None is an empty one."""
+    if value is None:
+        return ()
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
+    return tuple(value)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Token ids in their order, each once."""
+    return tuple(dict.fromkeys(integer(name, item, 0) for item in sequence(name, value)))
+
+
+def text(name: str, value: str) -> str:
+    """A string that is not empty and can be encoded."""
+    if not value:
+        raise ValueError(f"{name} must not hold an empty string")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} holds {value!r}, which is not valid text (a lone surrogate)")
+    return value
+
+
+def _brief(value: Any) -> str:
+    """A number that may have thousands of digits."""
+    try:
+        shown = str(value)
+    except ValueError:  # more digits than Python turns into text
+        return f"a number of {int(value).bit_length()} bits"
+    return shown if len(shown) <= 24 else f"{shown[:20]}..."
