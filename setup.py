@@ -1,5 +1,6 @@
 """The C++ extension, and `kernels/` as fastgen.kernels; all else stands in pyproject.toml."""
 
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -27,8 +28,12 @@ class OptionalBuildExt(build_ext):
         (folder / built.name).unlink(missing_ok=True)
 
 
-sources, headers = sorted(glob("csrc/*.cpp")), sorted(glob("csrc/*.h"))
+sources = sorted(glob("csrc/*.cpp"))
+headers = sorted([*glob("csrc/*.h"), *glob("csrc/*.inc")])
 native = Pybind11Extension("fastgen._native", sources, depends=headers, cxx_std=17)
+if sys.platform != "win32":
+    native.extra_compile_args += ["-O3", "-pthread"]
+    native.extra_link_args += ["-pthread"]
 native.optional = True  # an editable install then does not look for what was not built
 
 setup(

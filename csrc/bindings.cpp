@@ -8,6 +8,7 @@
 
 #include "cpu_features.h"
 #include "philox.h"
+#include "sampler_bindings.h"
 
 namespace py = pybind11;
 
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("coins", &coins, py::arg("seeds"), py::arg("positions"),
              "The coin in [0, 1), float64 (R,), of each row: seeds int64 (R,), the bits of an "
              "unsigned seed; positions int64 (R,), the index of the token that is drawn.");
+  fastgen::bind_sampler(module);
   module.def("cpu_features", &fastgen::cpu_features,
              "Instruction sets of this processor that matter here, as Linux names them.");
 }

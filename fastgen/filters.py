@@ -29,7 +29,7 @@ def kept_weights(logits: NDArray[np.float32], params: SamplingParams) -> Weights
     gaps = scaled.astype(np.float64) - np.float64(scaled.max())
     weights = np.exp(gaps)
     if params.top_h is not None:
-        _top_h(gaps, weights, params.top_h)
+        _top_h(scaled, gaps, weights, params.top_h)
     if params.top_k:
         _top_k(scaled, weights, params.top_k)
     if params.top_p < 1:
@@ -47,13 +47,13 @@ def kept_weights(logits: NDArray[np.float32], params: SamplingParams) -> Weights
     return weights
 
 
-def _highest_first(scaled: NDArray[np.floating]) -> NDArray[np.intp]:
+def _highest_first(scaled: NDArray[np.float32]) -> NDArray[np.intp]:
     """Ids; of equals the lowest id first."""
     return np.argsort(-scaled, kind="stable")
 
 
-def _top_h(gaps: Weights, weights: Weights, top_h: float) -> None:
-    order = _highest_first(gaps)
+def _top_h(scaled: NDArray[np.float32], gaps: Weights, weights: Weights, top_h: float) -> None:
+    order = _highest_first(scaled)  # of the logits: their gaps may be rounded to equals
     best = order[:TOP_H_CANDIDATES]
     best = best[weights[best] > 0]  # those of weight 0 add nothing
     entropy = np.cumsum(weights[best] * (np.log(weights[best].sum()) - gaps[best]))

@@ -132,9 +132,9 @@ def _allowed(scores: Floats, params: SamplingParams, row: RowState) -> None:
 def _length(scores: Floats, params: SamplingParams, row: RowState) -> None:
     rise = length_rise(params, row.num_new)
     if rise is not None:
-        ending = scores[list(row.ending_ids)]
-        risen = ending + np.abs(ending) * rise
-        scores[list(row.ending_ids)] = np.where(np.isfinite(ending), risen, ending)
+        ending = np.array([t for t in row.ending_ids if np.isfinite(scores[t])], dtype=np.int64)
+        with np.errstate(over="ignore"):  # an infinite logit ends the row
+            scores[ending] += np.abs(scores[ending]) * rise
 
 
 def _suppress(scores: Floats, params: SamplingParams, row: RowState) -> None:

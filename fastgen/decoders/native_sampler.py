@@ -1,0 +1,116 @@
+"""The C++ sampler: fastgen.sampler's definition, for all rows of a step in one call.
+
+For decoders whose logits are in the host's memory. The GIL is released while it draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.decoders.interface import Draw
+from fastgen.native import native
+from fastgen.results import TokenLogprobs
+from fastgen.sampling_params import SamplingParams
+
+_OPTIONS = (
+    *("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("no_repeat_ngram_size", "bad_words", "min_new_tokens", "allowed_token_ids"),
+    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
+    *("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "logprobs"),
+)
+_DRAWN, _SKIPPED = 0, 2
+
+
+class NativeSampler:
+    """Per-seat options and draws; see TorchSampler, which does the same."""
+
+    def __init__(
+        self,
+        num_seats: int,
+        vocab_size: int,
+        eos_ids: Iterable[int],
+        max_seq_len: int,
+        num_threads: int,
+    ) -> None:
+        self.last_drawn = np.zeros(num_seats, np.int64)
+        self._num_logprobs = np.full(num_seats, -1)
+        self._eos_ids = frozenset(eos_ids)
+        self._native = native.Sampler(num_seats, vocab_size, max_seq_len, num_threads)
+
+    def reserve(self, num_seats: int) -> None:
+        self._native.reserve(num_seats)
+        more = num_seats - len(self.last_drawn)
+        self.last_drawn = np.append(self.last_drawn, np.zeros(more, np.int64))
+        self._num_logprobs = np.append(self._num_logprobs, np.full(more, -1))
+
+    def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        options = {name: getattr(params, name) for name in _OPTIONS}
+        options["seed"] = params.seed or 0
+        options["ending_ids"] = sorted(params.ending_ids(self._eos_ids))
+        self._native.bind(seat, token_ids, options)
+        self._num_logprobs[seat] = -1 if params.logprobs is None else params.logprobs
+
+    def observe(self, seat: int, token_id: int) -> None:
+        self._native.observe(seat, token_id)
+        self.last_drawn[seat] = token_id
+
+    def release(self, seat: int) -> None:
+        self._num_logprobs[seat] = -1
+
+    def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
+        self._native.set_mask(seat, allowed)
+
+    def draw(
+        self, logits: NDArray[np.float32], seats: NDArray[np.int32], drafts: Sequence[int]
+    ) -> list[Draw]:
+        """Draw one token a row of `logits`.
+
+        Args:
+            logits: float32 (n, V), never changed.
+            seats: (n,) seat of each draw; neighbours with the same seat check drafts.
+            drafts: (n,) the id that the next draw of the same seat takes for granted; -1 for none.
+
+        Returns:
+            The draws in order, without those behind a draw that differs from its draft.
+        """
+        wanted = self._num_logprobs[seats]
+        max_top = min(max(0, int(wanted.max())), logits.shape[1])
+        ids, statuses, logprobs, top_ids, top_logprobs = self._native.draw(
+            logits, seats, np.asarray(drafts, np.int32), max_top
+        )
+        kept = statuses != _SKIPPED
+        self.last_drawn[seats[kept]] = ids[kept]  # of several draws of a seat, the last
+        drawn = zip(seats.tolist(), ids.tolist(), statuses.tolist(), strict=True)
+        draws = [
+            Draw(seat, token_id, status == _DRAWN)
+            for seat, token_id, status in drawn
+            if status != _SKIPPED
+        ]
+        if not (wanted >= 0).any():
+            return draws
+        return [
+            draw
+            if not draw.ok or wanted[at] < 0
+            else Draw(
+                draw.seat,
+                draw.token_id,
+                True,
+                _logprobs(draw.token_id, logprobs[at], top_ids[at], top_logprobs[at]),
+            )
+            for draw, at in zip(draws, np.flatnonzero(kept).tolist(), strict=True)
+        ]
+
+
+def _logprobs(
+    token_id: int,
+    logprob: np.float64,
+    top_ids: NDArray[np.int32],
+    top_logprobs: NDArray[np.float64],
+) -> TokenLogprobs:
+    num_top = int((top_ids >= 0).sum())
+    top = zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist(), strict=True)
+    return TokenLogprobs(token_id, float(logprob), tuple(top))
