@@ -10,7 +10,9 @@ namespace fastgen {
 namespace {
 
 constexpr int kTopHCandidates = 100;
-constexpr double kEdge = 1e-12;  // top_h: sums this near to their share have reached it
+constexpr double kTypicalSteps = 0x1p40;  // to a nat: nearer distances to the entropy are equal
+constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+constexpr double kEdge = 1e-12;           // top_h: sums this near to their share have reached it
 constexpr float kRuledOut = -std::numeric_limits<float>::infinity();
 
 struct Threshold {
@@ -185,14 +187,17 @@ void keep_top_p(Candidates& candidates, double top_p, double total, Scratch& scr
 void keep_typical(Candidates& candidates, double typical_p, Scratch& scratch,
                   const SamplerKernels& kernels) {
   const double mean = mean_gap(candidates);
+  const auto distance = [&](int at) {
+    return (std::fabs(gap(candidates, at) - mean) * kTypicalSteps + kRounder) - kRounder;
+  };
   for (int at = 0; at < candidates.count; ++at) {
-    scratch.keys[at] = std::fabs(gap(candidates, at) - mean);
+    scratch.keys[at] = distance(at);
     scratch.key_weights[at] = candidates.weights[at];
   }
   const double farthest = select_mass(scratch.keys, scratch.key_weights, candidates.count,
                                       typical_p * candidates.total, kernels)
                               .key;
-  keep_if(candidates, [&](int at) { return std::fabs(gap(candidates, at) - mean) <= farthest; });
+  keep_if(candidates, [&](int at) { return distance(at) <= farthest; });
 }
 
 void keep_at_least(Candidates& candidates, double least) {

@@ -16,6 +16,7 @@ from fastgen.sampling_params import SamplingParams
 
 Weights = NDArray[np.float64]
 TOP_H_CANDIDATES = 100
+TYPICAL_STEP = 2.0**-40  # nats: nearer than this, distances to the entropy are equal
 EDGE = 1e-12  # top_h: sums this near to its share have reached it, however they were rounded
 
 
@@ -78,7 +79,8 @@ def _top_p(scaled: NDArray[np.float32], weights: Weights, top_p: float) -> None:
 def _typical(gaps: Weights, weights: Weights, typical_p: float) -> None:
     """Keep the tokens whose information is nearest to the entropy; |information - entropy| is
     |gap - mean gap|. Equals of the last one stay."""
-    distance = np.where(weights > 0, np.abs(gaps - _mean_gap(gaps, weights)), np.inf)
+    steps = np.rint(np.abs(gaps - _mean_gap(gaps, weights)) / TYPICAL_STEP)
+    distance = np.where(weights > 0, steps, np.inf)
     order = np.argsort(distance, kind="stable")
     mass = np.cumsum(weights[order])
     last = int(np.searchsorted(mass, typical_p * mass[-1], side="left"))
