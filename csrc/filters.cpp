@@ -227,13 +227,14 @@ double weigh_all(const Scores& scores, float temperature, double share, Candidat
   for (int start = 0; start < scores.count; start += kBlock) {
     if (scratch.block_sums[start / kBlock] < least) continue;
     const int end = std::min(start + kBlock, scores.count);
-    for (int at = start; at < end; ++at) {
-      const double weight = scratch.weights[at];
-      scratch.weights[kept] = weight;
-      scratch.values[kept] = values[at];
+    for (int at = start; at < end; ++at) {  // ids first: they are few
       scratch.ids[kept] = at;
-      kept += weight >= least;
+      kept += scratch.weights[at] >= least;
     }
+  }
+  for (int at = 0; at < kept; ++at) {
+    scratch.weights[at] = scratch.weights[scratch.ids[at]];
+    scratch.values[at] = values[scratch.ids[at]];
   }
   candidates.count = kept;
   candidates.total = total;

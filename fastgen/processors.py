@@ -53,8 +53,9 @@ def processed(logits: Floats, params: SamplingParams, row: RowState) -> Floats:
         ValueError, TypeError, or whatever a logits_processor raises.
     """
     scores = logits.copy()
-    for process in _CHAIN:
-        process(scores, params, row)
+    with np.errstate(over="ignore"):  # an infinite logit ends its row
+        for process in _CHAIN:
+            process(scores, params, row)
     if params.logits_processor is not None:
         scores = _by_callable(scores, params, row)
     return scores
@@ -133,8 +134,7 @@ def _length(scores: Floats, params: SamplingParams, row: RowState) -> None:
     rise = length_rise(params, row.num_new)
     if rise is not None:
         ending = np.array([t for t in row.ending_ids if np.isfinite(scores[t])], dtype=np.int64)
-        with np.errstate(over="ignore"):  # an infinite logit ends the row
-            scores[ending] += np.abs(scores[ending]) * rise
+        scores[ending] += np.abs(scores[ending]) * rise
 
 
 def _suppress(scores: Floats, params: SamplingParams, row: RowState) -> None:

@@ -82,11 +82,13 @@ def _some_logprobs(logits: Floats, token_ids: Sequence[int], num_top: int) -> li
 def _top(
     wide: NDArray[np.float64], log_total: NDArray[np.float64], count: int
 ) -> list[tuple[tuple[int, float], ...]]:
+    """The `count` highest of each row, best first, of equals the lowest id first."""
     if count == 0:
         return [()] * len(wide)
-    candidates = np.sort(np.argpartition(-wide, count - 1, axis=1)[:, :count], axis=1)
-    values = np.take_along_axis(wide, candidates, axis=1) - log_total
-    order = np.argsort(-values, axis=1, kind="stable")
-    ids = np.take_along_axis(candidates, order, axis=1).tolist()
-    logprobs = np.take_along_axis(values, order, axis=1).tolist()
-    return [tuple(zip(*row, strict=True)) for row in zip(ids, logprobs, strict=True)]
+    least = np.partition(wide, -count, axis=1)[:, -count]
+    top: list[tuple[tuple[int, float], ...]] = []
+    for row, lowest, total in zip(wide, least, log_total[:, 0], strict=True):
+        candidates = np.flatnonzero(row >= lowest)  # and all equals of the last
+        ids = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
+        top.append(tuple(zip(ids.tolist(), (row[ids] - total).tolist(), strict=True)))
+    return top

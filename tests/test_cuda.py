@@ -12,7 +12,7 @@ import torch
 import fastgen
 from agreement import assert_rows_agree
 from fastgen.decoders.torch_sampler import TorchSampler
-from fastgen.sampler import draw
+from sampling_harness import DefinedRow, random_logits, random_params
 from test_variants import assert_as_close_as_pytorch
 
 pytestmark = [
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 Folder = Callable[[str], Path]
+EOS = frozenset({0, 3})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -39,14 +40,17 @@ def test_generates_what_the_cpu_generates(model: fastgen.Generator) -> None:
         assert_rows_agree(a.prompt_token_ids, options, *tokens)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8}, {"temperature": 0}])
-def test_draws_what_the_definition_draws(options: dict[str, float]) -> None:
-    logits = np.random.default_rng(0).normal(0, 3, (16, 5000)).astype(np.float32)
-    params = [fastgen.SamplingParams(seed=2**63 + seat, **options) for seat in range(16)]
-    sampler = TorchSampler(16, torch.device("cuda"))
-    for seat, one in enumerate(params):
-        sampler.bind(seat, one, 9)
-    seats = np.arange(16, dtype=np.int32)
-    draws = sampler.draw(torch.from_numpy(logits).cuda(), seats, [-1] * 16)
-    expected = [draw(row, one, 9)[0] for row, one in zip(logits, params, strict=True)]
-    assert [one.token_id for one in draws] == expected
+@pytest.mark.parametrize("vocab_size", [64, 5000])
+def test_draws_what_the_definition_draws(vocab_size: int) -> None:
+    """Every option, rows together, several tokens long."""
+    rng = np.random.default_rng(vocab_size)
+    rows = [DefinedRow(random_params(rng, vocab_size), [1, 2], EOS) for _ in range(64)]
+    sampler = TorchSampler(64, vocab_size, EOS, torch.device("cuda"))
+    for seat, row in enumerate(rows):
+        sampler.bind(seat, row.params, row.token_ids)
+    for _ in range(4):
+        logits = random_logits(rng, 64, vocab_size)
+        seats = np.arange(64, dtype=np.int32)
+        draws = sampler.draw(torch.from_numpy(logits).cuda(), seats, [-1] * 64)
+        for drawn, row, own in zip(draws, rows, logits, strict=True):
+            assert (drawn.token_id, drawn.ok) == row.draw(own), row.params

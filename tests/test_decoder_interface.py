@@ -13,6 +13,7 @@ import pytest
 import fastgen
 from conftest import TOLERANCES
 from fastgen.decoders.interface import Decoder
+from fastgen.processors import RowState
 from fastgen.sampler import draw
 from stepping import Rows, all_logits, to_numpy
 
@@ -61,11 +62,20 @@ def test_repeated_and_scattered_logits_positions(decoder: Decoder) -> None:
     assert_close([some], [every[wanted]])
 
 
+PROMPT = [1] * 5
+
+
 def bound(decoder: Decoder, seats: int, **options: Any) -> list[fastgen.SamplingParams]:
     params = [fastgen.SamplingParams(seed=40 + seat, **options) for seat in range(seats)]
     for seat in range(seats):
-        decoder.bind(seat, params[seat], [1] * 5)
+        decoder.bind(seat, params[seat], PROMPT)
     return params
+
+
+def defined(logits: np.ndarray, params: fastgen.SamplingParams, *observed: int) -> int:
+    """What the definition draws for a row that was bound."""
+    row = np.array([*PROMPT, *observed])
+    return draw(logits, params, RowState(row, len(PROMPT)))[0]
 
 
 def test_feedback_ids_stand_for_the_token_a_seat_drew_last(decoder: Decoder) -> None:
@@ -83,27 +93,28 @@ def test_feedback_ids_stand_for_the_token_a_seat_drew_last(decoder: Decoder) -> 
 
 def test_one_step_draws_for_some_rows_and_brings_logits_of_others(decoder: Decoder) -> None:
     prompts = random_rows(5, (5, 6, 7))
-    params = bound(decoder, 1, top_p=0.9)
+    params = bound(decoder, 1, top_p=0.9, repetition_penalty=9.0, logit_bias={1: 20.0})
     rows = Rows(decoder, 3)
     batch = rows.batch(prompts, seats=[-1, 0, -1])
     every = to_numpy(decoder.forward(batch))
     step = decoder.step(batch)
     [drawn] = step.wait()
     assert drawn.seat == 0
-    assert drawn.token_id == draw(every[1], params[0], 5)[0]
+    assert drawn.token_id == defined(every[1], params[0])
     assert np.array_equal(step.logits, every[[0, 2]])
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 3, 4])
 def test_drafts_are_kept_up_to_the_first_that_differs(decoder: Decoder, num_right: int) -> None:
-    """Checking drafts gives the tokens that plain decoding gives."""
+    """Checking drafts gives the tokens that plain decoding gives, whatever counts them."""
     [prompt] = random_rows(6, (5,))
-    bound(decoder, 1, temperature=0.8)
+    options = {"temperature": 0.8, "frequency_penalty": 2.0, "min_new_tokens": 3}
+    bound(decoder, 1, **options)
     rows = Rows(decoder, 1)
     plain = [decoder.step(rows.batch([prompt], seats=[0])).wait()[0].token_id]
     for _ in range(5):
         plain.append(decoder.step(rows.batch([[plain[-1]]], seats=[0])).wait()[0].token_id)
-    bound(decoder, 1, temperature=0.8)
+    bound(decoder, 1, **options)
     checked = Rows(decoder, 1)
     decoder.step(checked.batch([prompt], seats=[0])).wait()
     drafts = [*plain[1 : 1 + num_right], *[(plain[1 + num_right] + 1) % 211] * (4 - num_right)]
@@ -117,14 +128,14 @@ def test_drafts_are_kept_up_to_the_first_that_differs(decoder: Decoder, num_righ
         assert follow[0].token_id == plain[2 + num_right]
 
 
-def test_observed_tokens_move_the_coin_on(decoder: Decoder) -> None:
+def test_observed_tokens_count_and_move_the_coin_on(decoder: Decoder) -> None:
     [prompt] = random_rows(7, (5,))
-    [params] = bound(decoder, 1)
+    [params] = bound(decoder, 1, presence_penalty=-20.0)
     rows = Rows(decoder, 1)
     decoder.observe(0, 17)  # the row's sixth token, chosen by the host
     batch = rows.batch([[*prompt, -1]], seats=[0])
     logits = to_numpy(decoder.forward(batch))
-    assert decoder.step(batch).wait()[0].token_id == draw(logits[0], params, 6)[0]
+    assert decoder.step(batch).wait()[0].token_id == defined(logits[0], params, 17)
 
 
 def test_masks_allow_what_they_allow_until_taken_back(decoder: Decoder) -> None:
@@ -172,6 +183,7 @@ def test_reserve_grows_and_keeps_what_is_cached(variant: Folder) -> None:
         tail = to_numpy(decoder.forward(rows.batch([row[40:]])))
         assert_close([tail], [all_logits(decoder, [row], [96])[0][40:]])
         bound(decoder, 5)
+        decoder.observe(4, 3)
         assert (
             len(decoder.step(Rows(decoder, 5).batch([[1]] * 5, seats=[0, 1, 2, 3, 4])).wait()) == 5
         )

@@ -1,18 +1,29 @@
-"""The sampler's definition: the coin, the filters, and two implementations that must agree."""
+"""Draws: the coin, and samplers that must return the ids that the definition returns."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from fastgen import SamplingParams
-from fastgen.decoders.torch_sampler import TorchSampler
+from fastgen.decoders.torch_sampler import TorchSampler, _pick
+from fastgen.filters import kept_weights
 from fastgen.native import native
 from fastgen.philox import coins, philox4x32, sample_seed, words_to_coin
-from fastgen.sampler import draw, kept_weights, token_logprobs
+from fastgen.sampler import token_logprobs
+from sampling_harness import (
+    EOS,
+    SAMPLERS,
+    DefinedRow,
+    Rows,
+    adversarial_logits,
+    draw_each,
+    random_logits,
+)
 
 # Random123's published known-answer vectors for philox4x32-10: counter, key, result.
 VECTORS = [
@@ -60,10 +71,16 @@ def test_the_torch_coin_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As it runs on a device other than the CPU."""
     rng = np.random.default_rng(1)
     seeds, positions = rng.integers(-(2**63), 2**63 - 1, 50), rng.integers(0, 2**33, 50)
-    sampler = TorchSampler(1, torch.device("cpu"))
+    sampler = TorchSampler(1, 5, EOS, torch.device("cpu"))
     sampler.device = torch.device("meta")  # any other type: takes the tensor path
     monkeypatch.setattr(sampler, "_tensor", lambda values: torch.from_numpy(values.copy()))
     assert sampler._coins(seeds, positions)[:, 0].tolist() == coins(seeds, positions).tolist()
+
+
+def test_a_coin_on_an_edge_draws_what_is_behind_it() -> None:
+    weights = torch.tensor([[0.0, 0, 1, 1, 0]] * 3).double()
+    coin = torch.tensor([[0.0], [0.5], [1.0]]).double()  # 1: as good as one that is rounded up
+    assert _pick(weights, coin).tolist() == [[2], [3], [3]]
 
 
 def test_sample_seeds_differ_and_sample_0_has_the_requests_own() -> None:
@@ -73,107 +90,148 @@ def test_sample_seeds_differ_and_sample_0_has_the_requests_own() -> None:
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
-def draw_with_torch(logits: np.ndarray, params: list[SamplingParams], position: int) -> list[int]:
-    sampler = TorchSampler(len(params), torch.device("cpu"))
-    for seat, options in enumerate(params):
-        sampler.bind(seat, options, position)
-    seats = np.arange(len(params), dtype=np.int32)
-    draws = sampler.draw(torch.from_numpy(logits), seats, [-1] * len(params))
-    assert all(drawn.ok for drawn in draws)
-    return [drawn.token_id for drawn in draws]
+@pytest.fixture(params=SAMPLERS)
+def make(request: pytest.FixtureRequest) -> Any:
+    """Makes a sampler of (num_seats, vocab_size, eos_ids)."""
+    return SAMPLERS[request.param]
 
 
-def random_params(rng: np.random.Generator) -> SamplingParams:
-    return SamplingParams(
-        temperature=float(rng.choice([0, 0.3, 1.0, 2.5])),
-        top_k=int(rng.choice([0, 0, 1, 5, 50, 10**6])),
-        top_p=float(rng.choice([1.0, 1.0, 0.1, 0.5, 0.95, 0.9999])),
-        seed=int(rng.integers(0, 2**63)),
-    )
-
-
-def adversarial_rows(rng: np.random.Generator, vocab_size: int) -> np.ndarray:
-    rows = [
-        rng.normal(0, 3, vocab_size),
-        rng.normal(0, 0.01, vocab_size),
-        np.zeros(vocab_size),  # all equal
-        np.where(np.arange(vocab_size) == vocab_size // 2, 1.0, -np.inf),  # one finite
-        rng.integers(0, 4, vocab_size),  # ties everywhere
-        rng.normal(0, 1e-40, vocab_size),  # subnormal gaps
-        np.where(rng.random(vocab_size) < 0.5, -np.inf, rng.normal(0, 2, vocab_size)),
-        rng.normal(0, 1000, vocab_size),
-    ]
-    return np.stack(rows).astype(np.float32)
-
-
-@pytest.mark.parametrize("vocab_size", [7, 211, 5000])
-def test_torch_draws_what_the_definition_draws(vocab_size: int) -> None:
+@pytest.mark.parametrize(
+    ("vocab_size", "trials"), [(5, 50), (13, 50), (64, 60), (301, 80), (1500, 10), (50257, 3)]
+)
+def test_every_option_draws_the_defined_ids(make: Any, vocab_size: int, trials: int) -> None:
+    """2,024 sets of options and more, eight rows at once, five tokens long."""
     rng = np.random.default_rng(vocab_size)
-    for trial in range(60):
-        logits = adversarial_rows(rng, vocab_size)
-        params = [random_params(rng) for _ in logits]
-        if trial % 3 == 0:  # every row with top-k: the path that looks at candidates only
-            params = [
-                SamplingParams(temperature=0.9, top_k=int(k), top_p=float(p), seed=int(k))
-                for k, p in zip(rng.integers(1, 60, 8), rng.uniform(1e-3, 1, 8), strict=True)
-            ]
-        expected = [draw(row, p, trial)[0] for row, p in zip(logits, params, strict=True)]
-        assert draw_with_torch(logits, params, trial) == expected, (trial, params)
+    for _ in range(trials):
+        rows = Rows(make, 8, vocab_size)
+        for seat in range(8):
+            rows.bind_random(rng, seat)
+        for _ in range(5):
+            for seat in range(8):
+                rows.interfere(rng, seat)
+            logits = random_logits(rng, 8, vocab_size)
+            if rng.random() < 0.1:
+                logits[rng.integers(8), rng.integers(vocab_size)] = rng.choice([np.nan, np.inf])
+            rows.draw_and_compare(rng, logits)
+
+
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    *({"top_h": h} for h in (0.01, 0.5, 1.0)),
+    *({"top_k": k} for k in (1, 3, 1000, 1500)),
+    *({"top_p": p} for p in (0.01, 0.5, 0.9999)),
+    *({"min_p": p} for p in (1e-9, 0.5, 1.0)),
+    *({"typical_p": p} for p in (0.01, 0.5, 0.9999)),
+    *({"epsilon_cutoff": p} for p in (1e-9, 1e-3, 0.9)),
+    *({"eta_cutoff": p} for p in (1e-9, 1e-3, 0.9)),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [7, 211, 50257])
+def test_adversarial_logits_draw_the_defined_ids(make: Any, vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    logits = adversarial_logits(rng, vocab_size)
+    few = FILTERS if vocab_size < 1000 else FILTERS[::2]
+    for options in [*few, *({"top_k": 5} | other for other in few), {"top_h": 0.9, "top_p": 0.5}]:
+        params = [SamplingParams(seed=seed, **options) for seed in range(len(logits))]
+        wanted = [
+            DefinedRow(one, [1], EOS).draw(row) for one, row in zip(params, logits, strict=True)
+        ]
+        assert draw_each(make, logits, params) == wanted, options
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0}])
-def test_bad_logits_end_only_their_row(bad: float, options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0}, {"typical_p": 0.5}),
+        *({"top_h": 0.5}, {"suppress_tokens": [7]}, {"allowed_token_ids": [1, 2]}),
+    ],
+)
+def test_bad_logits_end_only_their_row(make: Any, bad: float, options: dict[str, Any]) -> None:
+    """Even where what is bad could not have been drawn."""
     logits = np.random.default_rng(0).normal(size=(3, 50)).astype(np.float32)
     params = [SamplingParams(seed=1, **options)] * 3
-    expected = draw_with_torch(logits, params, 4)
+    whole = draw_each(make, logits, params)
     logits[1, 7] = bad
-    sampler = TorchSampler(3, torch.device("cpu"))
+    assert draw_each(make, logits, params) == [whole[0], (0, False), whole[2]]
+    assert DefinedRow(params[1], [1], EOS).draw(logits[1]) == (0, False)
+
+
+def test_rows_with_nothing_left_end_alone(make: Any) -> None:
+    logits = np.random.default_rng(0).normal(size=(6, 9)).astype(np.float32)
+    logits[0] = -np.inf
+    logits[1] = 3e38
+    params = [
+        SamplingParams(allowed_token_ids=[4], seed=1),  # not even this rescues a row of -inf
+        SamplingParams(temperature=0.1, seed=1),  # infinite when divided
+        SamplingParams(suppress_tokens=list(range(9)), seed=1),
+        SamplingParams(suppress_tokens=list(range(9)), temperature=0),
+        SamplingParams(suppress_tokens=list(range(8)), top_k=3, top_h=0.5, seed=1),
+        SamplingParams(bad_words=[[4]], allowed_token_ids=[4], seed=1),  # then any of the allowed
+    ]
+    wanted = [(0, False)] * 4 + [(8, True), (4, True)]
+    assert draw_each(make, logits, params) == wanted
+    rows = [DefinedRow(one, [1], EOS) for one in params]
+    assert [row.draw(own) for row, own in zip(rows, logits, strict=True)] == wanted
+
+
+def test_a_mask_that_allows_nothing_ends_its_row(make: Any) -> None:
+    rows = Rows(make, 3, 9)
     for seat in range(3):
-        sampler.bind(seat, params[seat], 4)
-    draws = sampler.draw(torch.from_numpy(logits), np.arange(3, dtype=np.int32), [-1] * 3)
-    assert [drawn.ok for drawn in draws] == [True, False, True]
-    assert [draws[0].token_id, draws[2].token_id] == [expected[0], expected[2]]
-    assert draw(logits[1], params[1], 4) == (0, False)
-    assert draw(np.full(5, -np.inf, np.float32), params[1], 4) == (0, False)
+        rows.bind(seat, SamplingParams(allowed_token_ids=[2, 5], seed=seat), [1])
+        row = rows.defined[seat]
+        row.mask = np.isin(np.arange(9), [[2], [3], [5, 3]][seat])
+        rows.sampler.set_mask(seat, row.mask)
+    logits = np.random.default_rng(0).normal(size=(3, 9)).astype(np.float32)
+    draws = rows.sampler.draw(logits, np.arange(3, dtype=np.int32), [-1] * 3)
+    assert [(one.token_id, one.ok) for one in draws] == [(2, True), (0, False), (5, True)]
 
 
-def test_greedy_takes_the_lowest_of_equals() -> None:
+def test_greedy_takes_the_lowest_of_equals(make: Any) -> None:
     logits = np.array([[0, 3, 1, 3, 3]], np.float32)
     greedy = SamplingParams(temperature=0)
-    assert draw_with_torch(logits, [greedy], 0) == [1]
-    assert draw(logits[0], greedy, 0) == (1, True)
+    assert draw_each(make, logits, [greedy]) == [(1, True)]
+    assert DefinedRow(greedy, [1], EOS).draw(logits[0]) == (1, True)
 
 
-def test_kept_sets_equal_transformers() -> None:
-    rng = np.random.default_rng(3)
-    for _ in range(300):
-        logits = rng.normal(0, 2, 300).astype(np.float32)
-        if rng.random() < 0.3:
-            logits = np.round(logits * 2) / 2  # ties
-        top_k, top_p = int(rng.integers(1, 300)), float(rng.uniform(0.01, 0.999))
-        temperature = float(rng.choice([0.5, 1.0, 2.0]))
-        kept = (
-            kept_weights(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
-            > 0
-        )
-        scores = torch.from_numpy(logits)[None] / temperature
-        scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(top_k)(None, scores))
-        theirs = np.isfinite(scores[0].numpy())
-        assert abs(int(kept.sum()) - int(theirs.sum())) <= mass_on_the_edge(
-            logits, temperature, top_k, top_p
-        )
-        if len(np.unique(logits)) == len(logits) and kept.sum() == theirs.sum():
-            assert (kept == theirs).all()
+def test_drafts_draw_what_one_by_one_draws(make: Any) -> None:
+    """Whatever the options count, and nothing behind a wrong draft leaves a trace."""
+    rng = np.random.default_rng(8)
+    for _ in range(60):
+        rows = Rows(make, 4, 30)
+        for seat in range(4):
+            rows.bind_random(rng, seat)
+        logits = random_logits(rng, 20, 30)
+        num_drafts = rng.integers(0, 5, 4)
+        seats = np.repeat(np.arange(4, dtype=np.int32), num_drafts + 1)
+        logits, drafts, wanted = logits[: len(seats)], [], []
+        for seat in range(4):
+            row, going = rows.defined[seat], True
+            for at in np.flatnonzero(seats == seat):
+                last = at + 1 == len(seats) or seats[at + 1] != seat
+                drawn = row.draw(logits[at]) if going else (int(rng.integers(30)), False)
+                wrong = rng.random() < 0.2
+                drafts.append(-1 if last else (drawn[0] + wrong) % 30)
+                wanted += [(seat, *drawn)] if going else []
+                going = going and drawn[1] and not wrong
+        draws = rows.sampler.draw(logits, seats, drafts)
+        assert [(one.seat, one.token_id, one.ok) for one in draws] == wanted
+        if all(one.ok for one in draws):
+            rows.draw_and_compare(rng, random_logits(rng, 4, 30))
 
 
-def mass_on_the_edge(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> int:
-    """1 where p lies within 1e-5 of a possible mass, so that float32 sums may decide otherwise."""
-    weights = np.sort(kept_weights(logits, SamplingParams(temperature=temperature, top_k=top_k)))[
-        ::-1
+def test_a_bad_draw_among_drafts_is_the_seats_last(make: Any) -> None:
+    logits = np.zeros((4, 5), np.float32)
+    logits[np.arange(4), [2, 1, 3, 3]] = 9
+    logits[1, 4] = np.nan
+    sampler = make(2, 5, EOS)
+    for seat in range(2):
+        sampler.bind(seat, SamplingParams(temperature=0), [1])
+    draws = sampler.draw(logits, np.array([0, 0, 0, 1], np.int32), [2, 0, -1, -1])
+    assert [(one.seat, one.token_id, one.ok) for one in draws] == [
+        *((0, 2, True), (0, 0, False), (1, 3, True))
     ]
-    mass = np.cumsum(weights) / weights.sum()
-    return int(np.abs(mass - top_p).min() < 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -183,21 +241,20 @@ def mass_on_the_edge(logits: np.ndarray, temperature: float, top_k: int, top_p: 
         {"temperature": 0.6},
         {"top_k": 5},
         {"top_p": 0.7},
-        {"temperature": 1.5, "top_k": 12, "top_p": 0.9},
+        {"top_h": 0.7},
+        {"typical_p": 0.6},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
     ],
 )
-def test_frequencies_match_exact_probabilities(options: dict[str, float]) -> None:
-    """Chi-square over 20,000 coins; with fixed seeds it either always passes or never."""
+def test_frequencies_match_exact_probabilities(make: Any, options: dict[str, float]) -> None:
+    """Chi-square over 10,000 coins; with fixed seeds it either always passes or never."""
     logits = np.random.default_rng(5).normal(0, 1.5, 40).astype(np.float32)
-    count, seats = 20_000, 2_000
-    sampler = TorchSampler(seats, torch.device("cpu"))
-    rows = torch.from_numpy(np.tile(logits, (seats, 1)))
+    count, seats = 10_000, 2_000
+    rows = np.tile(logits, (seats, 1))
     drawn: list[int] = []
     for start in range(0, count, seats):
-        for seat in range(seats):
-            sampler.bind(seat, SamplingParams(seed=start + seat, **options), 17)
-        draws = sampler.draw(rows, np.arange(seats, dtype=np.int32), [-1] * seats)
-        drawn += [one.token_id for one in draws]
+        params = [SamplingParams(seed=start + seat, **options) for seat in range(seats)]
+        drawn += [token_id for token_id, _ in draw_each(make, rows, params)]
     weights = kept_weights(logits, SamplingParams(**options))
     observed = np.bincount(drawn, minlength=40)
     assert (observed[weights == 0] == 0).all(), "a token that the filters removed was drawn"
@@ -215,3 +272,29 @@ def test_logprobs_are_log_softmax_with_the_best_first() -> None:
         assert scored.logprob == pytest.approx(row[target], abs=1e-9)
         assert [token_id for token_id, _ in scored.top] == np.argsort(-row)[:5].tolist()
         assert [lp for _, lp in scored.top] == pytest.approx(np.sort(row)[::-1][:5], abs=1e-9)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 60, 3000])
+def test_draws_bring_logprobs_of_the_raw_logits(make: Any, vocab_size: int) -> None:
+    """Best first, of equals the lowest id; each row as many as it wants."""
+    rng = np.random.default_rng(vocab_size)
+    logits = np.round(rng.normal(0, 2, (8, vocab_size))).astype(np.float32)
+    logits[3] = 1
+    sampler = make(8, vocab_size, EOS)
+    wanted = [None, 0, 1, 5, 40, None, vocab_size + 3, 5]
+    for seat, count in enumerate(wanted):
+        options = {"logprobs": count, "seed": seat, "suppress_tokens": [4], "temperature": 0.5}
+        sampler.bind(seat, SamplingParams(**options), [1])
+    draws = sampler.draw(logits, np.arange(8, dtype=np.int32), [-1] * 8)
+    for drawn, count, row in zip(draws, wanted, logits, strict=True):
+        if count is None:
+            assert drawn.logprobs is None
+            continue
+        logprobs = torch.from_numpy(row).double().log_softmax(0).tolist()
+        best = np.argsort(-row, kind="stable")[:count].tolist()
+        assert drawn.logprobs.token_id == drawn.token_id
+        assert drawn.logprobs.logprob == pytest.approx(logprobs[drawn.token_id], abs=1e-12)
+        assert [token_id for token_id, _ in drawn.logprobs.top] == best
+        assert [value for _, value in drawn.logprobs.top] == pytest.approx(
+            [logprobs[token_id] for token_id in best], abs=1e-12
+        )

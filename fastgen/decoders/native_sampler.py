@@ -6,6 +6,7 @@ For decoders whose logits are in the host's memory. The GIL is released while it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,14 +65,12 @@ class NativeSampler:
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
         self._native.set_mask(seat, allowed)
 
-    def draw(
-        self, logits: NDArray[np.float32], seats: NDArray[np.int32], drafts: Sequence[int]
-    ) -> list[Draw]:
+    def draw(self, logits: Any, seats: NDArray[np.int32], drafts: Sequence[int]) -> list[Draw]:
         """Draw one token a row of `logits`.
 
         Args:
-            logits: float32 (n, V), never changed.
-            seats: (n,) seat of each draw; neighbours with the same seat check drafts.
+            logits: float32 (n, V), an array or what NumPy sees as one without a copy; not changed.
+            seats: int32 (n,) seat of each draw; neighbours with the same seat check drafts.
             drafts: (n,) the id that the next draw of the same seat takes for granted; -1 for none.
 
         Returns:
@@ -79,38 +78,36 @@ class NativeSampler:
         """
         wanted = self._num_logprobs[seats]
         max_top = min(max(0, int(wanted.max())), logits.shape[1])
-        ids, statuses, logprobs, top_ids, top_logprobs = self._native.draw(
-            logits, seats, np.asarray(drafts, np.int32), max_top
+        ids, statuses, *scores = self._native.draw(
+            np.asarray(logits), seats, np.asarray(drafts, np.int32), max_top
         )
-        kept = statuses != _SKIPPED
+        kept = np.flatnonzero(statuses != _SKIPPED)
         self.last_drawn[seats[kept]] = ids[kept]  # of several draws of a seat, the last
-        drawn = zip(seats.tolist(), ids.tolist(), statuses.tolist(), strict=True)
-        draws = [
-            Draw(seat, token_id, status == _DRAWN)
-            for seat, token_id, status in drawn
-            if status != _SKIPPED
-        ]
-        if not (wanted >= 0).any():
-            return draws
-        return [
-            draw
-            if not draw.ok or wanted[at] < 0
-            else Draw(
-                draw.seat,
-                draw.token_id,
-                True,
-                _logprobs(draw.token_id, logprobs[at], top_ids[at], top_logprobs[at]),
+        if (wanted < 0).all():
+            drawn = zip(
+                seats[kept].tolist(), ids[kept].tolist(), statuses[kept].tolist(), strict=True
             )
-            for draw, at in zip(draws, np.flatnonzero(kept).tolist(), strict=True)
+            return [Draw(seat, token_id, status == _DRAWN) for seat, token_id, status in drawn]
+        return [
+            Draw(
+                int(seats[at]),
+                int(ids[at]),
+                bool(ok := statuses[at] == _DRAWN),
+                _logprobs(int(ids[at]), wanted[at], *(column[at] for column in scores))
+                if ok and wanted[at] >= 0
+                else None,
+            )
+            for at in kept.tolist()
         ]
 
 
 def _logprobs(
     token_id: int,
+    wanted: np.int64,
     logprob: np.float64,
     top_ids: NDArray[np.int32],
     top_logprobs: NDArray[np.float64],
 ) -> TokenLogprobs:
-    num_top = int((top_ids >= 0).sum())
+    num_top = int((top_ids[:wanted] >= 0).sum())
     top = zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist(), strict=True)
     return TokenLogprobs(token_id, float(logprob), tuple(top))

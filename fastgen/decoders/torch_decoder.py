@@ -19,10 +19,13 @@ from torch import Tensor
 
 from fastgen.config import GPT2Config
 from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
+from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.decoders.torch_attention import AttentionPlan, attend, plan_attention
 from fastgen.decoders.torch_sampler import TorchSampler
 from fastgen.decoders.torch_weights import ACTIVATIONS, Layer, Weights
+from fastgen.machine import granted_cores
 from fastgen.memory import MemoryPlan
+from fastgen.native import native
 from fastgen.sampling_params import SamplingParams
 
 
@@ -58,9 +61,7 @@ class TorchDecoder:
         self._weights, self._memory, self._num_threads = weights, memory, num_threads
         self._activation = ACTIVATIONS[config.activation]
         self._kv_cache = self._new_blocks(limits.num_blocks)  # (layers, 2, H, slots, D)
-        # float64 is where the sampler is defined; a device without it has its draws made on the CPU
-        sampler_device = "cpu" if weights.device.type == "mps" else weights.device
-        self._sampler = TorchSampler(limits.num_seats, torch.device(sampler_device))
+        self._sampler = _make_sampler(config, limits, weights.device, num_threads)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
@@ -84,13 +85,13 @@ class TorchDecoder:
         return TorchStep(self._draw(logits[drawing], batch, draws), logits[others])
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
-        self._sampler.bind(seat, params, len(token_ids))
+        self._sampler.bind(seat, params, token_ids)
 
     def observe(self, seat: int, token_id: int) -> None:
         self._sampler.observe(seat, token_id)
 
     def release(self, seat: int) -> None:
-        self._sampler.set_mask(seat, None)
+        self._sampler.release(seat)
 
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
         self._sampler.set_mask(seat, allowed)
@@ -157,15 +158,15 @@ class TorchDecoder:
         ids = self._tensor(token_ids)
         if token_ids.min() >= 0:
             return ids
-        drawn = self._sampler.last_drawn.to(ids.device)
+        drawn = torch.as_tensor(self._sampler.last_drawn).to(ids.device)
         return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
 
     def _draw(self, logits: Tensor, batch: StepBatch, draws: NDArray[np.bool_]) -> list[Draw]:
         behind = batch.logits_at[draws] + 1  # where a draft of the next token would stand
         drafts = np.append(batch.token_ids, np.int32(-1))[behind]
-        return self._sampler.draw(
-            logits.to(self._sampler.device), batch.seats[draws], drafts.tolist()
-        )
+        if isinstance(self._sampler, TorchSampler):
+            logits = logits.to(self._sampler.device)
+        return self._sampler.draw(logits, batch.seats[draws], drafts.tolist())
 
     def _tensor(self, values: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._weights.device)
@@ -175,6 +176,17 @@ class TorchDecoder:
         slots = num_blocks * self.limits.block_size
         shape = (config.num_layers, 2, config.num_heads, slots, config.head_dim)
         return torch.zeros(shape, dtype=self._weights.dtype, device=self._weights.device)
+
+
+def _make_sampler(
+    config: GPT2Config, limits: DecoderLimits, device: torch.device, num_threads: int | None
+) -> NativeSampler | TorchSampler:
+    """The C++ one for logits in the host's memory. The torch one needs float64: where the device
+    has none (Apple's), it draws on the CPU."""
+    sizes = (limits.num_seats, config.vocab_size, frozenset(config.eos_token_ids))
+    if native is not None and device.type == "cpu":
+        return NativeSampler(*sizes, limits.max_seq_len, num_threads or granted_cores())
+    return TorchSampler(*sizes, torch.device("cpu") if device.type == "mps" else device)
 
 
 @contextmanager

@@ -13,12 +13,13 @@ from fastgen.decoders.torch_weights import Weights, weight_bytes
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.machine import free_memory, granted_cores
 from fastgen.memory import plan_memory
+from fastgen.native import native
 from fastgen.sampler import SCORED_AT_ONCE
 
 _STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster there
 _STEP_TOKENS_GPU = 2048
 _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
-_SAMPLING_BYTES = 48  # of float64 work per vocabulary entry and sampled row
+_SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
 
 
 def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
@@ -31,12 +32,14 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
             f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
         )
     seats = options.max_batch_size
+    num_threads = _num_threads(options.num_threads, device)
     max_tokens = max(_STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU), seats + BLOCK_SIZE)
     max_logits = max(seats, min(_LOGITS, max_seq_len))
     block_bytes = config.num_layers * BLOCK_SIZE * 2 * config.hidden_size * dtype.itemsize
     memory = plan_memory(
         weights=weight_bytes(checkpoint, device, dtype),
-        scratch=_scratch_bytes(config, dtype, max_tokens, max_logits, seats),
+        scratch=_scratch_bytes(config, dtype, max_tokens, max_logits)
+        + _sampler_bytes(config, device, seats, max_seq_len, num_threads),
         block_bytes=block_bytes,
         max_batch_size=seats,
         max_seq_len=max_seq_len,
@@ -57,7 +60,7 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
         reason="it was asked for" if options.decoder == "torch" else "the only decoder there is",
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        num_threads=_num_threads(options.num_threads, device),
+        num_threads=num_threads,
         limits=limits,
         memory=memory,
     )
@@ -104,12 +107,21 @@ def _free_memory(device: torch.device) -> int:
 
 
 def _scratch_bytes(
-    config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int, seats: int
+    config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int
 ) -> int:
-    """Upper bound of what one step holds at a time."""
+    """Upper bound of what one forward, and the scoring of its prompts, hold at a time."""
     per_token = 8 * config.hidden_size + 2 * config.inner_size
     row = config.max_positions * 2 * config.hidden_size * (4 + dtype.itemsize)  # KV, gathered
     mask = max_tokens * config.max_positions * 5  # bool, and as the float32 it becomes
     logits = max_logits * config.vocab_size * (8 + dtype.itemsize)  # and a copy in float32
-    sampling = (seats + SCORED_AT_ONCE) * config.vocab_size * _SAMPLING_BYTES
-    return max_tokens * per_token * dtype.itemsize + row + mask + logits + sampling
+    scoring = SCORED_AT_ONCE * config.vocab_size * _SAMPLING_BYTES
+    return max_tokens * per_token * dtype.itemsize + row + mask + logits + scoring
+
+
+def _sampler_bytes(
+    config: GPT2Config, device: torch.device, seats: int, max_seq_len: int, num_threads: int | None
+) -> int:
+    if native is not None and device.type == "cpu":
+        threads = num_threads or granted_cores()
+        return int(native.sampler_bytes(seats, config.vocab_size, max_seq_len, threads))
+    return seats * config.vocab_size * _SAMPLING_BYTES

@@ -1,12 +1,13 @@
 """The sampler of the torch decoder: fastgen.sampler's definition for many rows at once.
 
-Rows keep their options in arrays by seat, so a step gathers them without looking at each row.
-Shapes: `n` draws of a step, `V` vocabulary, `K` candidates of a row (V, or few under top-k).
+Rows keep their options in arrays by seat, so a step gathers them without looking at each row; only
+rows whose options change logits have theirs copied and changed one by one.
+
+Shapes: n draws of a step, V vocabulary, K candidates of a row (V, or few).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,55 +17,86 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgen.decoders.interface import Draw
+from fastgen.decoders.row_history import RowHistory
+from fastgen.decoders.torch_filters import (
+    FILTER_FIELDS,
+    Options,
+    candidates,
+    filter_options,
+    kept_weights,
+)
+from fastgen.decoders.torch_processors import process
 from fastgen.philox import coins, philox4x32, words_to_coin
 from fastgen.results import TokenLogprobs
 from fastgen.sampling_params import SamplingParams
 
+Ids = NDArray[np.int64]
 _MASK32 = 0xFFFFFFFF
 _NO_LOGPROBS = -1
-_TOP_P_WIDTH = 256  # candidates looked at first for top-p; eight times as many as long as too few
 _OPTIONS = np.dtype(
     [
         ("seed", np.int64),  # the 64 bits of the unsigned seed
         ("length", np.int64),  # tokens of the row so far
-        ("temperature", np.float32),
-        ("top_k", np.int64),
-        ("top_p", np.float64),
         ("num_logprobs", np.int64),
+        ("changes", bool),  # logits are processed, or masked
+        ("temperature", np.float32),
+        *FILTER_FIELDS,
     ]
 )
-Options = NDArray[np.void]  # (n,) of _OPTIONS
 
 
 class TorchSampler:
     """Per-seat options and draws, on the device that holds the logits."""
 
-    def __init__(self, num_seats: int, device: torch.device) -> None:
+    def __init__(
+        self, num_seats: int, vocab_size: int, eos_ids: frozenset[int], device: torch.device
+    ) -> None:
         self.device = device
         self.last_drawn = torch.zeros(num_seats, dtype=torch.int64, device=device)
+        self._vocab_size, self._eos_ids = vocab_size, eos_ids
         self._options: Options = np.zeros(num_seats, _OPTIONS)
-        self._masks: dict[int, Tensor] = {}
+        self._histories: dict[int, RowHistory] = {}
+        self._listed: dict[int, NDArray[np.bool_]] = {}  # allowed_token_ids
+        self._allowed: dict[int, Tensor] = {}  # these and the mask
 
     def reserve(self, num_seats: int) -> None:
         more = num_seats - len(self._options)
         self._options = np.concatenate([self._options, np.zeros(more, _OPTIONS)])
         self.last_drawn = torch.cat([self.last_drawn, self.last_drawn.new_zeros(more)])
 
-    def bind(self, seat: int, params: SamplingParams, num_tokens: int) -> None:
-        seed = int(np.uint64(params.seed or 0).view(np.int64))
-        logprobs = _NO_LOGPROBS if params.logprobs is None else params.logprobs
-        options = (seed, num_tokens, params.temperature, params.top_k, params.top_p, logprobs)
-        self._options[seat] = options
-        self._masks.pop(seat, None)
+    def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        self.release(seat)
+        own = filter_options(params, self._vocab_size) | {
+            "seed": int(np.uint64(params.seed or 0).view(np.int64)),
+            "length": len(token_ids),
+            "num_logprobs": _NO_LOGPROBS if params.logprobs is None else params.logprobs,
+            "changes": False,
+            "temperature": params.temperature,
+        }
+        self._options[seat] = tuple(own[name] for name in _OPTIONS.names or ())
+        self._histories[seat] = RowHistory(params, token_ids, self._eos_ids)
+        if params.allowed_token_ids is not None:
+            self._listed[seat] = np.zeros(self._vocab_size, bool)
+            self._listed[seat][list(params.allowed_token_ids)] = True
+        self.set_mask(seat, None)
 
+    @torch.inference_mode()  # `last_drawn` may have been grown in it
     def observe(self, seat: int, token_id: int) -> None:
         self._options["length"][seat] += 1
-        self.last_drawn[seat] = token_id
+        self._histories[seat].observe(token_id)
+        self._remember({seat: token_id})
+
+    def release(self, seat: int) -> None:
+        for by_seat in (self._histories, self._listed, self._allowed):
+            by_seat.pop(seat, None)
 
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
-        self._masks.pop(seat, None)
-        if allowed is not None:
-            self._masks[seat] = torch.from_numpy(np.ascontiguousarray(allowed)).to(self.device)
+        masks = [mask for mask in (self._listed.get(seat), allowed) if mask is not None]
+        self._allowed.pop(seat, None)
+        if masks:
+            both = np.logical_and.reduce(masks)
+            self._allowed[seat] = torch.from_numpy(both).to(self.device)
+        self._options["changes"][seat] = bool(masks) or not self._histories[seat].is_plain
 
     def draw(self, logits: Tensor, seats: NDArray[np.int32], drafts: Sequence[int]) -> list[Draw]:
         """Draw one token a row of `logits`.
@@ -77,54 +109,79 @@ class TorchSampler:
         Returns:
             The draws in order, without those behind a draw that differs from its draft.
         """
-        runs = _run_offsets(seats)
-        options = self._options[seats]
-        ids, ok = self._draw_ids(self._masked(logits, seats), options, options["length"] + runs)
-        kept = _accepted(ids, runs, drafts)
-        logprobs = self._logprobs(logits, options["num_logprobs"], ids)
-        np.add.at(self._options["length"], seats[kept], 1)
-        self._remember(seats, ids, kept)
-        return [Draw(int(seats[at]), ids[at], ok[at], logprobs.get(at)) for at in kept]
+        drawn: dict[int, Draw] = {}
+        follows = np.zeros(len(seats) + 1, bool)  # the draw before is of the same seat
+        follows[1:-1] = seats[1:] == seats[:-1]
+        wave = np.flatnonzero(~follows[:-1])
+        while len(wave):  # the first draws of all seats, the second where the draft was right, ...
+            drawn |= zip(wave.tolist(), self._wave(_take(logits, wave), seats[wave]), strict=True)
+            right = [
+                at for at in wave.tolist() if drawn[at].ok and drawn[at].token_id == drafts[at]
+            ]
+            wave = np.array([at + 1 for at in right if follows[at + 1]], np.intp)
+        kept = [drawn[at] for at in sorted(drawn)]
+        self._remember({one.seat: one.token_id for one in kept})  # of a seat's draws, the last
+        return kept
 
-    def _remember(self, seats: NDArray[np.int32], ids: list[int], kept: list[int]) -> None:
-        last = {int(seats[at]): ids[at] for at in kept}  # of several draws of a seat, the last
+    def _wave(self, logits: Tensor, seats: NDArray[np.int32]) -> list[Draw]:
+        """One draw a seat, which its row then counts."""
+        ids, ok = self._draw_ids(logits, seats)
+        logprobs = self._logprobs(logits, self._options["num_logprobs"][seats], ids, ok)
+        self._options["length"][seats[ok]] += 1
+        for seat, token_id in zip(seats[ok].tolist(), ids[ok].tolist(), strict=True):
+            self._histories[seat].observe(token_id)
+        draws = zip(seats.tolist(), ids.tolist(), ok.tolist(), strict=True)
+        return [Draw(*drawn, logprobs.get(at)) for at, drawn in enumerate(draws)]
+
+    def _remember(self, last: dict[int, int]) -> None:
         index = torch.tensor(list(last), device=self.device)
         self.last_drawn[index] = torch.tensor(list(last.values()), device=self.device)
 
-    def _masked(self, logits: Tensor, seats: NDArray[np.int32]) -> Tensor:
-        if not self._masks:
-            return logits
-        rows = [
-            row.masked_fill(~self._masks[seat], -math.inf) if seat in self._masks else row
-            for row, seat in zip(logits, seats.tolist(), strict=True)
-        ]
-        return torch.stack(rows)
+    def _draw_ids(self, logits: Tensor, seats: NDArray[np.int32]) -> tuple[Ids, NDArray[np.bool_]]:
+        """Ids (n,), and whether there was one to draw."""
+        options = self._options[seats]
+        ids, ok = np.zeros(len(seats), np.int64), np.zeros(len(seats), bool)
+        for changes in (False, True):
+            at = np.flatnonzero(options["changes"] == changes)
+            if len(at):
+                scores = self._processed(logits, seats, at) if changes else _take(logits, at)
+                ids[at], ok[at] = self._choose(scores, options[at])
+        return ids, ok
 
-    def _draw_ids(
-        self, logits: Tensor, options: Options, positions: NDArray[np.int64]
-    ) -> tuple[list[int], list[bool]]:
-        highest, ids = logits.max(dim=1)  # (n,) each; the first, so the lowest id, among equals
-        sampled = np.flatnonzero(options["temperature"] > 0)
-        if len(sampled) == len(options):
-            ids = self._sample(logits, options, positions)
-        elif len(sampled):
-            rows = self._tensor(sampled)
-            ids[rows] = self._sample(logits[rows], options[sampled], positions[sampled])
-        ok = highest.isfinite()
-        return ids.masked_fill(~ok, 0).tolist(), ok.tolist()  # sync: the draws go to the host
+    def _processed(self, logits: Tensor, seats: NDArray[np.int32], at: NDArray[np.intp]) -> Tensor:
+        scores = logits.index_select(0, self._tensor(at))  # a copy
+        rows = seats[at].tolist()
+        histories = [self._histories[seat] for seat in rows]
+        process(scores, histories, [self._allowed.get(seat) for seat in rows])
+        return scores
 
-    def _sample(self, logits: Tensor, options: Options, positions: NDArray[np.int64]) -> Tensor:
-        """Ids (n,) of rows with a temperature."""
-        scaled = logits / self._tensor(options["temperature"])[:, None]  # (n, V)
-        candidates, token_ids = _top_k(scaled, options["top_k"])  # (n, K); None: every id
-        weights = (candidates.double() - candidates.amax(1, keepdim=True).double()).exp()
-        if (options["top_p"] < 1).any():
-            keep = _top_p(candidates, weights, self._tensor(options["top_p"])[:, None])
-            weights = weights.where(keep, 0.0)
-        picked = _pick(weights, self._coins(options["seed"], positions))  # (n, 1)
+    def _choose(self, scores: Tensor, options: Options) -> tuple[Ids, NDArray[np.bool_]]:
+        """Ids (n,) of rows whose scores, float32 (n, V), are final, and which have one."""
+        sampled = options["temperature"] > 0
+        divisors = np.where(sampled, options["temperature"], np.float32(1))
+        with np.errstate(over="ignore"):
+            ok = np.isfinite(scores.amax(1).cpu().numpy() / divisors)
+        ids = np.zeros(len(ok), np.int64)
+        few = options["num_candidates"] > 0
+        ways = (
+            (~sampled, _greedy),
+            (sampled & few, self._sample),
+            (sampled & ~few, self._sample),
+        )
+        for chosen, way in ways:
+            at = np.flatnonzero(chosen & ok)
+            if len(at):  # the ids go to the host: the device is waited for
+                ids[at] = way(_take(scores, at), options[at]).cpu().numpy()
+        return ids, ok
+
+    def _sample(self, scores: Tensor, options: Options) -> Tensor:
+        """Ids (n,) of rows with a temperature; all with few candidates, or all without."""
+        scaled = scores / self._tensor(options["temperature"])[:, None]  # (n, V)
+        weights, token_ids = kept_weights(scaled, options)  # (n, K)
+        picked = _pick(weights, self._coins(options["seed"], options["length"]))  # (n, 1)
         return (picked if token_ids is None else token_ids.gather(1, picked))[:, 0]
 
-    def _coins(self, seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> Tensor:
+    def _coins(self, seeds: Ids, positions: Ids) -> Tensor:
         """float64 (n, 1), as fastgen.philox.coins has them."""
         if self.device.type == "cpu":
             return torch.from_numpy(coins(seeds, positions))[:, None]
@@ -139,92 +196,39 @@ class TorchSampler:
         return torch.from_numpy(values.copy()).to(self.device)  # a field is strided: packed by copy
 
     def _logprobs(
-        self, logits: Tensor, wanted: NDArray[np.int64], ids: list[int]
+        self, logits: Tensor, wanted: Ids, ids: Ids, ok: NDArray[np.bool_]
     ) -> dict[int, TokenLogprobs]:
         """By draw, for those that want them; of the raw logits."""
-        rows = np.flatnonzero(wanted != _NO_LOGPROBS)
-        if not len(rows):
+        at = np.flatnonzero((wanted != _NO_LOGPROBS) & ok)
+        if not len(at):
             return {}
-        some = logits[self._tensor(rows)].double()
-        logprobs = some - some.logsumexp(1, keepdim=True)  # (n, V)
-        chosen = torch.tensor([[ids[at]] for at in rows], device=self.device)
-        own = logprobs.gather(1, chosen)[:, 0].tolist()
-        best, best_ids = logprobs.topk(min(int(wanted.max()), logprobs.shape[1]))
-        return {
-            int(at): TokenLogprobs(ids[at], own[i], tuple(zip(top_ids, top, strict=True))[:count])
-            for i, (at, count, top_ids, top) in enumerate(
-                zip(rows, wanted[rows], best_ids.tolist(), best.tolist(), strict=True)
-            )
-        }
+        some = _take(logits, at)
+        log_total = some.double().logsumexp(1, keepdim=True)
+        own = some.gather(1, self._tensor(ids[at])[:, None]) - log_total
+        counts = wanted[at].clip(max=some.shape[1])
+        best, best_ids = candidates(some, counts.clip(1))
+        top, order = (best - log_total).sort(dim=1, descending=True, stable=True)  # lowest id first
+        top, order = top[:, : counts.max()], order[:, : counts.max()]
+        top_ids = order if best_ids is None else best_ids.gather(1, order)
+        rows = zip(
+            ids[at].tolist(), own.tolist(), top_ids.tolist(), top.tolist(), counts, strict=True
+        )
+        scored = (
+            TokenLogprobs(token_id, logprob, tuple(zip(*pairs, strict=True))[:count])
+            for token_id, (logprob,), *pairs, count in rows
+        )
+        return dict(zip(at.tolist(), scored, strict=True))
 
 
-def _run_offsets(seats: NDArray[np.int32]) -> NDArray[np.int64]:
-    """How many draws of the same seat stand directly before each; drafts are checked there."""
-    at = np.arange(len(seats))
-    starts = np.r_[True, seats[1:] != seats[:-1]]
-    return at - np.maximum.accumulate(np.where(starts, at, 0))
+def _take(logits: Tensor, at: NDArray[np.intp]) -> Tensor:
+    """Some rows; all of them without a copy."""
+    if len(at) == len(logits):
+        return logits
+    return logits.index_select(0, torch.from_numpy(at).to(logits.device))
 
 
-def _accepted(ids: list[int], runs: NDArray[np.int64], drafts: Sequence[int]) -> list[int]:
-    """The draws that count: of each run, up to the first that differs from its draft."""
-    if not runs.any():
-        return list(range(len(ids)))
-    kept: list[int] = []
-    accepting = True
-    for at, offset in enumerate(runs.tolist()):
-        accepting = offset == 0 or (accepting and ids[at - 1] == drafts[at - 1])
-        if accepting:
-            kept.append(at)
-    return kept
-
-
-def _top_k(scaled: Tensor, top_k: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
-    """Candidates (n, K), -inf for what top-k removed, and their ids in ascending order.
-
-    All equals of the k-th stay. None for the ids: the candidates are the whole vocabulary.
-    """
-    vocab_size = scaled.shape[1]
-    wanted = np.where((top_k > 0) & (top_k < vocab_size), top_k, vocab_size)
-    largest = int(wanted.max())
-    if largest == vocab_size:
-        if (wanted < vocab_size).any():  # some rows have top-k, some have not
-            kth = scaled.new_full((len(scaled), 1), -math.inf)
-            for row in np.flatnonzero(wanted < vocab_size).tolist():
-                kth[row] = scaled[row].topk(int(wanted[row])).values[-1]
-            scaled = scaled.masked_fill(scaled < kth, -math.inf)
-        return scaled, None
-    index = torch.from_numpy(wanted - 1).to(scaled.device)[:, None]
-    values, token_ids = scaled.topk(largest)
-    kth = values.gather(1, index)  # (n, 1)
-    with_equals = int((scaled >= kth).sum(1).amax())
-    if with_equals > largest:
-        values, token_ids = scaled.topk(with_equals)
-    token_ids, order = token_ids.sort(dim=1)
-    values = values.gather(1, order)
-    return values.masked_fill(values < kth, -math.inf), token_ids
-
-
-def _top_p(candidates: Tensor, weights: Tensor, top_p: Tensor) -> Tensor:
-    """Which candidates stay, bool (n, K): the smallest set whose mass reaches top_p.
-
-    A row's set is known from its lowest member, the edge, and how many of its equals are in. Only
-    the highest candidates are looked at, more of them while the mass is not reached.
-    """
-    goal = top_p * weights.sum(1, keepdim=True)
-    num_candidates = candidates.shape[1]
-    width = min(_TOP_P_WIDTH, num_candidates)
-    while True:
-        values, index = candidates.topk(width)  # (n, width), highest first
-        reached = weights.gather(1, index).cumsum(1) >= goal
-        if width == num_candidates or bool(reached[:, -1].all()):
-            break
-        width = min(8 * width, num_candidates)
-    last = torch.where(reached[:, -1:], reached.byte().argmax(1, keepdim=True), width - 1)
-    edge = values.gather(1, last)  # (n, 1)
-    num_equal = last + 1 - (values > edge).sum(1, keepdim=True)
-    equal = candidates == edge
-    keep = (candidates > edge) | (equal & (equal.cumsum(1) <= num_equal))
-    return keep | (top_p >= 1)
+def _greedy(scores: Tensor, options: Options) -> Tensor:
+    return scores.argmax(1)  # of equals the first: the lowest id
 
 
 def _pick(weights: Tensor, coins: Tensor) -> Tensor:
@@ -232,5 +236,4 @@ def _pick(weights: Tensor, coins: Tensor) -> Tensor:
     running = weights.cumsum(1)
     total = running[:, -1:].contiguous()
     drawn = torch.searchsorted(running, coins * total, right=True)
-    picked = torch.minimum(drawn, torch.searchsorted(running, total))  # coin * total may round up
-    return picked.clamp_max(weights.shape[1] - 1)  # rows of NaN: they are marked, not drawn from
+    return torch.minimum(drawn, torch.searchsorted(running, total))  # coin * total may round up

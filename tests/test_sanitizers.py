@@ -1,0 +1,133 @@
+"""The sampler under sanitizers: alone, fed random bytes, and inside Python.
+
+AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
+ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
+new code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
+CORE = sorted(p for p in (ROOT / "csrc").glob("*.cpp") if "bindings" not in p.name)
+COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SECONDS = 60  # of each driver
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are set up for Linux"),
+]
+
+
+def compiler(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    """Its output; fails with all of it where the command does."""
+    process = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+    )
+    assert process.returncode == 0, process.stdout[-8000:]
+    return process.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "least"),
+    [("address", ADDRESS, 1000), ("thread", ("-fsanitize=thread",), 300)],
+)
+def test_random_bytes(name: str, flags: tuple[str, ...], least: int, tmp_path: Path) -> None:
+    program = tmp_path / name
+    run(compiler("g++"), *COMMON, *flags, *CORE, DRIVER, "-o", program)
+    seed = str(int.from_bytes(os.urandom(3), "big"))
+    output = run(program, str(SECONDS), seed)
+    [cases] = re.findall(r"(\d+) cases", output)
+    assert int(cases) >= least, output
+    print(f"{name}: {cases} cases with seed {seed}")
+
+
+def test_fuzzer(tmp_path: Path) -> None:
+    program = tmp_path / "fuzzer"
+    flags = ("-DLIBFUZZER", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
+    run(compiler("clang++"), *COMMON, *flags, *CORE, DRIVER, "-o", program)
+    artifacts = f"-artifact_prefix={tmp_path}/"
+    output = run(program, f"-max_total_time={SECONDS}", "-max_len=4096", artifacts)
+    [runs] = re.findall(r"Done (\d+) runs", output)
+    assert int(runs) >= 5000, output[-2000:]
+    print(f"fuzzer: {runs} runs")
+
+
+def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
+    """A sampler that forgets suppress_tokens, and one that reads behind a row, are both caught."""
+    broken = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", broken)
+    (tmp_path / "tests" / "native").mkdir(parents=True)
+    driver = Path(shutil.copy(DRIVER, tmp_path / "tests" / "native"))
+    source = (broken / "processors.cpp").read_text()
+    old = "rule_out(options.suppress, scores);"
+    assert old in source
+    (broken / "processors.cpp").write_text(source.replace(old, ""))
+    assert "suppress" in failure_of(broken, driver, tmp_path / "forgets")
+    (broken / "processors.cpp").write_text(source)
+    kernels = (broken / "sampler_kernels.inc").read_text()
+    old = "start + at < count ? block[at] : kLowest"
+    assert old in kernels
+    (broken / "sampler_kernels.inc").write_text(kernels.replace(old, "block[at]"))
+    assert "AddressSanitizer" in failure_of(broken, driver, tmp_path / "reads")
+
+
+def failure_of(sources: Path, driver: Path, program: Path) -> str:
+    core = sorted(p for p in sources.glob("*.cpp") if "bindings" not in p.name)
+    run(compiler("g++"), *COMMON, *ADDRESS, *core, driver, "-o", program)
+    process = subprocess.run([program, "20", "1"], capture_output=True, text=True, errors="replace")
+    assert process.returncode != 0
+    return process.stderr
+
+
+def test_the_extension_inside_python(tmp_path: Path) -> None:
+    """tests/test_native_sampler.py, with the bindings and the sampler built for sanitizers."""
+    package = tmp_path / "fastgen"
+    shutil.copytree(ROOT / "fastgen", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    module = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    sources = sorted((ROOT / "csrc").glob("*.cpp"))
+    gxx = compiler("g++")
+    shared = ("-shared", "-fPIC", "-fvisibility=hidden")
+    run(gxx, *COMMON, *ADDRESS, *shared, *includes, *sources, "-o", module)
+    libraries = [
+        run(gxx, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until the end
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONMALLOC": "malloc",
+    }
+    options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
+    test = ROOT / "tests" / "test_native_sampler.py"
+    output = run(sys.executable, "-m", "pytest", *options, test, env=env)
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output
+    where = "import fastgen._native as n; print(n.__file__)"
+    assert run(sys.executable, "-c", where, env=env).strip() == str(module)
