@@ -12,7 +12,7 @@ namespace {
 constexpr int kTopHCandidates = 100;
 constexpr double kTypicalSteps = 0x1p40;  // to a nat: nearer distances to the entropy are equal
 constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
-constexpr double kEdge = 1e-12;           // top_h: sums this near to their share have reached it
+constexpr double kEdge = 1e-12;  // top_h: sums this near to their share have reached it
 constexpr float kRuledOut = -std::numeric_limits<float>::infinity();
 
 struct Threshold {
@@ -210,19 +210,34 @@ void keep_at_least(Candidates& candidates, double least) {
   });
 }
 
-// Those of all tokens whose weight is at least `share` of the mean weight, and above 0. Returns
-// the total of all weights.
-double weigh_all(const Scores& scores, float temperature, double share, Candidates& candidates,
+// A weight below which top_p removes everything: what weighs less has a mass below 1 - top_p
+// together. (1 - top_p) * total / count is such a bound, whatever the weights are; higher ones are
+// tried.
+double bound_of_top_p(double top_p, const double* weights, int count, double total,
+                      const SamplerKernels& kernels) {
+  const double removed = (1 - top_p) * (1 - 1e-9) * total;
+  double bound = removed / count, bounds[kNumBounds], masses[kNumBounds];
+  for (int of = 0; of < kNumBounds; ++of) bounds[of] = bound * (4 << (2 * of));
+  kernels.mass_below(weights, count, bounds, masses);
+  for (int of = 0; of < kNumBounds && masses[of] < removed; ++of) bound = bounds[of];
+  return bound;
+}
+
+// Every token with a weight, but for those that top_p is known to remove. Returns the total of all.
+double weigh_all(const Scores& scores, const SamplingOptions& options, Candidates& candidates,
                  Scratch& scratch, const SamplerKernels& kernels) {
   const float* values = scores.logits;
-  if (temperature != 1) {
-    kernels.divide(scores.logits, scores.count, temperature, scratch.values);
+  if (options.temperature != 1) {
+    kernels.divide(scores.logits, scores.count, options.temperature, scratch.values);
     values = scratch.values;
   }
   const double total =
       kernels.weigh(values, scores.count, candidates.highest, scratch.weights, scratch.block_sums);
-  const double least =
-      std::max(share * total / scores.count, std::numeric_limits<double>::denorm_min());
+  double least = std::numeric_limits<double>::denorm_min();
+  if (options.top_p < 1) {
+    least = std::max(least,
+                     bound_of_top_p(options.top_p, scratch.weights, scores.count, total, kernels));
+  }
   int kept = 0;
   for (int start = 0; start < scores.count; start += kBlock) {
     if (scratch.block_sums[start / kBlock] < least) continue;
@@ -308,9 +323,8 @@ Candidates filtered(const SamplingOptions& options, const Scores& scores, Scratc
     gather(scores, temperature, static_cast<float>(least) - slack, candidates, scratch);
     weigh(candidates, scratch, kernels);
     total = candidates.total;
-  } else {  // all those below (1 - top_p) / count weigh less than 1 - top_p together
-    const double share = (1 - options.top_p) * (1 - 1e-9);
-    total = weigh_all(scores, temperature, share, candidates, scratch, kernels);
+  } else {
+    total = weigh_all(scores, options, candidates, scratch, kernels);
   }
   if (options.top_p < 1) keep_top_p(candidates, options.top_p, total, scratch, kernels);
   if (options.min_p > 0) {

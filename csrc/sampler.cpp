@@ -15,12 +15,14 @@ namespace fastgen {
 namespace {
 
 // Microseconds of one draw with GPT-2's vocabulary, roughly: they decide about threads only.
-constexpr int kFewCandidates = 10, kWholeVocabulary = 60, kWorthAThread = 40;
+constexpr int kGreedy = 5, kFewCandidates = 15, kWholeVocabulary = 60, kWorthAThread = 100;
 
-bool weighs_all(const SamplingOptions& options) {
-  const bool few = options.temperature == 0 || options.top_k > 0 || options.top_h > 0 ||
-                   (options.min_p > 0 && options.top_p == 1);
-  return !few || options.num_logprobs >= 0;
+int cost_of(const SamplingOptions& options) {
+  if (options.num_logprobs >= 0) return kWholeVocabulary;
+  if (options.temperature == 0) return kGreedy;
+  const bool few =
+      options.top_k > 0 || options.top_h > 0 || (options.min_p > 0 && options.top_p == 1);
+  return few ? kFewCandidates : kWholeVocabulary;
 }
 
 std::int32_t first_of(float value, const Scores& scores) {
@@ -92,7 +94,7 @@ void Sampler::draw(const DrawBatch& batch) {
   int cost = 0;
   for (int at = 0; at < batch.count; ++at) {
     if (at == 0 || batch.seats[at] != batch.seats[at - 1]) runs_.push_back(at);
-    cost += weighs_all(seats_[batch.seats[at]]->options) ? kWholeVocabulary : kFewCandidates;
+    cost += cost_of(seats_[batch.seats[at]]->options);
   }
   struct Work {
     Sampler& sampler;

@@ -17,8 +17,8 @@ namespace {
 #undef FASTGEN_TARGET
 #undef FASTGEN_BYTES
 
-constexpr SamplerKernels kPortable = {"portable", portable::highest, portable::divide,
-                                      portable::weigh, portable::split_mass};
+constexpr SamplerKernels kPortable = {"portable",      portable::highest,    portable::divide,
+                                      portable::weigh, portable::mass_below, portable::split_mass};
 
 #if defined(__x86_64__)
 
@@ -38,10 +38,10 @@ constexpr SamplerKernels kPortable = {"portable", portable::highest, portable::d
 #undef FASTGEN_TARGET
 #undef FASTGEN_BYTES
 
-constexpr SamplerKernels kAvx2 = {"avx2", avx2::highest, avx2::divide, avx2::weigh,
-                                  avx2::split_mass};
-constexpr SamplerKernels kAvx512 = {"avx512", avx512::highest, avx512::divide, avx512::weigh,
-                                    avx512::split_mass};
+constexpr SamplerKernels kAvx2 = {"avx2",      avx2::highest,    avx2::divide,
+                                  avx2::weigh, avx2::mass_below, avx2::split_mass};
+constexpr SamplerKernels kAvx512 = {"avx512",      avx512::highest,    avx512::divide,
+                                    avx512::weigh, avx512::mass_below, avx512::split_mass};
 
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 

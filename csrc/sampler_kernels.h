@@ -8,6 +8,8 @@ namespace fastgen {
 
 constexpr int kBlock = 64;  // values that share one entry of block maxima and block sums
 
+constexpr int kNumBounds = 4;
+
 constexpr int num_blocks(int count) { return (count + kBlock - 1) / kBlock; }
 
 struct SamplerKernels {
@@ -23,6 +25,10 @@ struct SamplerKernels {
   // that of the block sums in order. Equal values get equal weights, wherever they stand.
   double (*weigh)(const float* values, int count, float highest, double* weights,
                   double* block_sums);
+
+  // masses[j] = sum of the weights below bounds[j].
+  void (*mass_below)(const double* weights, int count, const double (&bounds)[kNumBounds],
+                     double (&masses)[kNumBounds]);
 
   // Sum of weights[i] with keys[i] < pivot, and with keys[i] == pivot.
   void (*split_mass)(const double* keys, const double* weights, int count, double pivot,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastgen.decoders.choice import Backend, backends
     from fastgen.errors import CheckpointError, EngineError
     from fastgen.generator import Generator, load
+    from fastgen.limits import Limits
     from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
     from fastgen.sampling_params import SamplingParams
     from fastgen.stream import Stream
@@ -29,6 +30,7 @@ _MODULES = {
     "EngineError": "errors",
     "Generation": "results",
     "Generator": "generator",
+    "Limits": "limits",
     "Piece": "results",
     "SamplingParams": "sampling_params",
     "Score": "results",
@@ -46,6 +48,7 @@ __all__ = [
     "EngineError",
     "Generation",
     "Generator",
+    "Limits",
     "Piece",
     "SamplingParams",
     "Score",

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastgen import __version__
@@ -16,7 +16,7 @@ from fastgen.decoders.choice import backends, plan_decoder
 from fastgen.decoders.plan import LoadOptions
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.generator import Generator, load, open_model
-from fastgen.results import Score
+from fastgen.results import Generation, Score
 from fastgen.sampling_params import SamplingParams
 
 _REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)
@@ -81,21 +81,56 @@ def _model_options() -> argparse.ArgumentParser:
 
 
 def _sampling_options() -> argparse.ArgumentParser:
-    default = SamplingParams()
+    """Each lands under the name of the SamplingParams field it is."""
     options = argparse.ArgumentParser(add_help=False)
-    add = options.add_argument_group("sampling").add_argument
-    add("-n", type=int, default=1, help="completions (default: 1)")
-    add("--max-new-tokens", type=int, default=default.max_new_tokens, metavar="N",
-        help=f"default: {default.max_new_tokens}")  # fmt: skip
-    add("--temperature", type=float, default=default.temperature, metavar="T",
-        help=f"0 is greedy (default: {default.temperature})")  # fmt: skip
-    add("--top-k", type=int, default=default.top_k, metavar="K", help="0 is off (default)")
-    add("--top-p", type=float, default=default.top_p, metavar="P", help="1 is off (default)")
-    add("--seed", type=int, help="to repeat a result (default: a new one)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    add("--timeout", type=float, metavar="SECONDS", help="end after this time")
+    group = options.add_argument_group("sampling")
+
+    def add(flag: str, kind: Any, metavar: str, text: str) -> None:
+        default = getattr(SamplingParams(), flag.strip("-").replace("-", "_"))
+        if isinstance(default, (int, float)):
+            text += f" (default: {default:g})"
+        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
+
+    def add_many(flag: str, kind: Any, metavar: str, text: str, dest: str) -> None:
+        text += "; may be repeated"
+        group.add_argument(
+            flag, type=kind, metavar=metavar, help=text, dest=dest, action="append", default=[]
+        )
+
+    add("-n", int, "N", "completions")
+    add("--best-of", int, "N", "draw so many, show the n with the best mean log-probability")
+    add("--max-new-tokens", int, "N", "at most so many")
+    add("--min-new-tokens", int, "N", "do not end before")
+    add("--temperature", float, "T", "0 is greedy")
+    add("--top-k", int, "K", "draw from the k most likely tokens; 0 is off")
+    add("--top-p", float, "P", "from those that hold this probability; 1 is off")
+    add("--min-p", float, "P", "from those with this share of the highest probability; 0 is off")
+    add("--typical-p", float, "P", "from the most typical, up to this probability; 1 is off")
+    add("--top-h", float, "H", "from the most likely that hold this share of their entropy")
+    add("--epsilon-cutoff", float, "P", "from those with at least this probability; 0 is off")
+    add("--eta-cutoff", float, "E", "the same, lower where the entropy is high; 0 is off")
+    add("--repetition-penalty", float, "R", "against every token of the row; 1 is off")
+    add("--presence-penalty", float, "A", "against tokens that were generated")
+    add("--frequency-penalty", float, "A", "against them, for each time")
+    add("--no-repeat-ngram-size", int, "N", "no n tokens occur twice; 0 is off")
+    add_many("--logit-bias", _bias, "ID=VALUE", "add to a token's logit", "logit_bias")
+    add_many("--bad-word", str, "TEXT", "never say this", "bad_words")
+    add_many("--stop", str, "TEXT", "end there", "stop")
+    add_many("--stop-token-id", int, "ID", "end at this token", "stop_token_ids")
+    group.add_argument("--include-stop", action="store_true", help="show what ended the text")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
+    add("--seed", int, "S", "to repeat a result (default: a new one)")
+    add("--logprobs", int, "K", "in the JSON, each token's log-probability and those of the k best")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="end after this time")
     return options
+
+
+def _bias(argument: str) -> tuple[int, float]:
+    token_id, _, value = argument.partition("=")
+    try:
+        return int(token_id), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not ID=VALUE") from None
 
 
 def _load(arguments: argparse.Namespace) -> Generator:
@@ -113,42 +148,53 @@ def _load(arguments: argparse.Namespace) -> Generator:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    params = SamplingParams(
-        n=arguments.n,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        stop=tuple(arguments.stop),
-        ignore_eos=arguments.ignore_eos,
-    )
+    params = params_of(arguments)
     prompt = _text(arguments.prompt)
     with _load(arguments) as model:
+        if params.num_rows == 1 and not arguments.json:
+            return _print_stream(model, prompt, params, arguments.timeout)
+        [generation] = model.generate(prompt, params, timeout=arguments.timeout)
         if arguments.json:
-            [generation] = model.generate(prompt, params, timeout=arguments.timeout)
             print(json.dumps(dataclasses.asdict(generation), ensure_ascii=False))
-        elif params.n == 1:
-            _print_stream(model, prompt, params, arguments.timeout)
         else:
-            [generation] = model.generate(prompt, params, timeout=arguments.timeout)
-            for completion in generation.completions:
-                print(f"--- {completion.index + 1} of {params.n}, seed {completion.seed} ---")
-                print(prompt + completion.text)
-    return 0
+            _print_completions(prompt, params, generation)
+        return _exit_code(each.error for each in generation.completions)
+
+
+def params_of(arguments: argparse.Namespace) -> SamplingParams:
+    given = vars(arguments)
+    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in given]
+    return SamplingParams(**{name: given[name] for name in names})
+
+
+def _print_completions(prompt: str, params: SamplingParams, generation: Generation) -> None:
+    for completion in generation.completions:
+        print(f"--- {completion.index + 1} of {params.num_rows}, seed {completion.seed} ---")
+        print(prompt + completion.text)
 
 
 def _print_stream(
     model: Generator, prompt: str, params: SamplingParams, timeout: float | None
-) -> None:
+) -> int:
     """Text as it comes; a prompt and what is there of its continuation survive Ctrl-C."""
+    error: str | None = None
     with model.stream(prompt, params, timeout=timeout) as stream:
         try:
             print(prompt, end="", flush=True)
             for piece in stream:
                 print(piece, end="", flush=True)
+                error = piece.error
         finally:
             print(flush=True)
+    return _exit_code([error])
+
+
+def _exit_code(errors: Iterable[str | None]) -> int:
+    """1 if there were any, after they have been shown."""
+    found = list(dict.fromkeys(error for error in errors if error is not None))
+    for error in found:
+        print(f"fastgen: {error}", file=sys.stderr)
+    return 1 if found else 0
 
 
 def _score(arguments: argparse.Namespace) -> int:

@@ -9,27 +9,36 @@ brings a TextSink for each row.
 from __future__ import annotations
 
 import heapq
-import numbers
+import math
 import secrets
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
-from fastgen.decoders.interface import Decoder, Draw
-from fastgen.errors import EngineError
-from fastgen.processors import Floats
+from fastgen.checks import real
+from fastgen.decoders.interface import Decoder, Draw, PendingStep
+from fastgen.errors import EngineError, NothingToDrawError
+from fastgen.host_logits import use_logits
+from fastgen.interrupts import deferred_interrupts
+from fastgen.limits import Limits
 from fastgen.request import Request, Row
+from fastgen.request_checks import (
+    check_ids,
+    check_options,
+    check_params,
+    checked_prompt,
+    longest_row,
+)
 from fastgen.results import FinishReason
-from fastgen.sampler import token_logprobs
 from fastgen.sampling_params import SamplingParams
-from fastgen.scheduler import Entry, Scheduler, StepPlan
+from fastgen.scheduler import Admission, Entry, Scheduler, StepPlan
 from fastgen.text_sink import TextSink
+
+Outcome = Draw | Exception | None  # what an entry got of its step; None: nothing was to be drawn
 
 
 @dataclass(slots=True)
@@ -44,18 +53,28 @@ class EngineStats:
 
 
 class Engine:
-    """Runs requests on one decoder. Thread-safe."""
+    """Runs requests on one decoder. Thread-safe.
 
-    def __init__(self, decoder: Decoder, vocab_size: int, eos_ids: Iterable[int] = ()) -> None:
+    `limits` bounds what a request may ask for; it may be replaced at any time.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocab_size: int,
+        eos_ids: Iterable[int] = (),
+        limits: Limits | None = None,
+    ) -> None:
         self.decoder = decoder
+        self.limits = limits or Limits()
         self.stats = EngineStats()
         self._vocab_size, self._eos_ids = vocab_size, frozenset(eos_ids)
         self._scheduler = Scheduler(decoder.limits)
         self._arrivals: deque[Row] = deque()
         self._cancelled: deque[Request] = deque()
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
-        self._progress = threading.Condition()  # guards _driving, _closed, _deadlines
-        self._driving = False
+        self._progress = threading.Condition()  # guards _driver, _closed, _deadlines
+        self._driver: int | None = None  # the thread that runs a step
         self._closed = False
 
     @property
@@ -75,31 +94,32 @@ class Engine:
         sinks: Sequence[TextSink] | None = None,
         deadline: float | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
 
         Args:
             token_ids: the prompt, at least one id.
             params: its options.
-            sinks: one for each of the n rows, for text and stop strings.
+            sinks: one for each row (`params.num_rows`), for text and stop strings.
             deadline: the time.monotonic() at which its rows end with "timeout".
             cache_salt: prompts with different salts share no KV blocks.
+            priority: -1000 to 1000; rows with a lower one go before those with a higher one that
+                came up to 1000 rows earlier, a level.
 
         Raises:
-            TypeError, ValueError: the request can never be right; the engine is untouched.
+            TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
+                is untouched.
             EngineError: the engine is closed.
         """
         prompt = self.check_request(token_ids, params)
-        if params.stop and sinks is None:
-            raise ValueError("stop strings need text: this request has no TextSink")
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        request = Request(prompt, params, deadline, cache_salt)
+        check_options(params, sinks, deadline, cache_salt, priority)
+        request = Request(prompt, params, deadline, cache_salt, priority)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
-        max_len = min(len(prompt) + params.max_new_tokens, self.decoder.limits.max_seq_len)
-        stop_ids = frozenset(params.stop_token_ids)
-        stop_ids |= frozenset() if params.ignore_eos else self._eos_ids
-        request.make_rows(seed, max_len, stop_ids, sinks)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        max_len = longest_row(len(prompt), params, self.decoder.limits)
+        request.make_rows(seed, max_len, params.ending_ids(self._eos_ids), sinks)
         if request.prefill_len == 0:  # nothing to compute, nothing to draw
             for row in request.rows:
                 row.finish("length")
@@ -125,12 +145,14 @@ class Engine:
 
         Ctrl-C in the main thread is raised between two steps, so that it breaks nobody's row.
 
-        A step that fails ends its rows with "error" and leaves the cause in `request.error`.
+        A step that fails ends its rows with "error" and leaves the cause in `request.error`. What
+        fails for one row alone ends only that, with the cause in `row.error`.
 
         Raises:
-            EngineError: nothing is left to run, and `until()` is not true.
+            EngineError: nothing is left to run, and `until()` is not true; or the engine's own
+                step, in some row's function, asks for this.
         """
-        with _deferred_interrupts() as interrupted:
+        with deferred_interrupts() as interrupted:
 
             def over() -> bool:
                 return bool(interrupted) or until()
@@ -154,16 +176,19 @@ class Engine:
     def _drive(self, *, wait: bool, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Hold the driver's place, if it is free or becomes free before `until()` is true."""
         with self._progress:
-            while self._driving and wait and not until():
+            while self._driver is not None and wait and not until():
+                if self._driver == threading.get_ident():
+                    raise EngineError("a step cannot wait for the engine that runs it")
                 self._progress.wait()
-            driving = not self._driving
-            self._driving = True
+            driving = self._driver is None
+            if driving:
+                self._driver = threading.get_ident()
         try:
             yield driving
         finally:
             if driving:
                 with self._progress:
-                    self._driving = False
+                    self._driver = None
                     self._progress.notify_all()
 
     def _step(self) -> None:
@@ -171,56 +196,76 @@ class Engine:
         if self._sweep():
             return  # that may be what the driver waits for
         rows: Sequence[Row] = ()
+        admissions: Sequence[Admission] = ()
         try:
-            rows = self._admit()
+            admissions = self._scheduler.admit()
+            for admission in admissions:
+                self._start(admission)
             plan = self._scheduler.schedule()
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
                 self._run_step(plan)
-            else:  # whoever runs the engine waits for something that cannot come
-                rows = self._scheduler.waiting
+            elif not admissions:  # whoever runs the engine waits for something that cannot come
+                rows = list(self._scheduler.waiting)
                 raise EngineError("there is no row that could run")
         except BaseException as error:
-            hurt = list(rows or self._scheduler.running)
+            started = [admission.row for admission in admissions]
+            hurt = list(rows or [*self._scheduler.running, *started])
             self._fail(hurt, error)
             if not (hurt and isinstance(error, Exception)):
                 raise
 
-    def _admit(self) -> list[Row]:
-        admitted, copies = self._scheduler.admit()
-        for row in admitted:
-            self.decoder.bind(row.seat, row.params, row.token_ids)
+    def _start(self, admission: Admission) -> None:
+        """Make a row ready for its first step; if that cannot be done, end its request alone."""
+        row = admission.row
+        if row.finish_reason is not None:
+            return  # with its request, another row of which could not be started
+        try:
+            if admission.error is not None:
+                raise admission.error
+            if admission.copies:
+                self.decoder.copy_blocks(admission.copies)
+            if not row.draws_on_host:
+                self.decoder.bind(row.seat, row.params, row.token_ids)
+                row.bound = True
+        except Exception as error:
+            self._end(row.request, "error", error)
+        else:
+            self.stats.reused_tokens = self._scheduler.num_reused_tokens
             if row.request.admitted is None:
                 row.request.admitted = time.monotonic()
-        if copies:
-            self.decoder.copy_blocks(copies)
-        self.stats.reused_tokens = self._scheduler.num_reused_tokens
-        return admitted
 
     def _run_step(self, plan: StepPlan) -> None:
         step = self.decoder.step(plan.batch)
-        draws = iter(step.wait())
-        self._scheduler.advance(plan.entries)
+        outcomes = _outcomes(plan, step)  # all of them first: logits are gone after any other call
         self._count(plan)
-        if any(entry.scores for entry in plan.entries):
-            _score(plan.entries, step.logits)
-        for entry in plan.entries:
-            if entry.draws:
-                self._emit(entry.row, next(draws))
-            elif not entry.row.is_prefilling:
-                self._end_row(entry.row, "length")  # nothing was to be drawn
+        for entry, outcome in zip(plan.entries, outcomes, strict=True):
+            self._hand_out(entry, outcome)
 
-    def _emit(self, row: Row, draw: Draw) -> None:
-        row.accept(draw, self._eos_ids)
-        if row.request.first_token is None:
-            row.request.first_token = time.monotonic()
+    def _hand_out(self, entry: Entry, outcome: Outcome) -> None:
+        """Give a row what it got of a step; what goes wrong ends it alone."""
+        row = entry.row
+        try:
+            self._scheduler.advance(entry)
+            if isinstance(outcome, Draw):
+                row.accept(outcome, self._eos_ids)
+                if row.request.first_token is None:
+                    row.request.first_token = time.monotonic()
+            elif outcome is not None:
+                row.fail(outcome)
+            elif not row.is_prefilling:
+                row.finish("length")  # nothing was to be drawn
+        except Exception as error:
+            row.fail(error)
+        if isinstance(row.error, NothingToDrawError):
+            self._scheduler.pool.forget(row.blocks)  # keys and values may be NaN like the logits
         if row.finish_reason is not None:
             self._release(row)
 
     def _sweep(self) -> bool:
         """End what was cancelled and what has run out of time; whether there was any."""
         while self._arrivals:
-            self._scheduler.waiting.append(self._arrivals.popleft())
+            self._scheduler.waiting.add(self._arrivals.popleft())
         ended = False
         if self._closed:
             rows = (*self._scheduler.running, *self._scheduler.waiting)
@@ -236,29 +281,33 @@ class Engine:
             ended |= self._end(request, "timeout")
         return ended
 
-    def _end(self, request: Request, reason: FinishReason) -> bool:
+    def _end(
+        self, request: Request, reason: FinishReason, error: BaseException | None = None
+    ) -> bool:
         """End the rows that have not ended yet; whether there were any."""
         if request.done:
             return False
         for row in request.rows:
-            self._end_row(row, reason)
+            if row.finish_reason is None:
+                row.finish(reason, error=error)
+                self._release(row)
         return True
 
-    def _end_row(self, row: Row, reason: FinishReason) -> None:
-        if row.finish_reason is None:
-            row.finish(reason)
-            self._release(row)
-
     def _release(self, row: Row) -> None:
-        if row.seat >= 0:
-            self.decoder.release(row.seat)
-        self._scheduler.remove(row)
-        row.request.row_ended()
+        """Free all that a row held that has ended."""
+        try:
+            if row.bound:
+                self.decoder.release(row.seat)
+        finally:
+            row.bound = False
+            self._scheduler.remove(row)
+            row.request.row_ended()
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for request in dict.fromkeys(row.request for row in rows):
-            request.error = error
-            self._end(request, "error")
+            if not request.done:
+                request.error = error
+                self._end(request, "error", error)
 
     def _count(self, plan: StepPlan) -> None:
         tokens = len(plan.batch.token_ids)
@@ -270,82 +319,38 @@ class Engine:
 
     def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
-        for token_id in token_ids:
-            if not _is_integer(token_id):
-                raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")
-            if not 0 <= token_id < self._vocab_size:
-                raise ValueError(
-                    f"{name} holds token id {token_id}, outside the vocabulary of "
-                    f"{self._vocab_size}"
-                )
+        check_ids(name, token_ids, self._vocab_size)
 
     def check_request(self, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """The prompt as ints, if add_request would take it; raises what that would raise."""
-        prompt = tuple(token_ids)
-        if not prompt:
-            raise ValueError("the prompt is empty: it needs at least one token id")
-        self.check_ids("prompt", prompt)
-        self.check_ids("stop_token_ids", params.stop_token_ids)
-        longest = self.decoder.limits.max_seq_len - (params.max_new_tokens > 0)
-        if len(prompt) > longest:
-            raise ValueError(
-                f"the prompt has {len(prompt)} tokens; with the context of "
-                f"{self.decoder.limits.max_seq_len} at most {longest} can be taken"
-            )
-        return tuple(map(int, prompt))
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        check_params(params, self._vocab_size)
+        prompt = checked_prompt(token_ids, params, self._vocab_size, self.decoder.limits)
+        self.limits.check(len(prompt), params)
+        return prompt
 
 
 def deadline_in(timeout: Any) -> float | None:
     """The time.monotonic() that is `timeout` seconds away; None for None."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real):
-        raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
-    if not float(timeout) >= 0:
-        raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
-    return time.monotonic() + float(timeout)
+    return time.monotonic() + real("timeout", timeout, 0, math.inf)
 
 
-def _score(entries: Sequence[Entry], logits: Floats) -> None:
-    """Give prompts their tokens' log-probabilities; each entry's logits stand one after another."""
-    at = 0
-    for entry in entries:
-        request = entry.row.request
-        if not entry.scores or request.prompt_logprobs is None:
-            continue
-        first = entry.start + 1
-        targets = request.prompt_token_ids[first : first + entry.scores]
-        num_top = request.params.prompt_logprobs or 0
-        request.prompt_logprobs += token_logprobs(logits[at : at + entry.scores], targets, num_top)
-        at += entry.scores
-
-
-@contextmanager
-def _deferred_interrupts() -> Iterator[list[int]]:
-    """In the main thread, hold Ctrl-C back until the block ends; a second one acts at once.
-
-    The list is no longer empty once it was pressed. Only Python's own handler is replaced; a
-    program that has set one of its own keeps it.
-    """
-    pressed: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt
+def _outcomes(plan: StepPlan, step: PendingStep) -> list[Outcome]:
+    """What each entry got of its step; an exception where its own options raised it."""
+    outcomes: list[Outcome] = []
+    draws = iter(step.wait())
+    logits = step.logits if (plan.batch.seats < 0).any() else None
+    at = 0  # in logits, where each entry's stand one after another
+    for entry in plan.entries:
+        outcome: Outcome = None
+        if entry.draws and not entry.row.draws_on_host:
+            outcome = next(draws)
+        if logits is not None and (count := entry.num_host_logits):
+            try:
+                outcome = use_logits(entry, logits[at : at + count]) or outcome
+            except Exception as error:
+                outcome = error
+            at += count
+        outcomes.append(outcome)
+    return outcomes

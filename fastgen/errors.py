@@ -11,6 +11,22 @@ class EngineError(Exception):
     """The engine could not do what was asked, through no fault in the request itself."""
 
 
+class NothingToDrawError(EngineError):
+    """A row's logits gave it no next token."""
+
+    def __init__(self) -> None:
+        super().__init__("the logits were NaN or infinite, or every token had been ruled out")
+
+
+def message_of(error: BaseException) -> str:
+    """What a result says of an error; EngineError's messages are whole sentences."""
+    try:
+        text = str(error)
+    except Exception:  # an exception class of the caller's own may raise here, too
+        text = ""
+    return text if isinstance(error, EngineError) else f"{type(error).__name__}: {text}"
+
+
 def shown(value: object) -> str:
     """`repr` of a value that a file holds, for a message: short, and safe to print."""
     try:

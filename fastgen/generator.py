@@ -19,14 +19,17 @@ from fastgen.config import GPT2Config
 from fastgen.decoders.choice import build_decoder, plan_decoder
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.engine import Engine, deadline_in
+from fastgen.errors import EngineError, message_of
 from fastgen.model_tensors import checkpoint_of_model
 from fastgen.native import native
 from fastgen.prompts import Params, Prompt, as_list, is_one, listed, params_for
-from fastgen.request import Request, Row
-from fastgen.results import Completion, Generation, Score
+from fastgen.ranking import chooses
+from fastgen.request import Request
+from fastgen.results import Generation, Score
 from fastgen.sampling_params import SamplingParams
 from fastgen.scoring import joined_score, windows_of
 from fastgen.stream import Stream, raise_error
+from fastgen.text_border import TextBorder
 from fastgen.text_sink import TextSink
 from fastgen.tokenizer import Tokenizer
 
@@ -124,10 +127,19 @@ class Generator:
         self.engine = Engine(
             build_decoder(checkpoint, plan), self.config.vocab_size, self.config.eos_token_ids
         )
+        self._border = TextBorder(self.config, tokenizer)
 
     def __call__(self, prompts: Any, params: Params = None, **options: Any) -> Any:
-        """The text that follows: a str for one prompt, a list of str for several."""
-        texts = [generation.text for generation in self.generate(prompts, params, **options)]
+        """The text that follows: a str for one prompt, a list of str for several.
+
+        Raises:
+            EngineError: besides what `generate` raises, where a completion is an error.
+        """
+        generations = self.generate(prompts, params, **options)
+        for first in (generation.completions[0] for generation in generations):
+            if first.error is not None:
+                raise EngineError(f"generation failed: {first.error}")
+        texts = [generation.text for generation in generations]
         return texts[0] if is_one(prompts) else texts
 
     def generate(
@@ -136,6 +148,7 @@ class Generator:
         params: Params = None,
         *,
         timeout: float | None = None,
+        priority: int = 0,
         progress: bool | None = None,
         **options: Any,
     ) -> list[Generation]:
@@ -146,21 +159,19 @@ class Generator:
             params: one SamplingParams for all, or one per prompt; or give its options directly:
                 `generate(prompts, temperature=0.8, n=4)`.
             timeout: seconds after which rows still running end with "timeout".
+            priority: of these prompts among all that wait, -1000 to 1000; lower is sooner.
             progress: show a progress bar; None does so on a terminal, for several prompts.
+
+        What fails for one completion alone, such as its logits_processor, makes that an "error".
 
         Raises:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
             EngineError: a step failed.
         """
         many = as_list(prompts)
-        each = params_for(len(many), params, options)
-        encoded = self._encode(many, each)
-        jobs = (
-            _Job(ids, chosen, self._sinks(chosen, streams=False))
-            for ids, chosen in zip(encoded, each, strict=True)
-        )
-        requests = self._run(jobs, len(many), timeout, progress)
-        return [self._generation(request) for request in requests]
+        jobs = self._jobs(many, params_for(len(many), params, options))
+        requests = self._run(jobs, len(many), timeout, priority, progress)
+        return [self._border.generation(request) for request in requests]
 
     def stream(
         self,
@@ -168,6 +179,7 @@ class Generator:
         params: SamplingParams | None = None,
         *,
         timeout: float | None = None,
+        priority: int = 0,
         **options: Any,
     ) -> Stream:
         """Continue one prompt, piece by piece. Closing the stream ends the generation.
@@ -177,10 +189,10 @@ class Generator:
         if not is_one(prompt) and listed(prompt):
             raise TypeError("stream takes one prompt; use generate for several")
         [chosen] = params_for(1, params, options)
-        [token_ids] = self._encode([prompt], [chosen])
-        sinks = self._sinks(chosen, streams=True)
-        deadline = deadline_in(timeout)
-        request = self.engine.add_request(token_ids, chosen, sinks=sinks, deadline=deadline)
+        if chooses(chosen):
+            raise ValueError("best_of chooses when all completions are there: use generate")
+        [job] = self._jobs([prompt], [chosen], streams=True)
+        request = self._add(job, deadline_in(timeout), priority)
         return Stream(self.engine, request)
 
     def score(self, texts: Any, *, progress: bool | None = None) -> list[Score]:
@@ -188,19 +200,26 @@ class Generator:
 
         A text longer than the context is scored in windows that overlap by half a context, so every
         token but the first window's has at least half a context before it.
+
+        Raises:
+            TypeError, ValueError: a text is wrong; nothing has been scored then.
+            EngineError: a text could not be scored to its end.
         """
-        many = as_list(texts)
-        from_text = iter(self._encode_texts([t for t in many if isinstance(t, str)], bounded=False))
-        ids = [next(from_text) if isinstance(text, str) else listed(text) for text in many]
+        ids = self._border.token_ids(as_list(texts))
         for index, token_ids in enumerate(ids):
             with _naming_prompt("text", index, len(ids)):
                 self.engine.check_ids("text", token_ids)
         params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
         windows = [windows_of(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
         jobs = (_Job(tokens, params, None) for each in windows for _, tokens in each)
-        requests = iter(self._run(jobs, sum(map(len, windows)), None, progress))
+        requests = self._run(jobs, sum(map(len, windows)), None, 0, progress)
+        for [row] in (request.rows for request in requests):
+            if row.finish_reason != "length":
+                cause = row.finish_reason if row.error is None else message_of(row.error)
+                raise EngineError(f"scoring failed: {cause}")
+        scored = iter(requests)
         return [
-            joined_score(token_ids, [(start, next(requests)) for start, _ in each])
+            joined_score(token_ids, [(start, next(scored)) for start, _ in each])
             for token_ids, each in zip(ids, windows, strict=True)
         ]
 
@@ -219,11 +238,28 @@ class Generator:
     ) -> None:
         self.close()
 
+    def _jobs(
+        self, prompts: Sequence[Any], params: Sequence[SamplingParams], *, streams: bool = False
+    ) -> Iterator[_Job]:
+        """One a prompt. All are checked now, before any is run; sinks are made as they are used."""
+        each = list(self._border.params_of_ids(params))
+        encoded: list[tuple[int, ...]] = []
+        longest = self.plan.limits.max_seq_len
+        for index, ids in enumerate(self._border.token_ids(prompts, longest)):
+            with _naming_prompt("prompt", index, len(prompts)):
+                prompt = ids or self._border.start()
+                encoded.append(self.engine.check_request(prompt, each[index]))
+        return (
+            _Job(ids, chosen, self._border.sinks(chosen, streams=streams))
+            for ids, chosen in zip(encoded, each, strict=True)
+        )
+
     def _run(
         self,
         jobs: Iterable[_Job],
         count: int,
         timeout: float | None,
+        priority: int,
         progress: bool | None,
     ) -> list[Request]:
         """Feed the jobs in order, some rows ahead of the seats, until all are done."""
@@ -234,7 +270,9 @@ class Generator:
         with _progress_bar(count, progress) as bar:
             try:
                 while True:
-                    self._feed(remaining, requests, running, deadline)
+                    for request in self._feed(remaining, running, deadline, priority):
+                        running.append(request)
+                        requests.append(request)
                     if not running:
                         return requests
                     self._run_any(running)
@@ -254,97 +292,20 @@ class Generator:
     def _feed(
         self,
         jobs: Iterator[_Job],
-        requests: list[Request],
-        running: list[Request],
+        running: Sequence[Request],
         deadline: float | None,
-    ) -> None:
-        """Add jobs to the engine, and to both lists, while few of our rows are left to run."""
-        room = _ROWS_AHEAD * self.plan.limits.num_seats - sum(r.params.n for r in running)
+        priority: int,
+    ) -> Iterator[Request]:
+        """Add jobs to the engine while few of our rows are left to run."""
+        room = _ROWS_AHEAD * self.plan.limits.num_seats - sum(r.params.num_rows for r in running)
         while room > 0 and (job := next(jobs, None)) is not None:
-            running.append(
-                self.engine.add_request(
-                    job.token_ids, job.params, sinks=job.sinks, deadline=deadline
-                )
-            )
-            requests.append(running[-1])
-            room -= job.params.n
+            room -= job.params.num_rows
+            yield self._add(job, deadline, priority)
 
-    def _encode(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[list[int]]:
-        """Token ids of prompts, checked, so that a wrong one is found before any is run."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        from_text = iter(self._encode_texts(texts))
-        encoded: list[list[int]] = []
-        for index, (prompt, options) in enumerate(zip(prompts, params, strict=True)):
-            ids = next(from_text) if isinstance(prompt, str) else listed(prompt)
-            with _naming_prompt("prompt", index, len(prompts)):
-                encoded.append(list(self.engine.check_request(ids or self._start(), options)))
-        return encoded
-
-    def _encode_texts(self, texts: list[str], *, bounded: bool = True) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer; give token ids instead of text")
-        longest = self.plan.limits.max_seq_len if bounded else None
-        return self.tokenizer.encode(texts, longest)
-
-    def _start(self) -> list[int]:
-        """What an empty prompt starts from: bos, else eos."""
-        candidates = (self.config.bos_token_id, *self.config.eos_token_ids)
-        for token_id in candidates:
-            if token_id is not None:
-                return [token_id]
-        raise ValueError("the prompt is empty, and the model has no bos or eos token to start from")
-
-    def _sinks(self, params: SamplingParams, *, streams: bool) -> list[TextSink] | None:
-        """One a completion, if text is needed while it is generated."""
-        if self.tokenizer is None:
-            if params.stop:
-                raise ValueError("stop strings need text, but this model has no tokenizer")
-            return None
-        if not (streams or params.stop):
-            return None
-        return [
-            self.tokenizer.sink(params.stop, include_stop=params.include_stop)
-            for _ in range(params.n)
-        ]
-
-    def _generation(self, request: Request) -> Generation:
-        completions = tuple(self._completion(row) for row in request.rows)
-        prompt_logprobs = request.prompt_logprobs
-        return Generation(
-            prompt_token_ids=request.prompt_token_ids,
-            completions=completions,
-            prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
-            timings=request.timings,
+    def _add(self, job: _Job, deadline: float | None, priority: int) -> Request:
+        return self.engine.add_request(
+            job.token_ids, job.params, sinks=job.sinks, deadline=deadline, priority=priority
         )
-
-    def _completion(self, row: Row) -> Completion:
-        assert row.finish_reason is not None and row.params.seed is not None
-        return Completion(
-            index=row.index,
-            text=self._text(row),
-            token_ids=tuple(row.new_token_ids),
-            finish_reason=row.finish_reason,
-            stop_reason=row.stop_reason,
-            seed=row.params.seed,
-            logprobs=None if row.logprobs is None else tuple(row.logprobs),
-        )
-
-    def _text(self, row: Row) -> str:
-        """As a stream would have shown it."""
-        if row.sink is not None:
-            return row.sink.text
-        if self.tokenizer is None:
-            return ""
-        sink = self.tokenizer.sink()
-        token_ids = row.new_token_ids
-        if row.ended_by_id and not row.params.include_stop:
-            token_ids = token_ids[:-1]
-        for token_id in token_ids:
-            sink.push(token_id)
-        sink.finish()
-        return sink.text
 
 
 class _Job(NamedTuple):

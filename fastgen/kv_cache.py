@@ -50,6 +50,11 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 
 
+def blocks_needed(max_len: int) -> int:
+    """All that a row of at most `max_len` tokens can ever need: its last token is never fed."""
+    return blocks_for(max_len - 1)
+
+
 class BlockPool:
     """Every block of one decoder: each is free, or owned by one row or several.
 
@@ -79,9 +84,9 @@ class BlockPool:
         """The block with this content, if there is one and it is filled."""
         return None if key in self._pending else self._block_by_key.get(key)
 
-    def is_pending(self, key: Key) -> bool:
-        """Whether a row is just computing this content."""
-        return key in self._pending
+    def pending(self, key: Key) -> int | None:
+        """The block that a row is just filling with this content, if there is one."""
+        return self._block_by_key[key] if key in self._pending else None
 
     def share(self, blocks: Iterable[int]) -> None:
         """Add an owner to each block; a free one is taken out of the free list."""
@@ -136,6 +141,11 @@ class BlockPool:
             block = self._block_by_key.get(key)
             if key in self._pending and block in blocks:
                 self._drop_key(key)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let nobody find what these blocks hold."""
+        for block in blocks:
+            self._forget(block)
 
     def check(self) -> None:
         """Raise AssertionError if the books do not balance (for tests and debugging)."""

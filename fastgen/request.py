@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from fastgen.decoders.interface import Draw
+from fastgen.errors import NothingToDrawError
 from fastgen.kv_cache import BLOCK_SIZE, Key, block_keys, chain_key, root_key
 from fastgen.philox import sample_seed
+from fastgen.ranking import chooses
 from fastgen.results import FinishReason, Timings, TokenLogprobs
 from fastgen.sampling_params import SamplingParams
 from fastgen.text_sink import TextSink
@@ -16,15 +18,15 @@ from fastgen.text_sink import TextSink
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One completion on its way: n of them make a request.
+    """One completion on its way: num_rows of them make a request.
 
     A reader on another thread may look at `token_ids`, `logprobs` and `sink` at any time; it reads
     `finish_reason` first, since that is set last.
     """
 
     request: Request
-    index: int  # which of the request's n samples
-    params: SamplingParams  # with the row's own seed
+    index: int  # which of the request's samples
+    params: SamplingParams  # with the row's own seed, and what ranking needs
     token_ids: list[int]  # prompt, then what was drawn; empty until the row is admitted
     max_len: int  # the row ends when it has this many tokens
     stop_ids: frozenset[int]
@@ -32,7 +34,13 @@ class Row:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: BaseException | None = None  # why it ended with "error"
+    # the engine's:
+    bound: bool = False  # the decoder's sampler has it in its seat
     # the scheduler's:
+    turn: tuple[int, int] = (0, 0)  # rows with a lower one go first
+    waits: bool = False
+    awaits_prefix: bool = False  # a running row computes its beginning: others may pass it
     seat: int = -1
     blocks: list[int] = field(default_factory=list)
     num_cached: int = 0  # tokens whose keys and values are in the cache
@@ -55,6 +63,11 @@ class Row:
         return self.index == 0 and self.request.prompt_logprobs is not None
 
     @property
+    def draws_on_host(self) -> bool:
+        """Whether only the host can run its options."""
+        return self.params.logits_processor is not None
+
+    @property
     def prompt_keys(self) -> list[Key]:
         """Content keys of the prompt's blocks, until they have all been computed."""
         full = self.keys[: self.prompt_len // BLOCK_SIZE]
@@ -72,7 +85,7 @@ class Row:
     def accept(self, draw: Draw, eos_ids: frozenset[int]) -> None:
         """Take a drawn token, and finish if it ends the row."""
         if not draw.ok:
-            self.finish("error")
+            self.fail(NothingToDrawError())
             return
         token_id = draw.token_id
         if self.logprobs is not None and draw.logprobs is not None:
@@ -87,16 +100,28 @@ class Row:
         elif len(self.token_ids) >= self.max_len:
             self.finish("length")
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        if self.sink is not None:
-            self.sink.finish()
-        self.stop_reason = stop_reason
+    def finish(
+        self,
+        reason: FinishReason,
+        stop_reason: str | int | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End the row; a sink that fails at its last text makes that an error."""
+        try:
+            if self.sink is not None:
+                self.sink.finish()
+        except Exception as sinks:
+            reason, stop_reason, error = "error", None, sinks if error is None else error
+        self.error, self.stop_reason = error, stop_reason
         self.finish_reason = reason
 
+    def fail(self, error: BaseException) -> None:
+        self.finish("error", error=error)
+
     def make_keys(self) -> None:
-        """Hash the prompt's blocks, once."""
+        """Take over the keys of the prompt's blocks, once."""
         if not self.keys and self.tail_key is None:
-            self.keys = block_keys(self.request.prompt_token_ids, self.request.cache_salt)
+            self.keys = list(self.request.block_keys)
             if self.prompt_len % BLOCK_SIZE:
                 self.tail_key = self.keys.pop()
 
@@ -109,12 +134,16 @@ class Row:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One prompt with its options; see Engine.add_request."""
+    """One prompt with its options; see Engine.add_request.
+
+    `error` is what made a step of several rows fail; what ended one row alone is in its own.
+    """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     deadline: float | None = None  # time.monotonic()
     cache_salt: str | None = None
+    priority: int = 0  # lower is sooner
     rows: list[Row] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: BaseException | None = None
@@ -123,6 +152,14 @@ class Request:
     first_token: float | None = None
     finished: float | None = None
     num_ended: int = 0  # rows
+    _block_keys: list[Key] = field(default_factory=list)
+
+    @property
+    def block_keys(self) -> list[Key]:
+        """Of the prompt's blocks, the last of which may be partly filled; hashed once."""
+        if not self._block_keys:
+            self._block_keys = block_keys(self.prompt_token_ids, self.cache_salt)
+        return self._block_keys
 
     @property
     def done(self) -> bool:
@@ -157,13 +194,15 @@ class Request:
     def make_rows(
         self, seed: int, max_len: int, stop_ids: frozenset[int], sinks: Sequence[TextSink] | None
     ) -> None:
-        for index in range(self.params.n):
-            params = replace(self.params, seed=sample_seed(seed, index))
+        params = self.params
+        if params.logprobs is None and chooses(params):
+            params = replace(params, logprobs=0)
+        for index in range(params.num_rows):
             self.rows.append(
                 Row(
                     request=self,
                     index=index,
-                    params=params,
+                    params=params.with_seed(sample_seed(seed, index)),
                     token_ids=[],  # n may be far more than run at a time
                     max_len=max_len,
                     stop_ids=stop_ids,

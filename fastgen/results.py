@@ -28,7 +28,7 @@ class Completion:
 
     `token_ids` includes the eos or stop id that ended the row; `text` leaves special tokens and the
     stop out. `stop_reason` is the stop string or stop id that ended it, None for eos and the rest.
-    `seed` with n=1 repeats this very completion.
+    `seed` with n=1 repeats this very completion. `error` says why it ended with "error".
     """
 
     index: int
@@ -38,6 +38,7 @@ class Completion:
     stop_reason: str | int | None
     seed: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ class Timings:
 class Generation:
     """Everything generated for one prompt.
 
+    With best_of, `completions` are the n best, best first; each keeps its own `index`.
     `prompt_logprobs` has one entry a prompt token, the first one None, when asked for.
     """
 
@@ -72,7 +74,8 @@ class Piece:
     """What one step added to one streamed completion; `str(piece)` is its text.
 
     Text can lag behind the tokens: bytes of an unfinished character, and text that may yet turn out
-    to be a stop string, are held back. The last piece of a completion carries `finish_reason`.
+    to be a stop string, are held back. The last piece of a completion carries `finish_reason`, and
+    `error` if that is "error".
     """
 
     index: int
@@ -81,6 +84,7 @@ class Piece:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    error: str | None = None
 
     def __str__(self) -> str:
         return self.text

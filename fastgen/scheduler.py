@@ -1,21 +1,30 @@
 """Which rows run in a step: continuous batching over KV blocks, chunked prefill, prefix reuse.
 
 Every step gives each decoding row its token first; what is left of the token budget goes to
-prompts, in the order in which the rows came. A row is admitted when it can have all the blocks that
-it may ever need, so nothing admitted is ever preempted.
+prompts, in the order of the rows' turns. A row is admitted when it can have all the blocks that it
+may ever need, so nothing admitted is ever preempted.
+
+Why every row gets its turn:
+
+1. Only finitely many rows go before a waiting one (waiting.py).
+2. A row whose beginning a running row computes just now lets those behind it pass. They cannot
+   prolong its wait: whoever would compute more of its beginning begins alike, and so waits itself.
+   (Rows that score do not look; but a block is announced once, and the row has few.) The running
+   row takes over its turn, and prompts get at least max_tokens - num_seats tokens of each step.
+3. A row that only lacks blocks or a seat lets nobody pass, so what it lacks comes as soon as those
+   that run have ended, each after at most max_seq_len tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fastgen.decoders.interface import DecoderLimits, Ints, StepBatch
-from fastgen.kv_cache import BLOCK_SIZE, BlockPool, blocks_for
+from fastgen.kv_cache import BLOCK_SIZE, BlockPool, blocks_for, blocks_needed
 from fastgen.request import Row
+from fastgen.waiting import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -31,6 +40,24 @@ class Entry:
     count: int
     draws: bool
     scores: int = 0
+
+    @property
+    def num_host_logits(self) -> int:
+        """Rows of logits that the host needs for it."""
+        return self.scores + (self.draws and self.row.draws_on_host)
+
+
+@dataclass(slots=True)
+class Admission:
+    """What became of a row that left the queue.
+
+    `copies`: KV blocks (source, destination) to be copied before the next step, those of earlier
+    admissions first. `error`: it could not be admitted, and has nothing.
+    """
+
+    row: Row
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    error: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -59,7 +86,7 @@ class Scheduler:
             raise ValueError(f"decoder blocks hold {limits.block_size} tokens, not {BLOCK_SIZE}")
         self.limits = limits
         self.pool = BlockPool(limits.num_blocks)
-        self.waiting: deque[Row] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Row] = []
         self.num_reused_tokens = 0  # prompt tokens found in the cache
         self._free_seats = list(range(limits.num_seats))[::-1]
@@ -70,29 +97,25 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def admit(self) -> tuple[list[Row], list[tuple[int, int]]]:
-        """Move waiting rows to running ones, in order, as far as seats and blocks go.
+    def admit(self) -> list[Admission]:
+        """Let waiting rows run, in the order of their turns, as far as seats and blocks go.
 
-        Returns:
-            The rows, each with a seat, and KV blocks to be copied (source, destination) before the
-            next step.
+        At most as many are passed over as there are seats, so that a step's work is bounded.
         """
-        admitted: list[Row] = []
-        sources: list[int] = []
-        copies: list[tuple[int, int]] = []
-        while self.waiting and self._free_seats:
-            copy = self._take_blocks(self.waiting[0])
-            if copy is None:
-                break
-            row = self.waiting.popleft()
-            row.seat = self._free_seats.pop()
-            self._tables[row.seat, : len(row.blocks)] = row.blocks
-            self.running.append(row)
-            admitted.append(row)
-            copies += copy
-            sources += [source for source, _ in copy]
-        self.pool.release(sources)  # were held so that no row admitted meanwhile could take them
-        return admitted, copies
+        admissions: list[Admission] = []
+        passed: list[Row] = []  # out of the queue, and not admitted
+        try:
+            while self._free_seats and self.waiting and len(passed) < self.limits.num_seats:
+                passed.append(self.waiting.pop())
+                admission = self._admission(passed[-1])
+                if admission is not None:
+                    admissions.append(admission)
+                    passed.pop()
+                elif not passed[-1].awaits_prefix:
+                    break
+        finally:
+            self.waiting.put_back(passed)
+        return admissions
 
     def schedule(self) -> StepPlan | None:
         """The next step, at most max_tokens tokens and max_logits logits; None if no row runs."""
@@ -100,81 +123,110 @@ class Scheduler:
         for row in self.running:
             if not row.is_prefilling:
                 budget.add(Entry(row, row.num_cached, 1, draws=True))
-        for row in self.running:
-            if row.is_prefilling:
-                _add_prefill(row, budget)
+        prefilling = [row for row in self.running if row.is_prefilling]
+        for row in sorted(prefilling, key=lambda row: row.turn):
+            _add_prefill(row, budget)
         if not budget.entries:
             return None
         return StepPlan(self._batch(budget.entries), budget.entries)
 
-    def advance(self, entries: Iterable[Entry]) -> None:
-        """The step has run: its tokens are in the cache, and their blocks can be found."""
-        for entry in entries:
-            row = entry.row
-            row.num_cached += entry.count
-            if row.num_cached // BLOCK_SIZE > row.num_registered:
-                self._register_full_blocks(row)
-            if row.tail_key is not None and row.num_cached >= row.prompt_len:
-                self.pool.register(row.tail_key, row.blocks[row.prompt_len // BLOCK_SIZE])
-                row.tail_key = None
+    def advance(self, entry: Entry) -> None:
+        """Its step has run: the tokens are in the cache, and their blocks can be found."""
+        row = entry.row
+        row.num_cached += entry.count
+        if row.num_cached // BLOCK_SIZE > row.num_registered:
+            self._register_full_blocks(row)
+        if row.tail_key is not None and row.num_cached >= row.prompt_len:
+            self.pool.register(row.tail_key, row.blocks[row.prompt_len // BLOCK_SIZE])
+            row.tail_key = None
 
     def remove(self, row: Row) -> None:
         """Free a row's seat and blocks, or its place in the queue; harmless the second time."""
-        if row.seat < 0:
-            if row in self.waiting:
-                self.waiting.remove(row)
-            return
-        self.running.remove(row)
-        self._free_seats.append(row.seat)
-        row.seat = -1
-        announced = [*row.keys, row.tail_key] if row.tail_key is not None else row.keys
-        self.pool.forget_pending(announced, row.blocks)
-        self.pool.release(row.blocks)
-        row.blocks = []
+        self.waiting.remove(row)
+        if row.seat >= 0:
+            self.running.remove(row)
+            self._free_seats.append(row.seat)
+            row.seat = -1
+            self._give_back(row)
 
-    def _take_blocks(self, row: Row) -> list[tuple[int, int]] | None:
-        """Give a row its blocks, those it shares first; None if it has to wait.
-
-        It waits for blocks, and for another row that is computing the same beginning. Returns the
-        copy, if any, that puts a found, partly used block into the row's own.
-        """
-        row.make_keys()
-        found = self._find_prefix(row)
-        if found is None:
-            return None
-        total = blocks_for(max(row.max_len - 1, row.request.prefill_len))  # the last is never fed
-        num_cached = min(len(found) * BLOCK_SIZE, row.prompt_len - 1)  # the last gives the logits
-        shared = found[: num_cached // BLOCK_SIZE]
-        self.pool.share(found)
-        if total - len(shared) > self.pool.num_free and len(found) > len(shared):
-            self.pool.release(found[len(shared) :])  # there may be no room for it and its copy
-            found, num_cached = shared, len(shared) * BLOCK_SIZE
-        if total - len(shared) > self.pool.num_free:
-            self.pool.release(found)
-            return None
-        row.token_ids = list(row.request.prompt_token_ids)
-        row.blocks = shared + self.pool.allocate(total - len(shared))
-        row.num_cached, row.num_registered = num_cached, len(shared)
-        self.num_reused_tokens += num_cached
-        self._announce(row)
-        if num_cached % BLOCK_SIZE:  # goes on within a block that others read: copy on write
-            return [(found[len(shared)], row.blocks[len(shared)])]
-        self.pool.release(found[len(shared) :])
-        return []
+    def _admission(self, row: Row) -> Admission | None:
+        """None if it has to wait, for a row that computes its beginning or for free blocks."""
+        try:
+            found = self._find_prefix(row)
+            row.awaits_prefix = found is None
+            copies = None if found is None else self._take_blocks(row, found)
+            if copies is None:
+                return None
+            self._take_seat(row)
+            return Admission(row, copies)
+        except BaseException as error:
+            self._give_back(row)
+            if not isinstance(error, Exception):
+                raise
+            return Admission(row, error=error)
 
     def _find_prefix(self, row: Row) -> list[int] | None:
         """Blocks that hold the row's beginning; None while some other row is computing more."""
+        row.make_keys()
         if row.scores_prompt:
             return []  # needs the logits of every token, so nothing can be left out
         found: list[int] = []
         for key in row.prompt_keys:
-            if self.pool.is_pending(key):
+            pending = self.pool.pending(key)
+            if pending is not None:
+                self._lend_turn(row, pending)
                 return None
             block = self.pool.find(key)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def _lend_turn(self, row: Row, pending: int) -> None:
+        """Whoever fills the block that a row waits for does so in that row's turn, if earlier."""
+        for other in self.running:
+            if other.is_prefilling and pending in other.blocks:
+                other.turn = min(other.turn, row.turn)
+
+    def _take_blocks(self, row: Row, found: list[int]) -> list[tuple[int, int]] | None:
+        """Give a row its blocks, those it found first; None, and none, if too few are free.
+
+        Returns the copy, if any, that puts a found, partly used block into the row's own.
+        """
+        total = blocks_needed(row.max_len)
+        last = row.request.prefill_len - 1  # computed in any case: it gives the logits, or the end
+        num_cached = min(len(found) * BLOCK_SIZE, last)
+        num_shared = num_cached // BLOCK_SIZE
+        shared, tail = found[:num_shared], found[num_shared:]  # a tail: found, and written again
+        self.pool.share(found)
+        row.blocks = found  # at any moment what it has, to be given back
+        if tail and total - num_shared > self.pool.num_free:  # no room for it and its copy
+            row.blocks, num_cached = shared, num_shared * BLOCK_SIZE
+            self.pool.release(tail)
+            tail = []
+        if total - num_shared > self.pool.num_free:
+            self._give_back(row)
+            return None
+        row.blocks = shared + self.pool.allocate(total - num_shared)
+        self.pool.release(tail)  # nobody writes there before it is copied
+        row.token_ids = list(row.request.prompt_token_ids)
+        row.num_cached, row.num_registered = num_cached, num_shared
+        self._announce(row)
+        self.num_reused_tokens += num_cached
+        return [(tail[0], row.blocks[num_shared])] if num_cached % BLOCK_SIZE else []
+
+    def _take_seat(self, row: Row) -> None:
+        seat = self._free_seats[-1]
+        self._tables[seat, : len(row.blocks)] = row.blocks
+        row.seat = self._free_seats.pop()
+        self.running.append(row)
+
+    def _give_back(self, row: Row) -> None:
+        """Free whatever blocks a row has, and forget what it announced for them."""
+        announced = [*row.keys, row.tail_key] if row.tail_key is not None else row.keys
+        self.pool.forget_pending(announced, row.blocks)
+        self.pool.release(row.blocks)
+        row.blocks = []
 
     def _announce(self, row: Row) -> None:
         """Tell rows with the same beginning that this one is computing it."""
@@ -208,7 +260,7 @@ class Scheduler:
                 seats += [-1] * entry.scores
             if entry.draws:
                 logits_at.append(len(tokens) - 1)
-                seats.append(row.seat)
+                seats.append(-1 if row.draws_on_host else row.seat)
         return StepBatch(
             token_ids=np.array(tokens, np.int32),
             positions=cache_lens[row_of] + offsets,

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from fastgen.engine import Engine
-from fastgen.errors import EngineError
+from fastgen.errors import EngineError, message_of
 from fastgen.request import Request, Row
 from fastgen.results import Piece
 
@@ -87,14 +87,15 @@ class Stream:
         logprobs = None
         if row.logprobs is not None:
             logprobs = tuple(row.logprobs[start : start + len(token_ids)])
-        self._ended[row.index] = finish_reason is not None
+        ended = self._ended[row.index] = finish_reason is not None
         return Piece(
             index=row.index,
             text="" if row.sink is None else row.sink.take(),
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=finish_reason,
-            stop_reason=row.stop_reason if finish_reason is not None else None,
+            stop_reason=row.stop_reason if ended else None,
+            error=message_of(row.error) if ended and row.error is not None else None,
         )
 
 

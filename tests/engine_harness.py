@@ -1,4 +1,6 @@
-"""A real engine on the bundled model's decoder, with every step written down."""
+"""A real engine on the bundled model's decoder, with every step written down; and one on a decoder
+that only counts, where an engine's books are to be tried out thousands of times.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ import numpy as np
 
 import fastgen
 from fastgen.decoders.choice import build_decoder, plan_decoder
-from fastgen.decoders.interface import StepBatch
+from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
 from fastgen.decoders.plan import LoadOptions
 from fastgen.engine import Engine
 from fastgen.generator import open_model
+from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.request import Request
+from fastgen.results import TokenLogprobs
 
 
 class Recorder:
@@ -53,6 +57,68 @@ def make_engine(seats: int = 4, max_seq_len: int = 256, *, num_blocks: int = 0) 
     return Engine(recorder, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
 
 
+class CountingDecoder:
+    """The next token follows from the last one and its place; nothing is computed or kept.
+
+    Seats have to be bound before they draw, and released before they are bound again.
+    """
+
+    vocab_size = 97
+
+    def __init__(self, limits: DecoderLimits) -> None:
+        self.limits = limits
+        self.params: dict[int, fastgen.SamplingParams] = {}  # by seat
+        self.logits = np.zeros((0, self.vocab_size), np.float32)  # of the last step
+        self.draws: list[Draw] = []
+
+    def step(self, batch: StepBatch) -> CountingDecoder:
+        check_batch(batch, self.limits)
+        assert (batch.block_tables >= 0).all() and (
+            batch.block_tables < self.limits.num_blocks
+        ).all()
+        drawn = (31 * batch.token_ids + 7 * batch.positions + 11)[batch.logits_at] % 97
+        host = batch.seats < 0
+        self.logits = np.eye(self.vocab_size, dtype=np.float32)[drawn[host]]
+        self.draws = [
+            self._draw(seat, token_id)
+            for seat, token_id in zip(
+                batch.seats[~host].tolist(), drawn[~host].tolist(), strict=True
+            )
+        ]
+        return self
+
+    def _draw(self, seat: int, token_id: int) -> Draw:
+        wanted = self.params[seat].logprobs
+        logprobs = None if wanted is None else TokenLogprobs(token_id, -float(token_id))
+        return Draw(seat, token_id, True, logprobs)
+
+    def wait(self) -> list[Draw]:
+        return self.draws
+
+    def bind(self, seat: int, params: fastgen.SamplingParams, token_ids: Sequence[int]) -> None:
+        assert seat not in self.params
+        self.params[seat] = params
+
+    def release(self, seat: int) -> None:
+        del self.params[seat]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def make_counting_engine(seats: int = 4, num_blocks: int = 32) -> Engine:
+    decoder: Any = CountingDecoder(
+        DecoderLimits(
+            num_blocks=num_blocks, block_size=BLOCK_SIZE, max_seq_len=128, max_tokens=80,
+            max_logits=40, num_seats=seats, batch_invariant=True,
+        )
+    )  # fmt: skip
+    return Engine(decoder, CountingDecoder.vocab_size)
+
+
 def run_all(engine: Engine, requests: Sequence[Request], *, may_fail: bool = False) -> None:
     engine.run(lambda: all(request.done for request in requests))
     for request in requests:
@@ -61,10 +127,13 @@ def run_all(engine: Engine, requests: Sequence[Request], *, may_fail: bool = Fal
 
 
 def assert_idle(engine: Engine) -> None:
-    """Nothing runs, nothing leaked."""
-    engine._scheduler.pool.check()
+    """Nothing runs, nothing leaked: blocks, seats, announcements."""
+    scheduler, limits = engine._scheduler, engine.decoder.limits
+    scheduler.pool.check()
     assert engine.num_unfinished == 0
-    assert engine.num_free_blocks == engine.decoder.limits.num_blocks
+    assert engine.num_free_blocks == limits.num_blocks
+    assert sorted(scheduler._free_seats) == list(range(limits.num_seats))
+    assert not scheduler.pool._pending
 
 
 def random_prompt(rng: np.random.Generator, length: int) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastgen
+from fastgen.cli import _parser, main, params_of
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -40,6 +41,67 @@ def test_generate_several_as_the_api_does(model: fastgen.Generator) -> None:
     assert [c["seed"] for c in found] == [c.seed for c in wanted.completions]
     shown = run("generate", *options, "--max-new-tokens", "9", "Hello").stdout
     assert all(f"Hello{completion.text}\n" in shown for completion in wanted.completions)
+
+
+def test_every_sampling_option_arrives() -> None:
+    """Each changes the field it names; what there is no flag for takes a function, or ids only."""
+    values = {
+        "-n": "2", "--best-of": "3", "--max-new-tokens": "5", "--min-new-tokens": "4",
+        "--temperature": "0.5", "--top-k": "7", "--top-p": "0.9", "--min-p": "0.1",
+        "--typical-p": "0.8", "--top-h": "0.7", "--epsilon-cutoff": "0.01", "--eta-cutoff": "0.02",
+        "--repetition-penalty": "1.1", "--presence-penalty": "-0.5", "--frequency-penalty": "0.3",
+        "--no-repeat-ngram-size": "3", "--logit-bias": "5=-2.5", "--bad-word": "x", "--stop": "y",
+        "--stop-token-id": "9", "--seed": "11", "--logprobs": "2",
+    }  # fmt: skip
+    words = [word for pair in values.items() for word in pair]
+    again = ["--logit-bias", "6=1", "--bad-word", "z", "--stop-token-id", "10"]
+    flags = ["--include-stop", "--ignore-eos", *again]
+    found = params_of(_parser().parse_args(["generate", *words, *flags, "prompt"]))
+    assert found == fastgen.SamplingParams(
+        n=2, best_of=3, max_new_tokens=5, min_new_tokens=4, temperature=0.5, top_k=7, top_p=0.9,
+        min_p=0.1, typical_p=0.8, top_h=0.7, epsilon_cutoff=0.01, eta_cutoff=0.02,
+        repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.3,
+        no_repeat_ngram_size=3, logit_bias={5: -2.5, 6: 1}, bad_words=["x", "z"], stop="y",
+        stop_token_ids=[9, 10], seed=11, logprobs=2, include_stop=True, ignore_eos=True,
+    )  # fmt: skip
+    assert params_of(_parser().parse_args(["generate", "prompt"])) == fastgen.SamplingParams()
+
+
+def test_generate_shows_the_best(model: fastgen.Generator) -> None:
+    options = [
+        "--seed",
+        "1",
+        "--best-of",
+        "5",
+        "-n",
+        "2",
+        "--max-new-tokens",
+        "6",
+        "--min-p",
+        "0.1",
+    ]
+    [wanted] = model.generate("And the", seed=1, best_of=5, n=2, max_new_tokens=6, min_p=0.1)
+    shown = run("generate", *options, "And the").stdout
+    heads = [line for line in shown.splitlines() if line.startswith("---")]
+    assert heads == [f"--- {c.index + 1} of 5, seed {c.seed} ---" for c in wanted.completions]
+    record = json.loads(run("generate", *options, "--logprobs", "1", "--json", "And the").stdout)
+    assert [c["index"] for c in record["completions"]] == [c.index for c in wanted.completions]
+    assert len(record["completions"][0]["logprobs"][0]["top"]) == 1
+    assert record["completions"][0]["error"] is None
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["-n", "2"]])
+def test_a_completion_that_failed_is_named_and_exits_with_1(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object) -> None:
+        raise OSError("injected")
+
+    monkeypatch.setattr("fastgen.request.Row.accept", broken)
+    assert main(["generate", "--max-new-tokens", "2", *options, "In the"]) == 1
+    out, err = capsys.readouterr()
+    assert err == "fastgen: OSError: injected\n"
+    assert "In the" in out or json.loads(out)["completions"][0]["finish_reason"] == "error"
 
 
 def test_score_prints_each_token_and_the_perplexity(model: fastgen.Generator) -> None:
@@ -72,6 +134,8 @@ def test_info_says_what_would_be_loaded(variant: Callable[[str], Path]) -> None:
         (["generate", "--device", "warp", "x"], "device='warp'"),
         (["generate", "--max-memory", "1", "x"], "max_memory=1 MB"),
         (["generate", "word " * 5000], "tokens"),
+        (["generate", "--logit-bias", "5000=1", "x"], "logit_bias holds token id 5000"),
+        (["generate", "--best-of", "2", "-n", "3", "x"], "best_of=2 is less than n=3"),
         (["info", "--dtype", "int3"], "dtype must be one of"),
     ],
 )
@@ -100,6 +164,7 @@ def test_streams_that_are_not_there_are_named() -> None:
 def test_usage_errors_exit_with_2() -> None:
     assert run().returncode == 2
     assert run("generate").returncode == 2
+    assert "'5' is not ID=VALUE" in run("generate", "--logit-bias", "5", "x").stderr
     assert run("--version").stdout == f"fastgen {fastgen.__version__}\n"
 
 

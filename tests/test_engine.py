@@ -13,6 +13,7 @@ import fastgen
 from engine_harness import (
     assert_idle,
     greedy,
+    make_counting_engine,
     make_engine,
     new_tokens,
     random_prompt,
@@ -90,6 +91,17 @@ def test_requests_are_admitted_in_order() -> None:
     assert_idle(engine)
 
 
+def test_urgent_requests_are_admitted_first() -> None:
+    engine = make_counting_engine(seats=2)
+    order = [0, 3, -1, 0, -1000, 1000, 3, -1]
+    params = greedy(max_new_tokens=3)
+    requests = [engine.add_request([1, 2], params, priority=priority) for priority in order]
+    run_all(engine, requests)
+    by_admission = sorted(range(len(order)), key=lambda index: requests[index].admitted or 0)
+    assert by_admission == sorted(range(len(order)), key=lambda index: (order[index], index))
+    assert_idle(engine)
+
+
 def test_more_samples_than_seats_and_each_repeats_with_its_own_seed(engine: Engine) -> None:
     prompt = random_prompt(np.random.default_rng(4), 20)
     options = {"max_new_tokens": 8, "ignore_eos": True}
@@ -155,6 +167,20 @@ def test_a_prompt_repeats_in_a_pool_of_exactly_one_context() -> None:
         run_all(engine, requests)
     assert new_tokens(requests[0]) == new_tokens(requests[1]) == new_tokens(requests[2])
     assert engine.stats.prefill_tokens == 70 + 2 * (70 - 64)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("length", [1, 2, 32, 33, 34, 64, 65])
+def test_samples_of_nothing_end_without_a_token(length: int) -> None:
+    """Also where all that has to be computed of a prompt fills blocks that are found."""
+    engine = make_counting_engine()
+    prompt = [index % 97 for index in range(length)]
+    params = fastgen.SamplingParams(n=6, max_new_tokens=0, prompt_logprobs=0)
+    request = engine.add_request(prompt, params)
+    run_all(engine, [request])
+    assert [row.finish_reason for row in request.rows] == ["length"] * 6
+    assert new_tokens(request) == [[]] * 6
+    assert request.prompt_logprobs is not None and len(request.prompt_logprobs) == length
     assert_idle(engine)
 
 
@@ -253,6 +279,7 @@ def test_a_failing_step_fails_its_batch_and_the_next_request_works(engine: Engin
     broken = [engine.add_request(random_prompt(rng, 30), greedy()) for _ in range(6)]
     run_all(engine, broken, may_fail=True)
     assert all(isinstance(request.error, RuntimeError) for request in broken)
+    assert all(row.error is request.error for request in broken for row in request.rows)
     assert {row.finish_reason for request in broken for row in request.rows} == {"error"}
     engine.decoder.before_step = lambda batch: None
     again = engine.add_request(prompt, greedy(max_new_tokens=8))

@@ -353,6 +353,25 @@ def test_an_interrupt_while_feeding_leaves_nothing_behind(
         idle_model.generate(["a"] * 8, max_new_tokens=50)
 
 
+def test_priority_and_deadline_go_with_every_prompt(
+    idle_model: fastgen.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, requests = idle_model.engine.add_request, []
+
+    def remember(*args: Any, **options: Any) -> Any:
+        requests.append(add(*args, **options))
+        return requests[-1]
+
+    monkeypatch.setattr(idle_model.engine, "add_request", remember)
+    idle_model.generate(["a", "b"], max_new_tokens=1, priority=-7, timeout=60)
+    list(idle_model.stream("c", max_new_tokens=1, priority=5, timeout=60))
+    assert [request.priority for request in requests] == [-7, -7, 5]
+    assert all(request.deadline is not None for request in requests)
+    for call in (idle_model.generate, idle_model.stream):
+        with pytest.raises(ValueError, match="priority"):
+            call("x", priority=1001)
+
+
 def test_many_samples_cost_little_until_they_run(idle_model: fastgen.Generator) -> None:
     start = time.monotonic()
     [generation] = idle_model.generate([7] * 900, n=5000, max_new_tokens=3, timeout=0.2)

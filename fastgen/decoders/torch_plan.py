@@ -106,9 +106,7 @@ def _free_memory(device: torch.device) -> int:
     return free_memory()
 
 
-def _scratch_bytes(
-    config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int
-) -> int:
+def _scratch_bytes(config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_logits: int) -> int:
     """Upper bound of what one forward, and the scoring of its prompts, hold at a time."""
     per_token = 8 * config.hidden_size + 2 * config.inner_size
     row = config.max_positions * 2 * config.hidden_size * (4 + dtype.itemsize)  # KV, gathered
