@@ -1,0 +1,31 @@
+"""The examples in the documentation run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgen import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "sampling.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks, "the page has no example"
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    names["model"].close()
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_option_is_described() -> None:
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    missing = [name for name in SamplingParams.__dataclass_fields__ if f"`{name}" not in text]
+    assert missing == []
