@@ -108,7 +108,7 @@ def test_characters_like_any_other(text: str) -> None:
     assert "".join(pieces_of(BUNDLED.sink(), ids)) == text
 
 
-@given(st.text())
+@given(st.text().filter(lambda text: "<|endoftext|>" not in text))  # which is left out
 @settings(deadline=None)
 def test_any_text_streams_as_it_was(text: str) -> None:
     [ids] = BUNDLED.encode([text])
