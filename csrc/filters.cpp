@@ -38,11 +38,13 @@ void keep_if(Candidates& candidates, Predicate pred) {
   candidates.total = total;
 }
 
-double median_of_sample(const double* keys, int count) {
+// Of keys at places that differ from round to round, so that no order of the keys is a bad one.
+double median_of_sample(const double* keys, int count, std::uint32_t& random) {
   constexpr int kSample = 15;
   double sample[kSample];
-  for (int at = 0; at < kSample; ++at) {
-    sample[at] = keys[static_cast<std::int64_t>(count) * at / kSample];
+  for (double& key : sample) {
+    random = random * 1664525u + 1013904223u;  // a linear congruential generator
+    key = keys[static_cast<std::uint64_t>(random) * static_cast<std::uint32_t>(count) >> 32];
   }
   std::nth_element(sample, sample + kSample / 2, sample + kSample);
   return sample[kSample / 2];
@@ -85,8 +87,9 @@ Threshold select_mass(double* keys, double* weights, int count, double goal,
                       const SamplerKernels& kernels) {
   constexpr int kFew = 24;
   double below = 0;
+  std::uint32_t random = 1;
   while (count > kFew) {
-    const double pivot = median_of_sample(keys, count);
+    const double pivot = median_of_sample(keys, count, random);
     double less, equal;
     kernels.split_mass(keys, weights, count, pivot, &less, &equal);
     if (below + less >= goal) {

@@ -105,7 +105,8 @@ void process(const SamplingOptions& options, const RowHistory& row, const IdSet&
              float* scores, int vocab_size) {
   for (const BiasedId& biased : options.logit_bias) scores[biased.id] += biased.bias;
   if (options.counts_seen()) penalize(options, row, scores);
-  row.repeated_ngrams([&](std::int32_t id) { scores[id] = kRuledOut; });
+  row.repeated_ngrams([&](std::int32_t id) { return scores[id] == kRuledOut; },
+                      [&](std::int32_t id) { scores[id] = kRuledOut; });
   ban_bad_words(options, row, scores);
   if (row.num_new() < options.min_new_tokens) rule_out(options.ending_ids, scores);
   allow_only(options.allowed, mask, scores, vocab_size);

@@ -32,13 +32,15 @@ class RowHistory {
   // Whether the row ends with these ids.
   bool ends_with(const std::int32_t* ids, int count) const;
 
-  // Calls ban(id) for each id that would complete an n-gram that the row already has.
-  template <typename Ban>
-  void repeated_ngrams(Ban ban) const {
+  // Calls ban(id) for ids that would complete an n-gram that the row already has; known(id) says
+  // that there is no need to.
+  template <typename Known, typename Ban>
+  void repeated_ngrams(Known known, Ban ban) const {
     if (needs_.ngram == 0 || num_tokens_ < needs_.ngram) return;
     const int length = needs_.ngram - 1;
     const std::int32_t* suffix = tokens_.data() + num_tokens_ - length;
     for (int at = heads_[bucket()]; at >= 0; at = previous_[at]) {
+      if (known(tokens_[at])) continue;  // what repeats, repeats often
       if (same(tokens_.data() + at - length, suffix, length)) ban(tokens_[at]);
     }
   }

@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 
 #include "philox.h"
 #include "processors.h"
@@ -51,14 +50,12 @@ int first_beyond(const double* weights, int count, double target) {
 
 }  // namespace
 
-Sampler::Sampler(int num_seats, int vocab_size, int max_tokens, int num_threads)
+Sampler::Sampler(int num_seats, int vocab_size, int max_tokens, int num_threads,
+                 const SamplerKernels& kernels)
     : vocab_size_(vocab_size),
       max_tokens_(max_tokens),
       num_threads_(num_threads),
-      kernels_(choose_sampler_kernels()) {
-  if (kernels_ == nullptr) {
-    throw std::invalid_argument("FASTGEN_ISA names an instruction set that is not there");
-  }
+      kernels_(kernels) {
   const std::size_t each = (Scratch::bytes(vocab_size) + kBlock - 1) / kBlock * kBlock;
   scratch_memory_.resize(each * num_threads + kBlock);
   const auto address = reinterpret_cast<std::uintptr_t>(scratch_memory_.data());
@@ -150,19 +147,19 @@ DrawStatus Sampler::draw_one(const Seat& seat, const float* logits, Scratch& scr
 
 // The logits after the processors; false if there is nothing to draw from.
 bool Sampler::score(const Seat& seat, const float* logits, Scratch& scratch, Scores& scores) {
-  scores = {logits, vocab_size_, kernels_->highest(logits, vocab_size_, scratch.block_highest),
+  scores = {logits, vocab_size_, kernels_.highest(logits, vocab_size_, scratch.block_highest),
             scratch.block_highest};
   if (!std::isfinite(scores.highest)) return false;
   if (!changes_logits(seat.options, seat.row, seat.mask)) return true;
   std::memcpy(scratch.scores, logits, vocab_size_ * sizeof(float));
   process(seat.options, seat.row, seat.mask, scratch.scores, vocab_size_);
   scores.logits = scratch.scores;
-  scores.highest = kernels_->highest(scratch.scores, vocab_size_, scratch.block_highest);
+  scores.highest = kernels_.highest(scratch.scores, vocab_size_, scratch.block_highest);
   return std::isfinite(scores.highest);
 }
 
 std::int32_t Sampler::pick_filtered(const Seat& seat, const Scores& scores, Scratch& scratch) {
-  const Candidates candidates = filtered(seat.options, scores, scratch, *kernels_);
+  const Candidates candidates = filtered(seat.options, scores, scratch, kernels_);
   const double target = coin(seat.options.seed, seat.row.num_tokens()) * candidates.total;
   return candidates.ids[first_beyond(candidates.weights, candidates.count, target)];
 }
@@ -171,11 +168,11 @@ std::int32_t Sampler::pick_any(const Seat& seat, const Scores& scores, Scratch& 
   const float temperature = seat.options.temperature;
   const float* values = scores.logits;
   if (temperature != 1) {
-    kernels_->divide(values, vocab_size_, temperature, scratch.values);
+    kernels_.divide(values, vocab_size_, temperature, scratch.values);
     values = scratch.values;
   }
-  const double total = kernels_->weigh(values, vocab_size_, scores.highest / temperature,
-                                       scratch.weights, scratch.block_sums);
+  const double total = kernels_.weigh(values, vocab_size_, scores.highest / temperature,
+                                      scratch.weights, scratch.block_sums);
   const double target = coin(seat.options.seed, seat.row.num_tokens()) * total;
   const int block = first_beyond(scratch.block_sums, num_blocks(vocab_size_), target);
   double before = 0;
@@ -188,10 +185,10 @@ std::int32_t Sampler::pick_any(const Seat& seat, const Scores& scores, Scratch& 
 void Sampler::write_logprobs(const DrawBatch& batch, int at, Scratch& scratch) {
   const float* logits = batch.logits + static_cast<std::size_t>(at) * vocab_size_;
   const Scores scores = {logits, vocab_size_,
-                         kernels_->highest(logits, vocab_size_, scratch.block_highest),
+                         kernels_.highest(logits, vocab_size_, scratch.block_highest),
                          scratch.block_highest};
   const double total =
-      kernels_->weigh(logits, vocab_size_, scores.highest, scratch.weights, scratch.block_sums);
+      kernels_.weigh(logits, vocab_size_, scores.highest, scratch.weights, scratch.block_sums);
   const double log_total = static_cast<double>(scores.highest) + std::log(total);
   const auto logprob = [=](std::int32_t id) { return static_cast<double>(logits[id]) - log_total; };
   batch.logprobs[at] = logprob(batch.ids[at]);

@@ -36,7 +36,8 @@ struct DrawBatch {
 class Sampler {
  public:
   // A row has at most max_tokens tokens, prompt included.
-  Sampler(int num_seats, int vocab_size, int max_tokens, int num_threads);
+  Sampler(int num_seats, int vocab_size, int max_tokens, int num_threads,
+          const SamplerKernels& kernels);
 
   void reserve(int num_seats);
   void bind(int seat, SamplingOptions options, const std::int32_t* prompt, int prompt_len);
@@ -67,7 +68,7 @@ class Sampler {
   void write_logprobs(const DrawBatch& batch, int at, Scratch& scratch);
 
   int vocab_size_, max_tokens_, num_threads_;
-  const SamplerKernels* kernels_;
+  const SamplerKernels& kernels_;
   std::vector<std::unique_ptr<Seat>> seats_;
   std::vector<unsigned char> scratch_memory_;
   std::vector<Scratch> scratches_;  // one for each thread

@@ -6,7 +6,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <mutex>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,14 +25,32 @@ template <typename Value>
 using Array = py::array_t<Value, py::array::c_style>;
 using Ids = std::vector<std::int64_t>;
 
-// The sampler, and what Python may do wrong with it.
+// Those that the environment variable FASTGEN_ISA names; the best there are without it.
+const SamplerKernels& chosen_kernels() {
+  const char* const asked = std::getenv("FASTGEN_ISA");
+  const std::string name = asked == nullptr ? "" : asked;
+  const SamplerKernels* const found = find_sampler_kernels(name);
+  if (found == nullptr) {
+    throw py::value_error("FASTGEN_ISA=" + name +
+                          ": not an instruction set of this processor; known are portable, avx2 "
+                          "and avx512");
+  }
+  return *found;
+}
+
+// The sampler, and what Python may do wrong with it: a call waits for one that draws without the
+// GIL.
 class CheckedSampler {
  public:
   CheckedSampler(int num_seats, int vocab_size, int max_tokens, int num_threads)
       : sampler_(positive("num_seats", num_seats), positive("vocab_size", vocab_size),
-                 positive("max_tokens", max_tokens), positive("num_threads", num_threads)) {}
+                 positive("max_tokens", max_tokens), positive("num_threads", num_threads),
+                 chosen_kernels()) {}
 
-  void reserve(int num_seats) { sampler_.reserve(num_seats); }
+  void reserve(int num_seats) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sampler_.reserve(num_seats);
+  }
 
   void bind(int seat, const Ids& prompt, const py::dict& given) {
     check_seat(seat);
@@ -37,7 +58,9 @@ class CheckedSampler {
       throw py::value_error("prompt: longer than max_tokens");
     }
     const std::vector<std::int32_t> ids = narrow("prompt", prompt);
-    sampler_.bind(seat, options_of(given), ids.data(), static_cast<int>(ids.size()));
+    SamplingOptions options = options_of(given);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    sampler_.bind(seat, std::move(options), ids.data(), static_cast<int>(ids.size()));
   }
 
   void set_mask(int seat, const py::object& allowed) {
@@ -53,15 +76,18 @@ class CheckedSampler {
         if (flags.data()[id]) mask.add(id);
       }
     }
+    const std::lock_guard<std::mutex> lock(mutex_);
     sampler_.set_mask(seat, std::move(mask));
   }
 
   void observe(int seat, std::int64_t token_id) {
     check_seat(seat);
+    const std::int32_t id = narrow("token_id", {token_id})[0];
+    const std::lock_guard<std::mutex> lock(mutex_);
     if (sampler_.num_tokens(seat) >= sampler_.max_tokens()) {
       throw py::value_error("observe: the row is full");
     }
-    sampler_.observe(seat, narrow("token_id", {token_id})[0]);
+    sampler_.observe(seat, id);
   }
 
   py::tuple draw(const Array<float>& logits, const Array<std::int32_t>& seats,
@@ -83,6 +109,7 @@ class CheckedSampler {
         top_ids.mutable_data(),  top_logprobs.mutable_data()};
     {
       const py::gil_scoped_release released;
+      const std::lock_guard<std::mutex> lock(mutex_);
       sampler_.draw(batch);
     }
     return py::make_tuple(ids, statuses, logprobs, top_ids, top_logprobs);
@@ -166,6 +193,7 @@ class CheckedSampler {
   }
 
   Sampler sampler_;
+  std::mutex mutex_;
 };
 
 }  // namespace

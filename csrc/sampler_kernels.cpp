@@ -1,9 +1,7 @@
 #include "sampler_kernels.h"
 
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <string>
 
 namespace fastgen {
 
@@ -54,9 +52,7 @@ bool has_avx512() {
 
 }  // namespace
 
-const SamplerKernels* choose_sampler_kernels() {
-  const char* asked = std::getenv("FASTGEN_ISA");
-  const std::string name = asked == nullptr ? "" : asked;
+const SamplerKernels* find_sampler_kernels(const std::string& name) {
 #if defined(__x86_64__)
   if ((name.empty() || name == "avx512") && has_avx512()) return &kAvx512;
   if ((name.empty() || name == "avx2") && has_avx2()) return &kAvx2;

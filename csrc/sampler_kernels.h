@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace fastgen {
 
@@ -35,8 +36,8 @@ struct SamplerKernels {
                      double* below, double* equal);
 };
 
-// The kernels for this processor, or those that the environment variable FASTGEN_ISA names
-// ("portable", "avx2", "avx512"); nullptr if it names what this processor or build lacks.
-const SamplerKernels* choose_sampler_kernels();
+// The kernels named "portable", "avx2" or "avx512"; nullptr if this processor or build has none of
+// that name. The best there are for "".
+const SamplerKernels* find_sampler_kernels(const std::string& name);
 
 }  // namespace fastgen

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -41,7 +42,8 @@ class ThreadPool {
     if (!turn.owns_lock()) return false;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      while (num_workers_ < num_threads - 1) start_worker();
+      while (num_workers_ < num_threads - 1 && start_worker()) {
+      }
       job_.task = task;
       job_.context = context;
       job_.num_tasks = num_tasks;
@@ -59,9 +61,14 @@ class ThreadPool {
   }
 
  private:
-  void start_worker() {
-    std::thread([this] { serve(); }).detach();
+  bool start_worker() {
+    try {
+      std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+      return false;  // no more threads are granted: those that there are do the work
+    }
     ++num_workers_;
+    return true;
   }
 
   [[noreturn]] void serve() {

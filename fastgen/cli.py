@@ -114,7 +114,7 @@ def _sampling_options() -> argparse.ArgumentParser:
     add("--frequency-penalty", float, "A", "against them, for each time")
     add("--no-repeat-ngram-size", int, "N", "no n tokens occur twice; 0 is off")
     add_many("--logit-bias", _bias, "ID=VALUE", "add to a token's logit", "logit_bias")
-    add_many("--bad-word", str, "TEXT", "never say this", "bad_words")
+    add_many("--bad-word", str, "TEXT", "never complete the tokens of this text", "bad_words")
     add_many("--stop", str, "TEXT", "end there", "stop")
     add_many("--stop-token-id", int, "ID", "end at this token", "stop_token_ids")
     group.add_argument("--include-stop", action="store_true", help="show what ended the text")

@@ -8,11 +8,14 @@ brings a TextSink for each row.
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import math
+import os
 import secrets
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +41,8 @@ from fastgen.sampling_params import SamplingParams
 from fastgen.scheduler import Admission, Entry, Scheduler, StepPlan
 from fastgen.text_sink import TextSink
 
-Outcome = Draw | Exception | None  # what an entry got of its step; None: nothing was to be drawn
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+Outcome = Draw | BaseException | None  # of an entry's step; None: nothing was to be drawn
 
 
 @dataclass(slots=True)
@@ -76,6 +80,8 @@ class Engine:
         self._progress = threading.Condition()  # guards _driver, _closed, _deadlines
         self._driver: int | None = None  # the thread that runs a step
         self._closed = False
+        self.pid = os.getpid()
+        _engines.add(self)
 
     @property
     def num_free_blocks(self) -> int:
@@ -135,10 +141,9 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End those of the request's rows that run with "cancelled", before the next step."""
-        self._cancelled.append(request)
-        with self._drive(wait=False) as driving:
-            if driving:
-                self._sweep()
+        with self._progress:
+            self._cancelled.append(request)
+        self._sweep_if_idle()
 
     def run(self, until: Callable[[], bool]) -> None:
         """Take part in running the engine until `until()` is true; it is asked after every step.
@@ -161,12 +166,12 @@ class Engine:
                 with self._drive(wait=True, until=over) as driving:
                     if driving and not over():
                         self._step()
-                    if driving and self._cancelled:
-                        self._sweep()
+            self._sweep_if_idle()  # what was cancelled while the last step ran
 
     def close(self) -> None:
         """End every row with "cancelled" and free the decoder. Safe to call twice."""
         with self._progress:
+            self._refuse_in_own_step()
             self._closed = True  # the next step of whoever drives ends every row
         with self._drive(wait=True):
             self._sweep()
@@ -175,21 +180,33 @@ class Engine:
     @contextmanager
     def _drive(self, *, wait: bool, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Hold the driver's place, if it is free or becomes free before `until()` is true."""
-        with self._progress:
-            while self._driver is not None and wait and not until():
-                if self._driver == threading.get_ident():
-                    raise EngineError("a step cannot wait for the engine that runs it")
-                self._progress.wait()
-            driving = self._driver is None
-            if driving:
-                self._driver = threading.get_ident()
+        driving = False
         try:
+            with self._progress:
+                while self._driver is not None and wait and not until():
+                    self._refuse_in_own_step()
+                    self._progress.wait()
+                driving = self._driver is None
+                if driving:
+                    self._driver = threading.get_ident()
             yield driving
         finally:
             if driving:
                 with self._progress:
                     self._driver = None
                     self._progress.notify_all()
+
+    def _refuse_in_own_step(self) -> None:
+        if self._driver == threading.get_ident():
+            raise EngineError("a step cannot wait for the engine that runs it")
+
+    def _sweep_if_idle(self) -> None:
+        """Whoever drives sees what was cancelled; if nobody does, end it now."""
+        while self._cancelled:
+            with self._drive(wait=False) as driving:
+                if not driving:
+                    return  # its driver looks once more after it has left
+                self._sweep()
 
     def _step(self) -> None:
         """One step. What goes wrong in it ends the rows of its batch, and no others."""
@@ -255,31 +272,43 @@ class Engine:
                 row.fail(outcome)
             elif not row.is_prefilling:
                 row.finish("length")  # nothing was to be drawn
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             row.fail(error)
-        if isinstance(row.error, NothingToDrawError):
-            self._scheduler.pool.forget(row.blocks)  # keys and values may be NaN like the logits
+        if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
+            self._scheduler.pool.forget(row.blocks[row.num_shared :])
         if row.finish_reason is not None:
             self._release(row)
 
     def _sweep(self) -> bool:
-        """End what was cancelled and what has run out of time; whether there was any."""
-        while self._arrivals:
-            self._scheduler.waiting.add(self._arrivals.popleft())
-        ended = False
+        """End what was cancelled and what has run out of time; whether there was any.
+
+        All three are taken in one piece: a request that is ended has its rows in the queue by then.
+        """
+        with self._progress:
+            arrivals, self._arrivals = self._arrivals, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
+            late = self._take_late()
+        for row in arrivals:
+            self._scheduler.waiting.add(row)
         if self._closed:
             rows = (*self._scheduler.running, *self._scheduler.waiting)
-            self._cancelled.extend(dict.fromkeys(row.request for row in rows))
-        while self._cancelled:
-            ended |= self._end(self._cancelled.popleft(), "cancelled")
-        while self._deadlines:  # finished ones leave when they come to the front
+            cancelled.extend(dict.fromkeys(row.request for row in rows))
+        ended = [self._end(request, "cancelled") for request in cancelled]
+        ended += [self._end(request, "timeout") for request in late]
+        return any(ended)
+
+    def _take_late(self) -> list[Request]:
+        """Requests whose deadline has passed; finished ones leave when they come to the front."""
+        late: list[Request] = []
+        while self._deadlines:
             deadline, _, request = self._deadlines[0]
             if not request.done and deadline > time.monotonic():
                 break
-            with self._progress:
-                _, _, request = heapq.heappop(self._deadlines)
-            ended |= self._end(request, "timeout")
-        return ended
+            heapq.heappop(self._deadlines)
+            late.append(request)
+        return late
 
     def _end(
         self, request: Request, reason: FinishReason, error: BaseException | None = None
@@ -329,6 +358,14 @@ class Engine:
         return prompt
 
 
+@atexit.register
+def _close_all() -> None:
+    """Python must not end while some daemon thread runs a step in C++."""
+    for engine in list(_engines):
+        if engine.pid == os.getpid():  # a forked child has none of its parent's threads
+            engine.close()
+
+
 def deadline_in(timeout: Any) -> float | None:
     """The time.monotonic() that is `timeout` seconds away; None for None."""
     if timeout is None:
@@ -349,7 +386,9 @@ def _outcomes(plan: StepPlan, step: PendingStep) -> list[Outcome]:
         if logits is not None and (count := entry.num_host_logits):
             try:
                 outcome = use_logits(entry, logits[at : at + count]) or outcome
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # sys.exit in a row's function is that row's error, too
                 outcome = error
             at += count
         outcomes.append(outcome)

@@ -18,8 +18,8 @@ class Limits:
     Attributes:
         n, best_of, max_new_tokens, logprobs, prompt_logprobs, temperature: of these options.
         prompt_tokens: length of the prompt.
-        stop, stop_token_ids, logit_bias, bad_words, allowed_token_ids: entries of these options (a
-            string among bad_words counts as the two that it becomes).
+        stop, stop_token_ids, logit_bias, allowed_token_ids: entries of these options.
+        bad_words: token ids of all of them together (a string's once more behind a space).
         suppress_tokens: entries of suppress_tokens, and of begin_suppress_tokens.
         stop_bytes: length of a stop string in UTF-8.
         logit_bias_value: absolute value of a bias.
@@ -105,7 +105,7 @@ _MEASURES: tuple[tuple[str, str, _Measure | None], ...] = (
     ("prompt_logprobs", "prompt_logprobs", lambda params: params.prompt_logprobs or 0),
     ("logit_bias", "ids in logit_bias", lambda params: len(params.logit_bias)),
     ("logit_bias_value", "a value in logit_bias", lambda params: max(_biases(params), default=0)),
-    ("bad_words", "words in bad_words", lambda params: len(params.bad_words)),
+    ("bad_words", "token ids in bad_words", lambda params: sum(map(len, params.bad_words))),
     ("allowed_token_ids", "ids in allowed_token_ids",
      lambda params: len(params.allowed_token_ids or ())),
     ("suppress_tokens", "ids in suppress_tokens", lambda params: len(params.suppress_tokens)),

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from fastgen.checks import real, sequence
 from fastgen.errors import message_of
@@ -17,7 +21,7 @@ def chooses(params: SamplingParams) -> bool:
 
     Their rows keep log-probabilities then, whether these were asked for or not.
     """
-    return params.num_rows > params.n or params.rank is not None
+    return params.best_of is not None
 
 
 def best(completions: tuple[Completion, ...], params: SamplingParams) -> tuple[Completion, ...]:
@@ -49,7 +53,16 @@ def _scores(completions: tuple[Completion, ...], params: SamplingParams) -> Sequ
     scores = sequence("what rank returns", params.rank(completions))
     if len(scores) != len(completions):
         raise ValueError(f"{len(scores)} scores for {len(completions)} completions")
-    return [real("a score", score, -math.inf, math.inf) for score in scores]
+    return [_score(score) for score in scores]
+
+
+def _score(score: Any) -> float:
+    """A number, or a yes or no; -inf rejects."""
+    if isinstance(score, (bool, np.bool_)):
+        return float(score)
+    if isinstance(score, numbers.Real) and math.isinf(score):
+        return float(score)
+    return real("a score", score, -math.inf, math.inf)
 
 
 def mean_logprob(completion: Completion) -> float:

@@ -43,6 +43,7 @@ class Row:
     awaits_prefix: bool = False  # a running row computes its beginning: others may pass it
     seat: int = -1
     blocks: list[int] = field(default_factory=list)
+    num_shared: int = 0  # of the blocks, those that were found at admission
     num_cached: int = 0  # tokens whose keys and values are in the cache
     keys: list[Key] = field(default_factory=list)  # of the full blocks, as far as known
     tail_key: Key | None = None  # of the prompt's last, partly filled block
@@ -110,7 +111,9 @@ class Row:
         try:
             if self.sink is not None:
                 self.sink.finish()
-        except Exception as sinks:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as sinks:
             reason, stop_reason, error = "error", None, sinks if error is None else error
         self.error, self.stop_reason = error, stop_reason
         self.finish_reason = reason
@@ -168,6 +171,7 @@ class Request:
     def row_ended(self) -> None:
         """One of the rows has ended; the request is done with the last of them."""
         self.num_ended += 1
+        assert self.num_ended <= len(self.rows), "a row ended twice"
         if self.num_ended == len(self.rows):
             self.finished = time.monotonic()
 

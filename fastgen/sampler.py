@@ -88,7 +88,7 @@ def _top(
     least = np.partition(wide, -count, axis=1)[:, -count]
     top: list[tuple[tuple[int, float], ...]] = []
     for row, lowest, total in zip(wide, least, log_total[:, 0], strict=True):
-        candidates = np.flatnonzero(row >= lowest)  # and all equals of the last
+        candidates = np.flatnonzero((row >= lowest) & np.isfinite(row))  # and the last's equals
         ids = candidates[np.argsort(-row[candidates], kind="stable")[:count]]
         top.append(tuple(zip(ids.tolist(), (row[ids] - total).tolist(), strict=True)))
     return top

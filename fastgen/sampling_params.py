@@ -56,8 +56,8 @@ class SamplingParams:
             ending ids rise by their absolute value times factor ** (tokens since) - 1.
         suppress_tokens, begin_suppress_tokens: ids that are never drawn, or not as first new token.
         logits_processor: a function of (token_ids, logits), NumPy arrays int64 (T,) and float32
-            (V,), called for each token of this row; returns the logits, or None having changed the
-            array that it was given. What it raises ends its row with "error".
+            (V,), called within the step for each token of this row; returns the logits, or None
+            having changed the array that it was given. What it raises ends its row with "error".
 
         temperature: divides the logits; 0 is greedy: the highest logit, of equals the lowest id.
         top_h: keep the most likely tokens, of the best 100, that hold this share of their entropy.
@@ -117,6 +117,9 @@ class SamplingParams:
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if args:
             raise TypeError("SamplingParams takes keyword options only, e.g. temperature=0.8")
+        for name in options:
+            if name in _ELSEWHERE:
+                raise TypeError(f"unknown option {name!r}; here it is {_ELSEWHERE[name]}")
         reject_unknown(options, (field.name for field in fields(cls)))
         return super().__new__(cls)
 
@@ -178,6 +181,12 @@ def _temperature(name: str, value: Any) -> float:
     if 0 < temperature < MIN_TEMPERATURE:
         raise ValueError(f"{name} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value}")
     return temperature
+
+
+def _top_k(name: str, value: Any) -> int:
+    if is_integer(value) and value == -1:
+        raise ValueError(f"{name} must be at least 0, which keeps all, not -1")
+    return integer(name, value, 0)
 
 
 def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -249,6 +258,17 @@ def _count(low: int, high: int = 2**31 - 1) -> Callable[[str, Any], int]:
     return lambda name, value: integer(name, value, low, high)
 
 
+# Options that peers call by another name.
+_ELSEWHERE = {
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "max_length": "max_new_tokens, without the prompt",
+    "min_length": "min_new_tokens, without the prompt",
+    "num_return_sequences": "n",
+    "eos_token_id": "stop_token_ids",
+    "bad_words_ids": "bad_words",
+    "stop_strings": "stop",
+    "repeat_penalty": "repetition_penalty",
+}
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "n": _count(1, MAX_SAMPLES),
     "max_new_tokens": _count(0),
@@ -262,7 +282,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "suppress_tokens": token_ids,
     "begin_suppress_tokens": token_ids,
     "temperature": _temperature,
-    "top_k": _count(0),
+    "top_k": _top_k,
     "top_p": _share,
     "min_p": lambda name, value: real(name, value, 0, 1),
     "typical_p": _share,

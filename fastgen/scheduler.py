@@ -148,6 +148,7 @@ class Scheduler:
             self._free_seats.append(row.seat)
             row.seat = -1
             self._give_back(row)
+            row.keys = []  # its request may have thousands of rows, and wait for the last
 
     def _admission(self, row: Row) -> Admission | None:
         """None if it has to wait, for a row that computes its beginning or for free blocks."""
@@ -210,7 +211,7 @@ class Scheduler:
         row.blocks = shared + self.pool.allocate(total - num_shared)
         self.pool.release(tail)  # nobody writes there before it is copied
         row.token_ids = list(row.request.prompt_token_ids)
-        row.num_cached, row.num_registered = num_cached, num_shared
+        row.num_cached, row.num_registered, row.num_shared = num_cached, num_shared, num_shared
         self._announce(row)
         self.num_reused_tokens += num_cached
         return [(tail[0], row.blocks[num_shared])] if num_cached % BLOCK_SIZE else []

@@ -4,6 +4,7 @@ which are drawn on the host while the others are drawn in the decoder.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -317,18 +318,40 @@ def test_a_function_may_cancel_its_own_row(engine: Engine) -> None:
     assert len(requests[0].rows[0].new_token_ids) == 1
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_exit_in_a_function_reaches_whoever_runs_the_engine(
-    engine: Engine, error: type[BaseException]
-) -> None:
+def test_a_keyboard_interrupt_in_a_function_reaches_whoever_runs_the_engine(engine: Engine) -> None:
     def leave(token_ids: np.ndarray, logits: np.ndarray) -> None:
-        raise error
+        raise KeyboardInterrupt
 
     request = engine.add_request(PROMPTS[1], greedy(logits_processor=leave))
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         run_all(engine, [request])
     assert request.rows[0].finish_reason == "error"
-    assert isinstance(request.error, error)
+    assert isinstance(request.error, KeyboardInterrupt)
+
+
+def test_an_exit_in_a_function_is_its_rows_error(engine: Engine) -> None:
+    """Whoever runs the step may be another request's thread."""
+
+    def leave(token_ids: np.ndarray, logits: np.ndarray) -> None:
+        sys.exit(3)
+
+    requests = [
+        engine.add_request(PROMPTS[1], greedy(logits_processor=leave, max_new_tokens=3)),
+        engine.add_request(PROMPTS[0], greedy(max_new_tokens=3, ignore_eos=True)),
+    ]
+    run_all(engine, requests)
+    assert isinstance(requests[0].rows[0].error, SystemExit)
+    assert len(requests[1].rows[0].new_token_ids) == 3
+    assert_idle(engine)
+
+
+def test_a_row_that_rules_everything_out_evicts_nobodys_prefix(engine: Engine) -> None:
+    prompt = [*range(1, 71)]
+    for options in ({}, {"suppress_tokens": range(4096)}, {}):
+        before = engine.stats.reused_tokens
+        run_all(engine, [engine.add_request(prompt, greedy(max_new_tokens=2, **options))])
+    assert engine.stats.reused_tokens - before == 69
+    assert_idle(engine)
 
 
 def test_results_say_what_went_wrong(idle_model: fastgen.Generator) -> None:

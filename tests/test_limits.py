@@ -25,7 +25,7 @@ CASES: dict[str, list[tuple[float, dict[str, Any], dict[str, Any], str]]] = {
     "logit_bias_value": [
         (10, {"logit_bias": {3: -10}}, {"logit_bias": {3: 1, 4: -10.5}}, "logit_bias: 10.5"),
     ],
-    "bad_words": [(1, {"bad_words": [[1, 2]]}, {"bad_words": [[1], [2]]}, "bad_words: 2")],
+    "bad_words": [(2, {"bad_words": [[1, 2]]}, {"bad_words": [[1], [2, 3]]}, "bad_words: 3")],
     "allowed_token_ids": [
         (2, {"allowed_token_ids": [1, 2]}, {"allowed_token_ids": [1, 2, 3]}, "token_ids: 3"),
     ],

@@ -74,7 +74,7 @@ def test_every_instruction_set_draws_the_same(name: str) -> None:
     command = [sys.executable, "-c", IN_OTHER_CODE, str(Path(__file__).parent), "2"]
     environment = {**os.environ, "FASTGEN_ISA": name}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "FASTGEN_ISA" in process.stderr:
+    if f"FASTGEN_ISA={name}: not an instruction set of this processor" in process.stderr:
         pytest.skip(f"this processor has no {name}")
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == drawn_ids(2)

@@ -69,6 +69,10 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
 def test_unknown_options_name_the_nearest() -> None:
     with pytest.raises(TypeError, match="'max_tokens'; did you mean 'max_new_tokens'"):
         SamplingParams(max_tokens=5)
+    with pytest.raises(TypeError, match="'do_sample'; here it is temperature: 0 is greedy"):
+        SamplingParams(do_sample=True)
+    with pytest.raises(ValueError, match="0, which keeps all"):
+        SamplingParams(top_k=-1)
     with pytest.raises(TypeError, match="known options: allowed_token_ids, bad_words"):
         SamplingParams(zzz=1)
     with pytest.raises(TypeError, match="keyword"):

@@ -8,7 +8,9 @@ Shapes: n draws of a step, V vocabulary, K candidates of a row (V, or few).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -214,10 +216,15 @@ class TorchSampler:
             ids[at].tolist(), own.tolist(), top_ids.tolist(), top.tolist(), counts, strict=True
         )
         scored = (
-            TokenLogprobs(token_id, logprob, tuple(zip(*pairs, strict=True))[:count])
+            TokenLogprobs(token_id, logprob, _finite(zip(*pairs, strict=True), count))
             for token_id, (logprob,), *pairs, count in rows
         )
         return dict(zip(at.tolist(), scored, strict=True))
+
+
+def _finite(top: Iterable[tuple[int, float]], count: int) -> tuple[tuple[int, float], ...]:
+    """The first `count`, without those that cannot be drawn; these come last."""
+    return tuple(pair for pair in islice(top, count) if pair[1] > -math.inf)
 
 
 def _take(logits: Tensor, at: NDArray[np.intp]) -> Tensor:

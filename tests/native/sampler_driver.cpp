@@ -1,6 +1,7 @@
 // Feeds the sampler bytes, as logits and as options, with no Python around it.
 //
-//   sampler_driver SECONDS SEED     random cases until the time is up; for ASan, UBSan and TSan
+//   sampler_driver SECONDS SEED     random cases until the time is up, on two threads that share the
+//                                   pool; for ASan, UBSan and TSan
 //   with -DLIBFUZZER -fsanitize=fuzzer: a libFuzzer target
 //
 // Every case is drawn twice, by one thread with portable code and by several threads with the best
@@ -14,6 +15,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/sampler.h"
@@ -164,10 +166,9 @@ void run_case(const std::uint8_t* data, std::size_t size) {
   Bytes bytes(data, size);
   const int sizes[] = {1, 2, 63, 64, 65, 130, 1000, 6500};
   const int vocab_size = sizes[bytes.below(8)], num_seats = 1 + bytes.below(6), max_tokens = 24;
-  setenv("FASTGEN_ISA", "portable", 1);
-  fastgen::Sampler plain(num_seats, vocab_size, max_tokens, 1);
-  unsetenv("FASTGEN_ISA");
-  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3);
+  fastgen::Sampler plain(num_seats, vocab_size, max_tokens, 1,
+                         *fastgen::find_sampler_kernels("portable"));
+  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3, *fastgen::find_sampler_kernels(""));
   std::vector<SamplingOptions> options;
   for (int seat = 0; seat < num_seats; ++seat) {
     options.push_back(some_options(bytes, vocab_size));
@@ -219,19 +220,30 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 #else
 
+long run_for(double seconds, unsigned seed) {
+  std::mt19937 generator(seed);
+  const auto start = std::chrono::steady_clock::now();
+  const auto elapsed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  long cases = 0;
+  std::vector<std::uint8_t> data(2048);
+  for (; elapsed() < seconds; ++cases) {
+    for (std::uint8_t& byte : data) byte = static_cast<std::uint8_t>(generator());
+    run_case(data.data(), data.size());
+  }
+  return cases;
+}
+
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const double seconds = std::atof(argv[1]);
-  std::mt19937 generator(static_cast<unsigned>(std::atoi(argv[2])));
-  const auto start = std::chrono::steady_clock::now();
-  long cases = 0;
-  std::vector<std::uint8_t> data(2048);
-  while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
-    for (std::uint8_t& byte : data) byte = static_cast<std::uint8_t>(generator());
-    run_case(data.data(), data.size());
-    ++cases;
-  }
-  std::printf("%ld cases\n", cases);
+  const unsigned seed = static_cast<unsigned>(std::atoi(argv[2]));
+  long others = 0;
+  std::thread other([&] { others = run_for(seconds, seed + 1); });
+  const long cases = run_for(seconds, seed);
+  other.join();
+  std::printf("%ld cases\n", cases + others);
 }
 
 #endif
