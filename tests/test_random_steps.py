@@ -49,7 +49,7 @@ def add_random(
     processors = random_processors(rng, VOCAB_SIZE) if rng.random() < 0.5 else {}
     params = SamplingParams(
         temperature=float(rng.choice([0, 0.7, 1.0])),
-        max_new_tokens=int(rng.integers(5, 40)),
+        max_new_tokens=int(rng.integers(5, 30)),
         seed=int(rng.integers(2**63)),
         **others,
         **processors,
