@@ -166,7 +166,7 @@ class Generator:
 
         Raises:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
-            EngineError: a step failed.
+            EngineError: a step failed, or the model was closed before all prompts had begun.
         """
         many = as_list(prompts)
         jobs = self._jobs(many, params_for(len(many), params, options))
