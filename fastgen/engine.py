@@ -168,11 +168,16 @@ class Engine:
                         self._step()
             self._sweep_if_idle()  # what was cancelled while the last step ran
 
-    def close(self) -> None:
-        """End every row with "cancelled" and free the decoder. Safe to call twice."""
+    def close(self, timeout: float | None = None) -> None:
+        """End every row with "cancelled" and free the decoder. Safe to call twice.
+
+        A step under way is waited for; if that takes `timeout` seconds, nothing is freed.
+        """
         with self._progress:
             self._refuse_in_own_step()
             self._closed = True  # the next step of whoever drives ends every row
+            if not self._progress.wait_for(lambda: self._driver is None, timeout):
+                return
         with self._drive(wait=True):
             self._sweep()
             self.decoder.close()
@@ -363,7 +368,7 @@ def _close_all() -> None:
     """Python must not end while some daemon thread runs a step in C++."""
     for engine in list(_engines):
         if engine.pid == os.getpid():  # a forked child has none of its parent's threads
-            engine.close()
+            engine.close(timeout=5)  # a row's function may never return
 
 
 def deadline_in(timeout: Any) -> float | None:
