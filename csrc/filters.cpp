@@ -174,9 +174,9 @@ void keep_top_h(Candidates& candidates, double top_h) {
   keep_highest(candidates, edge, num_equal);
 }
 
-void keep_top_p(Candidates& candidates, double top_p, double total, Scratch& scratch,
+void keep_top_p(Candidates& candidates, double top_p, Scratch& scratch,
                 const SamplerKernels& kernels) {
-  const double goal = top_p * total;
+  const double goal = top_p * candidates.total;
   const Threshold edge = select_value(candidates, candidates.weights, goal, scratch, kernels);
   const float value = static_cast<float>(-edge.key);
   double weight = 0;
@@ -226,20 +226,14 @@ double bound_of_top_p(double top_p, const double* weights, int count, double tot
   return bound;
 }
 
-// Every token with a weight, but for those that top_p is known to remove. Returns the total of all.
-double weigh_all(const Scores& scores, const SamplingOptions& options, Candidates& candidates,
-                 Scratch& scratch, const SamplerKernels& kernels) {
-  const float* values = scores.logits;
-  if (options.temperature != 1) {
-    kernels.divide(scores.logits, scores.count, options.temperature, scratch.values);
-    values = scratch.values;
-  }
-  const double total =
-      kernels.weigh(values, scores.count, candidates.highest, scratch.weights, scratch.block_sums);
+// Every token with a weight, but for those that top_p is known to remove; `total` is that of all.
+void take_all(const Scores& scores, const SamplingOptions& options, Candidates& candidates,
+              Scratch& scratch, const SamplerKernels& kernels) {
+  const Weighed row = weigh_row(scores, options.temperature, scratch, kernels);
   double least = std::numeric_limits<double>::denorm_min();
   if (options.top_p < 1) {
-    least = std::max(least,
-                     bound_of_top_p(options.top_p, scratch.weights, scores.count, total, kernels));
+    least = std::max(
+        least, bound_of_top_p(options.top_p, scratch.weights, scores.count, row.total, kernels));
   }
   int kept = 0;
   for (int start = 0; start < scores.count; start += kBlock) {
@@ -252,11 +246,10 @@ double weigh_all(const Scores& scores, const SamplingOptions& options, Candidate
   }
   for (int at = 0; at < kept; ++at) {
     scratch.weights[at] = scratch.weights[scratch.ids[at]];
-    scratch.values[at] = values[scratch.ids[at]];
+    scratch.values[at] = row.values[scratch.ids[at]];
   }
   candidates.count = kept;
-  candidates.total = total;
-  return total;
+  candidates.total = row.total;
 }
 
 // Candidates with values of at least `least`, from blocks that have any.
@@ -297,6 +290,17 @@ Candidates best_candidates(const Scores& scores, float temperature, int wanted, 
   return candidates;
 }
 
+Weighed weigh_row(const Scores& scores, float temperature, Scratch& scratch,
+                  const SamplerKernels& kernels) {
+  const float* values = scores.logits;
+  if (temperature != 1) {
+    kernels.divide(values, scores.count, temperature, scratch.values);
+    values = scratch.values;
+  }
+  return {values, kernels.weigh(values, scores.count, scores.highest / temperature, scratch.weights,
+                                scratch.block_sums)};
+}
+
 bool filters(const SamplingOptions& options) {
   return options.top_h > 0 || options.top_k > 0 || options.top_p < 1 || options.min_p > 0 ||
          options.typical_p < 1 || options.epsilon_cutoff > 0 || options.eta_cutoff > 0;
@@ -307,29 +311,25 @@ Candidates filtered(const SamplingOptions& options, const Scores& scores, Scratc
   const float temperature = options.temperature;
   const bool has_top_k = options.top_k > 0 && options.top_k < scores.count;
   Candidates candidates = no_candidates(scores, temperature, scratch);
-  double total;  // before top_p, of tokens that it is known to remove as well
   if (options.top_h > 0) {
     candidates = best_candidates(scores, temperature, kTopHCandidates, scratch);
     keep_top_k(candidates, kTopHCandidates, true, scratch, kernels);
     weigh(candidates, scratch, kernels);
     keep_top_h(candidates, options.top_h);
     if (has_top_k) keep_top_k(candidates, options.top_k, false, scratch, kernels);
-    total = candidates.total;
   } else if (has_top_k) {
     candidates = best_candidates(scores, temperature, options.top_k, scratch);
     keep_top_k(candidates, options.top_k, false, scratch, kernels);
     weigh(candidates, scratch, kernels);
-    total = candidates.total;
   } else if (options.top_p == 1 && options.min_p > 0) {  // few are near enough to the highest
     const double least = candidates.highest + std::log(options.min_p);
     const float slack = std::fabs(static_cast<float>(least)) * 1e-6f + 1e-6f;
     gather(scores, temperature, static_cast<float>(least) - slack, candidates, scratch);
     weigh(candidates, scratch, kernels);
-    total = candidates.total;
   } else {
-    total = weigh_all(scores, options, candidates, scratch, kernels);
+    take_all(scores, options, candidates, scratch, kernels);
   }
-  if (options.top_p < 1) keep_top_p(candidates, options.top_p, total, scratch, kernels);
+  if (options.top_p < 1) keep_top_p(candidates, options.top_p, scratch, kernels);
   if (options.min_p > 0) {
     keep_if(candidates, [&](int at) { return candidates.weights[at] >= options.min_p; });
   }

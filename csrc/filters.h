@@ -20,7 +20,7 @@ struct Candidates {
   std::int32_t* ids;
   double* weights;
   int count;
-  double total;   // of the weights
+  double total;   // of the weights; before top_p also of tokens that it is known to remove
   float highest;  // of the whole row's values
 };
 
@@ -46,6 +46,16 @@ struct Scores {  // of one row, after the processors
   float highest;               // of the logits
   const float* block_highest;  // in scratch
 };
+
+// A whole row: its logits divided by the temperature, which may be the logits themselves, and the
+// total of their weights. The weights and the sums of their blocks are in scratch.
+struct Weighed {
+  const float* values;
+  double total;
+};
+
+Weighed weigh_row(const Scores& scores, float temperature, Scratch& scratch,
+                  const SamplerKernels& kernels);
 
 // Whether the options filter at all; otherwise every token is a candidate.
 bool filters(const SamplingOptions& options);

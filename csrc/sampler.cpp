@@ -165,14 +165,7 @@ std::int32_t Sampler::pick_filtered(const Seat& seat, const Scores& scores, Scra
 }
 
 std::int32_t Sampler::pick_any(const Seat& seat, const Scores& scores, Scratch& scratch) {
-  const float temperature = seat.options.temperature;
-  const float* values = scores.logits;
-  if (temperature != 1) {
-    kernels_.divide(values, vocab_size_, temperature, scratch.values);
-    values = scratch.values;
-  }
-  const double total = kernels_.weigh(values, vocab_size_, scores.highest / temperature,
-                                      scratch.weights, scratch.block_sums);
+  const double total = weigh_row(scores, seat.options.temperature, scratch, kernels_).total;
   const double target = coin(seat.options.seed, seat.row.num_tokens()) * total;
   const int block = first_beyond(scratch.block_sums, num_blocks(vocab_size_), target);
   double before = 0;
@@ -187,8 +180,7 @@ void Sampler::write_logprobs(const DrawBatch& batch, int at, Scratch& scratch) {
   const Scores scores = {logits, vocab_size_,
                          kernels_.highest(logits, vocab_size_, scratch.block_highest),
                          scratch.block_highest};
-  const double total =
-      kernels_.weigh(logits, vocab_size_, scores.highest, scratch.weights, scratch.block_sums);
+  const double total = weigh_row(scores, 1, scratch, kernels_).total;
   const double log_total = static_cast<double>(scores.highest) + std::log(total);
   const auto logprob = [=](std::int32_t id) { return static_cast<double>(logits[id]) - log_total; };
   batch.logprobs[at] = logprob(batch.ids[at]);

@@ -14,8 +14,6 @@ constexpr int kNumBounds = 4;
 constexpr int num_blocks(int count) { return (count + kBlock - 1) / kBlock; }
 
 struct SamplerKernels {
-  const char* name;
-
   // Highest of values (count), NaN if there is one among them; and that of each block.
   float (*highest)(const float* values, int count, float* block_highest);
 

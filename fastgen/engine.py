@@ -77,7 +77,7 @@ class Engine:
         self._arrivals: deque[Row] = deque()
         self._cancelled: deque[Request] = deque()
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
-        self._progress = threading.Condition()  # guards _driver, _closed, _deadlines
+        self._progress = threading.Condition()  # guards all of these
         self._driver: int | None = None  # the thread that runs a step
         self._closed = False
         self.pid = os.getpid()
