@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu_features.h"
+#include "decoder_bindings.h"
 #include "philox.h"
 #include "sampler_bindings.h"
 
@@ -39,6 +40,7 @@ PYBIND11_MODULE(_native, module) {
              "The coin in [0, 1), float64 (R,), of each row: seeds int64 (R,), the bits of an "
              "unsigned seed; positions int64 (R,), the index of the token that is drawn.");
   fastgen::bind_sampler(module);
+  fastgen::bind_decoder(module);
   module.def("cpu_features", &fastgen::cpu_features,
              "Instruction sets of this processor that matter here, as Linux names them.");
 }

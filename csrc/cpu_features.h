@@ -1,12 +1,15 @@
-// Instruction sets that this processor and compiler have, by the names that Linux gives them.
+// Which instruction sets this processor and compiler have.
 
 #pragma once
 
+#include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace fastgen {
 
+// By the names that Linux gives them.
 inline std::vector<std::string> cpu_features() {
   std::vector<std::string> names;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -19,6 +22,51 @@ inline std::vector<std::string> cpu_features() {
   names.emplace_back("neon");
 #endif
   return names;
+}
+
+#if defined(__x86_64__)
+
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+
+inline bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
+         __builtin_cpu_supports("avx512bf16");
+}
+
+#endif
+
+// The paths that can be taken here, the best first.
+inline std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+#if defined(__x86_64__)
+  if (has_avx512_bf16()) names.emplace_back("avx512_bf16");  // and VNNI
+  if (has_avx512()) names.emplace_back("avx512");
+  if (has_avx2()) names.emplace_back("avx2");
+#endif
+  names.emplace_back("portable");
+  return names;
+}
+
+// The path that the environment variable FASTGEN_ISA names; the best without it.
+inline std::string chosen_instruction_set() {
+  const std::vector<std::string> names = instruction_sets();
+  const char* const asked = std::getenv("FASTGEN_ISA");
+  if (asked == nullptr || *asked == '\0') return names.front();
+  std::string known;
+  for (const std::string& name : names) {
+    if (name == asked) return name;
+    known += (known.empty() ? "" : ", ") + name;
+  }
+  throw std::invalid_argument("FASTGEN_ISA=" + std::string(asked) + ": this processor has " +
+                              known);
 }
 
 }  // namespace fastgen

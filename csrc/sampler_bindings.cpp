@@ -1,19 +1,16 @@
-// Python's view of the sampler: checks types, shapes and ids, then hands over plain pointers.
+// Python's view of the sampler.
 
 #include "sampler_bindings.h"
 
-#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "sampler.h"
+#include "cpu_features.h"
 
 namespace py = pybind11;
 
@@ -21,182 +18,182 @@ namespace fastgen {
 
 namespace {
 
-template <typename Value>
-using Array = py::array_t<Value, py::array::c_style>;
 using Ids = std::vector<std::int64_t>;
 
-// Those that the environment variable FASTGEN_ISA names; the best there are without it.
-const SamplerKernels& chosen_kernels() {
-  const char* const asked = std::getenv("FASTGEN_ISA");
-  const std::string name = asked == nullptr ? "" : asked;
-  const SamplerKernels* const found = find_sampler_kernels(name);
-  if (found == nullptr) {
-    throw py::value_error("FASTGEN_ISA=" + name +
-                          ": not an instruction set of this processor; known are portable, avx2 "
-                          "and avx512");
-  }
-  return *found;
+}  // namespace
+
+int at_least_one(const char* name, int value) {
+  if (value < 1) throw py::value_error(std::string(name) + ": must be at least 1");
+  return value;
 }
 
-// The sampler, and what Python may do wrong with it: a call waits for one that draws without the
-// GIL.
-class CheckedSampler {
- public:
-  CheckedSampler(int num_seats, int vocab_size, int max_tokens, int num_threads)
-      : sampler_(positive("num_seats", num_seats), positive("vocab_size", vocab_size),
-                 positive("max_tokens", max_tokens), positive("num_threads", num_threads),
-                 chosen_kernels()) {}
+Draws::Draws(py::ssize_t count, int max_top)
+    : max_top_(max_top),
+      ids_(count),
+      top_ids_({count, static_cast<py::ssize_t>(max_top)}),
+      statuses_(count),
+      logprobs_(count),
+      top_logprobs_({count, static_cast<py::ssize_t>(max_top)}) {}
 
-  void reserve(int num_seats) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    sampler_.reserve(num_seats);
+DrawBatch Draws::batch(const float* logits, const std::int32_t* seats, const std::int32_t* drafts) {
+  return {logits,
+          seats,
+          drafts,
+          static_cast<int>(ids_.size()),
+          ids_.mutable_data(),
+          reinterpret_cast<DrawStatus*>(statuses_.mutable_data()),
+          logprobs_.mutable_data(),
+          max_top_,
+          top_ids_.mutable_data(),
+          top_logprobs_.mutable_data()};
+}
+
+py::tuple Draws::arrays() const {
+  return py::make_tuple(ids_, statuses_, logprobs_, top_ids_, top_logprobs_);
+}
+
+CheckedSampler::CheckedSampler(int num_seats, int vocab_size, int max_tokens, int num_threads)
+    : sampler_(at_least_one("num_seats", num_seats), at_least_one("vocab_size", vocab_size),
+               at_least_one("max_tokens", max_tokens), at_least_one("num_threads", num_threads),
+               sampler_kernels(chosen_instruction_set())) {}
+
+void CheckedSampler::reserve(int num_seats) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sampler_.reserve(num_seats);
+}
+
+void CheckedSampler::bind(int seat, const Ids& prompt, const py::dict& given) {
+  check_seat(seat);
+  if (static_cast<int>(prompt.size()) > sampler_.max_tokens()) {
+    throw py::value_error("prompt: longer than max_tokens");
   }
+  const std::vector<std::int32_t> ids = narrow("prompt", prompt);
+  SamplingOptions options = options_of(given);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sampler_.bind(seat, std::move(options), ids.data(), static_cast<int>(ids.size()));
+}
 
-  void bind(int seat, const Ids& prompt, const py::dict& given) {
+void CheckedSampler::set_mask(int seat, const py::object& allowed) {
+  check_seat(seat);
+  IdSet mask;
+  if (!allowed.is_none()) {
+    const auto flags = allowed.cast<Array<bool>>();
+    if (flags.ndim() != 1 || flags.size() != sampler_.vocab_size()) {
+      throw py::value_error("allowed: must be bool (vocab_size,)");
+    }
+    mask.assign(sampler_.vocab_size(), false);
+    for (int id = 0; id < sampler_.vocab_size(); ++id) {
+      if (flags.data()[id]) mask.add(id);
+    }
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sampler_.set_mask(seat, std::move(mask));
+}
+
+void CheckedSampler::observe(int seat, std::int64_t token_id) {
+  check_seat(seat);
+  const std::int32_t id = narrow("token_id", {token_id})[0];
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (sampler_.num_tokens(seat) >= sampler_.max_tokens()) {
+    throw py::value_error("observe: the row is full");
+  }
+  sampler_.observe(seat, id);
+}
+
+py::tuple CheckedSampler::draw(const Array<float>& logits, const Array<std::int32_t>& seats,
+                               const Array<std::int32_t>& drafts, int max_top) {
+  if (logits.ndim() != 2 || logits.shape(0) != seats.size() ||
+      logits.shape(1) != sampler_.vocab_size()) {
+    throw py::value_error("draw: logits must be (n, vocab_size), seats and drafts (n,)");
+  }
+  check_draws(seats, drafts, max_top);
+  Draws draws(seats.size(), max_top);
+  {
+    const py::gil_scoped_release released;
+    draw_checked(draws.batch(logits.data(), seats.data(), drafts.data()));
+  }
+  return draws.arrays();
+}
+
+// Each seat's draws stand together: rows are drawn by several threads.
+void CheckedSampler::check_draws(const Array<std::int32_t>& seats,
+                                 const Array<std::int32_t>& drafts, int max_top) const {
+  if (seats.ndim() != 1 || drafts.ndim() != 1 || drafts.size() != seats.size() || max_top < 0) {
+    throw py::value_error("draw: logits must be (n, vocab_size), seats and drafts (n,)");
+  }
+  std::vector<bool> drawn(sampler_.num_seats());
+  for (py::ssize_t at = 0; at < seats.size(); ++at) {
+    const std::int32_t seat = seats.data()[at];
     check_seat(seat);
-    if (static_cast<int>(prompt.size()) > sampler_.max_tokens()) {
-      throw py::value_error("prompt: longer than max_tokens");
-    }
-    const std::vector<std::int32_t> ids = narrow("prompt", prompt);
-    SamplingOptions options = options_of(given);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    sampler_.bind(seat, std::move(options), ids.data(), static_cast<int>(ids.size()));
+    if (at > 0 && seat == seats.data()[at - 1]) continue;
+    if (drawn[seat]) throw py::value_error("draw: a seat's draws must stand together");
+    drawn[seat] = true;
   }
+}
 
-  void set_mask(int seat, const py::object& allowed) {
-    check_seat(seat);
-    IdSet mask;
-    if (!allowed.is_none()) {
-      const auto flags = allowed.cast<Array<bool>>();
-      if (flags.ndim() != 1 || flags.size() != sampler_.vocab_size()) {
-        throw py::value_error("allowed: must be bool (vocab_size,)");
-      }
-      mask.assign(sampler_.vocab_size(), false);
-      for (int id = 0; id < sampler_.vocab_size(); ++id) {
-        if (flags.data()[id]) mask.add(id);
-      }
+void CheckedSampler::draw_checked(const DrawBatch& batch) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sampler_.draw(batch);
+}
+
+void CheckedSampler::check_seat(int seat) const {
+  if (seat < 0 || seat >= sampler_.num_seats()) throw py::index_error("there is no such seat");
+}
+
+std::vector<std::int32_t> CheckedSampler::narrow(const char* name, const Ids& ids) const {
+  std::vector<std::int32_t> narrowed;
+  narrowed.reserve(ids.size());
+  for (const std::int64_t id : ids) {
+    if (id < 0 || id >= sampler_.vocab_size()) {
+      throw py::value_error(std::string(name) + ": token id " + std::to_string(id) +
+                            " is outside the vocabulary");
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    sampler_.set_mask(seat, std::move(mask));
+    narrowed.push_back(static_cast<std::int32_t>(id));
   }
+  return narrowed;
+}
 
-  void observe(int seat, std::int64_t token_id) {
-    check_seat(seat);
-    const std::int32_t id = narrow("token_id", {token_id})[0];
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (sampler_.num_tokens(seat) >= sampler_.max_tokens()) {
-      throw py::value_error("observe: the row is full");
-    }
-    sampler_.observe(seat, id);
+std::vector<std::int32_t> CheckedSampler::ids_of(const py::dict& given, const char* name) const {
+  return narrow(name, given[name].cast<Ids>());
+}
+
+SamplingOptions CheckedSampler::options_of(const py::dict& given) const {
+  SamplingOptions options;
+  options.seed = given["seed"].cast<std::uint64_t>();
+  for (const auto& [id, bias] :
+       given["logit_bias"].cast<std::vector<std::pair<std::int64_t, float>>>()) {
+    options.logit_bias.push_back({narrow("logit_bias", {id})[0], bias});
   }
-
-  py::tuple draw(const Array<float>& logits, const Array<std::int32_t>& seats,
-                 const Array<std::int32_t>& drafts, int max_top) {
-    const py::ssize_t count = seats.size();
-    if (seats.ndim() != 1 || drafts.ndim() != 1 || drafts.size() != count || logits.ndim() != 2 ||
-        logits.shape(0) != count || logits.shape(1) != sampler_.vocab_size() || max_top < 0) {
-      throw py::value_error("draw: logits must be (n, vocab_size), seats and drafts (n,)");
-    }
-    check_runs(seats);
-    Array<std::int32_t> ids(count), top_ids({count, static_cast<py::ssize_t>(max_top)});
-    Array<std::uint8_t> statuses(count);
-    Array<double> logprobs(count), top_logprobs({count, static_cast<py::ssize_t>(max_top)});
-    const DrawBatch batch = {
-        logits.data(),           seats.data(),
-        drafts.data(),           static_cast<int>(count),
-        ids.mutable_data(),      reinterpret_cast<DrawStatus*>(statuses.mutable_data()),
-        logprobs.mutable_data(), max_top,
-        top_ids.mutable_data(),  top_logprobs.mutable_data()};
-    {
-      const py::gil_scoped_release released;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      sampler_.draw(batch);
-    }
-    return py::make_tuple(ids, statuses, logprobs, top_ids, top_logprobs);
+  options.repetition_penalty = given["repetition_penalty"].cast<float>();
+  options.frequency_penalty = given["frequency_penalty"].cast<float>();
+  options.presence_penalty = given["presence_penalty"].cast<float>();
+  options.no_repeat_ngram_size = std::max(0, given["no_repeat_ngram_size"].cast<int>());
+  for (const Ids& word : given["bad_words"].cast<std::vector<Ids>>()) {
+    if (!word.empty()) options.bad_words.push_back(narrow("bad_words", word));
   }
-
- private:
-  static int positive(const char* name, int value) {
-    if (value < 1) throw py::value_error(std::string(name) + ": must be at least 1");
-    return value;
+  options.min_new_tokens = given["min_new_tokens"].cast<int>();
+  if (!given["allowed_token_ids"].is_none()) {
+    options.allowed.assign(sampler_.vocab_size(), false);
+    for (const std::int32_t id : ids_of(given, "allowed_token_ids")) options.allowed.add(id);
   }
-
-  void check_seat(int seat) const {
-    if (seat < 0 || seat >= sampler_.num_seats()) throw py::index_error("there is no such seat");
+  if (!given["exponential_decay_length_penalty"].is_none()) {
+    std::tie(options.length_start, options.length_factor) =
+        given["exponential_decay_length_penalty"].cast<std::pair<int, double>>();
   }
-
-  // Each seat's draws stand together: rows are drawn by several threads.
-  void check_runs(const Array<std::int32_t>& seats) {
-    std::vector<bool> drawn(sampler_.num_seats());
-    for (py::ssize_t at = 0; at < seats.size(); ++at) {
-      const std::int32_t seat = seats.data()[at];
-      check_seat(seat);
-      if (at > 0 && seat == seats.data()[at - 1]) continue;
-      if (drawn[seat]) throw py::value_error("draw: a seat's draws must stand together");
-      drawn[seat] = true;
-    }
-  }
-
-  std::vector<std::int32_t> narrow(const char* name, const Ids& ids) const {
-    std::vector<std::int32_t> narrowed;
-    narrowed.reserve(ids.size());
-    for (const std::int64_t id : ids) {
-      if (id < 0 || id >= sampler_.vocab_size()) {
-        throw py::value_error(std::string(name) + ": token id " + std::to_string(id) +
-                              " is outside the vocabulary");
-      }
-      narrowed.push_back(static_cast<std::int32_t>(id));
-    }
-    return narrowed;
-  }
-
-  std::vector<std::int32_t> ids_of(const py::dict& given, const char* name) const {
-    return narrow(name, given[name].cast<Ids>());
-  }
-
-  SamplingOptions options_of(const py::dict& given) const {
-    SamplingOptions options;
-    options.seed = given["seed"].cast<std::uint64_t>();
-    for (const auto& [id, bias] :
-         given["logit_bias"].cast<std::vector<std::pair<std::int64_t, float>>>()) {
-      options.logit_bias.push_back({narrow("logit_bias", {id})[0], bias});
-    }
-    options.repetition_penalty = given["repetition_penalty"].cast<float>();
-    options.frequency_penalty = given["frequency_penalty"].cast<float>();
-    options.presence_penalty = given["presence_penalty"].cast<float>();
-    options.no_repeat_ngram_size = std::max(0, given["no_repeat_ngram_size"].cast<int>());
-    for (const Ids& word : given["bad_words"].cast<std::vector<Ids>>()) {
-      if (!word.empty()) options.bad_words.push_back(narrow("bad_words", word));
-    }
-    options.min_new_tokens = given["min_new_tokens"].cast<int>();
-    if (!given["allowed_token_ids"].is_none()) {
-      options.allowed.assign(sampler_.vocab_size(), false);
-      for (const std::int32_t id : ids_of(given, "allowed_token_ids")) options.allowed.add(id);
-    }
-    if (!given["exponential_decay_length_penalty"].is_none()) {
-      std::tie(options.length_start, options.length_factor) =
-          given["exponential_decay_length_penalty"].cast<std::pair<int, double>>();
-    }
-    options.suppress = ids_of(given, "suppress_tokens");
-    options.begin_suppress = ids_of(given, "begin_suppress_tokens");
-    options.ending_ids = ids_of(given, "ending_ids");
-    options.temperature = given["temperature"].cast<float>();
-    options.top_h = given["top_h"].is_none() ? 0 : given["top_h"].cast<double>();
-    options.top_k = std::max(0, given["top_k"].cast<int>());
-    options.top_p = given["top_p"].cast<double>();
-    options.min_p = given["min_p"].cast<double>();
-    options.typical_p = given["typical_p"].cast<double>();
-    options.epsilon_cutoff = given["epsilon_cutoff"].cast<double>();
-    options.eta_cutoff = given["eta_cutoff"].cast<double>();
-    options.num_logprobs = given["logprobs"].is_none() ? -1 : given["logprobs"].cast<int>();
-    return options;
-  }
-
-  Sampler sampler_;
-  std::mutex mutex_;
-};
-
-}  // namespace
+  options.suppress = ids_of(given, "suppress_tokens");
+  options.begin_suppress = ids_of(given, "begin_suppress_tokens");
+  options.ending_ids = ids_of(given, "ending_ids");
+  options.temperature = given["temperature"].cast<float>();
+  options.top_h = given["top_h"].is_none() ? 0 : given["top_h"].cast<double>();
+  options.top_k = std::max(0, given["top_k"].cast<int>());
+  options.top_p = given["top_p"].cast<double>();
+  options.min_p = given["min_p"].cast<double>();
+  options.typical_p = given["typical_p"].cast<double>();
+  options.epsilon_cutoff = given["epsilon_cutoff"].cast<double>();
+  options.eta_cutoff = given["eta_cutoff"].cast<double>();
+  options.num_logprobs = given["logprobs"].is_none() ? -1 : given["logprobs"].cast<int>();
+  return options;
+}
 
 void bind_sampler(py::module_& module) {
   py::class_<CheckedSampler>(module, "Sampler", "Draws for the rows of a step, by seat.")

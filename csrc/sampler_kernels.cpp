@@ -24,23 +24,16 @@ namespace {
 #define FASTGEN_BYTES 64
 #include "sampler_kernels.inc"
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-}
-
 #endif
 
 }  // namespace
 
-const SamplerKernels* find_sampler_kernels(const std::string& name) {
+const SamplerKernels& sampler_kernels(const std::string& name) {
 #if defined(__x86_64__)
-  if ((name.empty() || name == "avx512") && has_avx512()) return &avx512::kKernels;
-  if ((name.empty() || name == "avx2") && has_avx2()) return &avx2::kKernels;
+  if (name == "avx512" || name == "avx512_bf16") return avx512::kKernels;
+  if (name == "avx2") return avx2::kKernels;
 #endif
-  return name.empty() || name == "portable" ? &portable::kKernels : nullptr;
+  return portable::kKernels;
 }
 
 }  // namespace fastgen

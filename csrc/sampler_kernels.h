@@ -34,8 +34,7 @@ struct SamplerKernels {
                      double* below, double* equal);
 };
 
-// The kernels named "portable", "avx2" or "avx512"; nullptr if this processor or build has none of
-// that name. The best there are for "".
-const SamplerKernels* find_sampler_kernels(const std::string& name);
+// Those of the path that chosen_instruction_set() names.
+const SamplerKernels& sampler_kernels(const std::string& name);
 
 }  // namespace fastgen

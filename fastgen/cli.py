@@ -72,7 +72,8 @@ def _model_options() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    add("--decoder", default="auto", help="auto or torch (default: auto)")
+    add("--quantize", metavar="KIND", help="int8: weights and products in 8 bits (CPU only)")
+    add("--decoder", default="auto", help="auto, cpu or torch (default: auto)")
     add("--max-batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
     add("--max-seq-len", type=int, metavar="N", help="tokens a row may have (default: the model's)")
     add("--max-memory", type=int, metavar="MB", help="for weights, KV cache and scratch together")
@@ -138,6 +139,7 @@ def _load(arguments: argparse.Namespace) -> Generator:
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
+        quantize=arguments.quantize,
         decoder=arguments.decoder,
         max_batch_size=arguments.max_batch_size,
         max_seq_len=arguments.max_seq_len,
@@ -250,6 +252,7 @@ def _info(arguments: argparse.Namespace) -> int:
         print(json.dumps(record))
         return 0
     threads = f", {plan.num_threads} threads" if plan.num_threads else ""
+    weights = f", weights {plan.weights}" if plan.weights != plan.dtype else ""
     limits = plan.limits
     lines = {
         "model": checkpoint.name,
@@ -259,7 +262,7 @@ def _info(arguments: argparse.Namespace) -> int:
         f"hidden {config.hidden_size}, inner {config.inner_size}, {config.activation}",
         "vocabulary": f"{config.vocab_size:,}, eos {list(config.eos_token_ids)}",
         "context": f"{limits.max_seq_len} of {config.max_positions} tokens",
-        "decoder": f"{plan.decoder} ({plan.reason}): {plan.device}, {plan.dtype}{threads}",
+        "decoder": f"{plan.decoder} ({plan.reason}): {plan.device}, {plan.dtype}{weights}{threads}",
         "memory": str(plan.memory),
         "a step": f"at most {limits.num_seats} rows, {limits.max_tokens} tokens",
     }

@@ -58,15 +58,17 @@ def load(
         model: a folder with config.json and safetensors files, a hub id, or a transformers
             GPT2LMHeadModel; None is the small model that ships with fastgen.
         device: "auto" (a GPU if there is one), or any device PyTorch knows.
-        dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" computes in float32,
-            whatever the weights are stored in; elsewhere it keeps the checkpoint's.
-        quantize: None.
-        decoder: "auto" or "torch".
+        dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" keeps 16-bit weights and
+            computes in float32, "bfloat16" computes in bfloat16 where the processor can; elsewhere
+            "auto" is the checkpoint's.
+        quantize: "int8" keeps weights in 8 bits and multiplies in 8 bits (CPU decoder only).
+        decoder: "auto", "cpu" (C++) or "torch".
         max_batch_size: rows that run at the same time; more wait their turn.
         max_seq_len: tokens a row may have, prompt included; None is the model's own context.
         max_memory: MB that weights, KV cache and scratch may take together.
         num_threads: CPU threads of a step; None takes as many as the machine grants.
-        batch_invariant: True demands the same bits for a row whatever else is in the batch.
+        batch_invariant: True demands the same bits for a row whatever else is in the batch, which
+            the CPU decoder always promises.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -88,7 +90,7 @@ def load(
     if native is None:
         warnings.warn(
             "fastgen's C++ extension was not built when fastgen was installed (is there a C++ "
-            "compiler?); everything works without it, sampling is slower",
+            "compiler?); without it models run on PyTorch, more slowly",
             stacklevel=2,
         )
     checkpoint = open_model(model, revision)

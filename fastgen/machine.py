@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -31,6 +32,13 @@ def free_memory() -> int:
             used = int(usage) - _field(folder / "memory.stat", "inactive_file")  # droppable cache
             free = min(free, max(0, int(limit) - used))
     return free
+
+
+def may_have_gpu() -> bool:
+    """False only where no NVIDIA or AMD driver can be: a look at device files."""
+    if sys.platform != "linux":
+        return True
+    return any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvhost-gpu")))
 
 
 def _available_memory() -> int:

@@ -7,8 +7,10 @@ import importlib.util
 from dataclasses import dataclass
 
 from fastgen.checkpoint import Checkpoint
+from fastgen.decoders.cpu_plan import build_cpu, plan_cpu
 from fastgen.decoders.interface import Decoder
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.machine import may_have_gpu
 from fastgen.native import native
 
 _INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
@@ -42,20 +44,49 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
 
     Raises:
         ValueError: an option that cannot be met, with what can.
-        ModuleNotFoundError: no decoder is installed.
+        ModuleNotFoundError: no decoder is installed that can do this.
     """
+    if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
+        return plan_cpu(checkpoint, options)
+    for option, value in (("quantize", options.quantize), ("batch_invariant", True)):
+        if value is not None and getattr(options, option) == value:
+            raise ValueError(f"{option}={value!r}: only the CPU decoder can do this; {_why(options)}")
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
     from fastgen.decoders.torch_plan import plan_torch
 
-    return plan_torch(checkpoint, options)
+    return plan_torch(checkpoint, options, _why(options))
 
 
 def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
     """Read the weights and allocate all memory, as planned."""
+    if plan.decoder == "cpu":
+        return build_cpu(checkpoint, plan)
     from fastgen.decoders.torch_plan import build_torch
 
     return build_torch(checkpoint, plan)
+
+
+def _cpu_decoder_fits(options: LoadOptions) -> bool:
+    return native is not None and (options.is_cpu or (options.device == "auto" and not _has_gpu()))
+
+
+def _has_gpu() -> bool:
+    """Whether PyTorch can use one; PyTorch is only asked where there may be one."""
+    if not may_have_gpu() or importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _why(options: LoadOptions) -> str:
+    """The reason for the torch decoder."""
+    if options.decoder == "torch":
+        return "it was asked for"
+    if native is None:
+        return "the C++ extension was not built"
+    return "the model is to run on a GPU" if options.device == "auto" else "of the device asked for"
 
 
 def _package(name: str, hint: str) -> Backend:

@@ -39,11 +39,11 @@ class NativeSampler:
     ) -> None:
         self.last_drawn = np.zeros(num_seats, np.int64)
         self._num_logprobs = np.full(num_seats, -1)
-        self._eos_ids = frozenset(eos_ids)
-        self._native = native.Sampler(num_seats, vocab_size, max_seq_len, num_threads)
+        self._eos_ids, self._vocab_size = frozenset(eos_ids), vocab_size
+        self.native = native.Sampler(num_seats, vocab_size, max_seq_len, num_threads)
 
     def reserve(self, num_seats: int) -> None:
-        self._native.reserve(num_seats)
+        self.native.reserve(num_seats)
         more = num_seats - len(self.last_drawn)
         self.last_drawn = np.append(self.last_drawn, np.zeros(more, np.int64))
         self._num_logprobs = np.append(self._num_logprobs, np.full(more, -1))
@@ -52,18 +52,18 @@ class NativeSampler:
         options = {name: getattr(params, name) for name in _OPTIONS}
         options["seed"] = params.seed or 0
         options["ending_ids"] = sorted(params.ending_ids(self._eos_ids))
-        self._native.bind(seat, token_ids, options)
+        self.native.bind(seat, token_ids, options)
         self._num_logprobs[seat] = -1 if params.logprobs is None else params.logprobs
 
     def observe(self, seat: int, token_id: int) -> None:
-        self._native.observe(seat, token_id)
+        self.native.observe(seat, token_id)
         self.last_drawn[seat] = token_id
 
     def release(self, seat: int) -> None:
         self._num_logprobs[seat] = -1
 
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
-        self._native.set_mask(seat, allowed)
+        self.native.set_mask(seat, allowed)
 
     def draw(self, logits: Any, seats: NDArray[np.int32], drafts: Sequence[int]) -> list[Draw]:
         """Draw one token a row of `logits`.
@@ -76,13 +76,26 @@ class NativeSampler:
         Returns:
             The draws in order, without those behind a draw that differs from its draft.
         """
-        wanted = self._num_logprobs[seats]
-        max_top = min(max(0, int(wanted.max())), logits.shape[1])
-        ids, statuses, *scores = self._native.draw(
-            np.asarray(logits), seats, np.asarray(drafts, np.int32), max_top
+        found = self.native.draw(
+            np.asarray(logits), seats, np.asarray(drafts, np.int32), self.max_top(seats)
         )
+        return self.taken(seats, *found)
+
+    def max_top(self, seats: NDArray[np.int32]) -> int:
+        """Log-probabilities beside the drawn one that some draw of `seats` wants."""
+        return min(max(0, int(self._num_logprobs[seats].max())), self._vocab_size)
+
+    def taken(
+        self,
+        seats: NDArray[np.int32],
+        ids: NDArray[np.int32],
+        statuses: NDArray[np.uint8],
+        *scores: NDArray[Any],
+    ) -> list[Draw]:
+        """What C++ drew at `seats`, as `draw` returns it; the seats remember it."""
         kept = np.flatnonzero(statuses != _SKIPPED)
         self.last_drawn[seats[kept]] = ids[kept]  # of several draws of a seat, the last
+        wanted = self._num_logprobs[seats]
         if (wanted < 0).all():
             drawn = zip(
                 seats[kept].tolist(), ids[kept].tolist(), statuses[kept].tolist(), strict=True

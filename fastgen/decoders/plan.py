@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.config import DTYPES
+from fastgen.config import DTYPES, GPT2Config
 from fastgen.decoders.interface import DecoderLimits
 from fastgen.memory import MemoryPlan
 
-DECODERS = ("auto", "torch")
+DECODERS = ("auto", "cpu", "torch")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +38,49 @@ class LoadOptions:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a name, not {type(self.device).__name__}")
-        _one_of("dtype", str(self.dtype).removeprefix("torch."), ("auto", *DTYPES))
+        _one_of("dtype", self.dtype_name, ("auto", *DTYPES))
         _one_of("decoder", self.decoder, DECODERS)
         if self.quantize is not None:
-            raise ValueError(
-                f"quantize={self.quantize!r}: no decoder here has quantized weights yet"
-            )
+            _one_of("quantize", self.quantize, QUANTIZATIONS)
         if self.batch_invariant not in (None, False, True):
             raise TypeError("batch_invariant must be True, False or None")
-        if self.batch_invariant:
-            raise ValueError("batch_invariant=True: the torch decoder cannot promise equal bits")
+
+    @property
+    def dtype_name(self) -> str:
+        """Without PyTorch's prefix, if it is PyTorch's."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether `device` names the CPU."""
+        return self.device.partition(":")[0] == "cpu"
+
+    def seq_len(self, config: GPT2Config) -> int:
+        """Tokens a row may have.
+
+        Raises:
+            ValueError: the model has fewer positions.
+        """
+        max_seq_len = self.max_seq_len or config.max_positions
+        if max_seq_len > config.max_positions:
+            raise ValueError(
+                f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
+            )
+        return max_seq_len
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderPlan:
-    """The decoder a model gets and why, where, in what arithmetic, with how much memory."""
+    """The decoder a model gets and why, where, in what arithmetic, with how much memory.
+
+    `dtype` is that of activations and of the KV cache, `weights` how weights are kept.
+    """
 
     decoder: str
     reason: str
     device: str
     dtype: str
+    weights: str
     num_threads: int | None
     limits: DecoderLimits
     memory: MemoryPlan

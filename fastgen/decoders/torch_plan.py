@@ -22,15 +22,11 @@ _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
 _SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
 
 
-def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> DecoderPlan:
     config = checkpoint.config
     device = _device(options.device)
-    dtype = _dtype(options.dtype, device, checkpoint)
-    max_seq_len = options.max_seq_len or config.max_positions
-    if max_seq_len > config.max_positions:
-        raise ValueError(
-            f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
-        )
+    dtype = _dtype(options.dtype_name, device, checkpoint)
+    max_seq_len = options.seq_len(config)
     seats = options.max_batch_size
     num_threads = _num_threads(options.num_threads, device)
     max_tokens = max(_STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU), seats + BLOCK_SIZE)
@@ -57,9 +53,10 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     )
     return DecoderPlan(
         decoder="torch",
-        reason="it was asked for" if options.decoder == "torch" else "the only decoder there is",
+        reason=reason,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
+        weights=str(dtype).removeprefix("torch."),
         num_threads=num_threads,
         limits=limits,
         memory=memory,
@@ -87,7 +84,6 @@ def _device(name: str) -> torch.device:
 
 def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """On a CPU, 16-bit weights are widened: float32 arithmetic is what the checkpoint means."""
-    name = str(name).removeprefix("torch.")
     if name == "auto":
         name = "float32" if device.type == "cpu" else checkpoint.dtype
     dtype: torch.dtype = getattr(torch, name)

@@ -167,8 +167,8 @@ void run_case(const std::uint8_t* data, std::size_t size) {
   const int sizes[] = {1, 2, 63, 64, 65, 130, 1000, 6500};
   const int vocab_size = sizes[bytes.below(8)], num_seats = 1 + bytes.below(6), max_tokens = 24;
   fastgen::Sampler plain(num_seats, vocab_size, max_tokens, 1,
-                         *fastgen::find_sampler_kernels("portable"));
-  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3, *fastgen::find_sampler_kernels(""));
+                         fastgen::sampler_kernels("portable"));
+  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3, fastgen::sampler_kernels(fastgen::chosen_instruction_set()));
   std::vector<SamplingOptions> options;
   for (int seat = 0; seat < num_seats; ++seat) {
     options.push_back(some_options(bytes, vocab_size));

@@ -1,0 +1,167 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "parallel.h"
+
+namespace fastgen {
+
+namespace {
+
+int num_new(const StepRows& rows, int row) {
+  return rows.row_starts[row + 1] - rows.row_starts[row];
+}
+
+int block_of(const StepRows& rows, int row, int index) {
+  return rows.block_tables[static_cast<std::size_t>(row) * rows.table_width + index];
+}
+
+// A head's queries, keys and values of a row's new tokens, put where attention wants them.
+void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& layer,
+                const KvBlocks& blocks, const DecoderKernels& kernels) {
+  const KvShape& shape = blocks.shape();
+  const int hidden = shape.num_heads * shape.head_dim, at = head * shape.head_dim;
+  for (int index = 0; index < num_new(rows, row); ++index) {
+    const int token = rows.row_starts[row] + index, cached_at = rows.cache_lens[row] + index;
+    const float* const query = layer.qkv + token * layer.qkv_stride + at;
+    if (shape.arithmetic == Arithmetic::kBFloat16) {
+      kernels.round_bfloat16(query, shape.head_dim,
+                             layer.queries + token * layer.query_stride + at);
+    }
+    blocks.write(block_of(rows, row, cached_at / kBlockTokens), layer.layer, head,
+                 cached_at % kBlockTokens, query + hidden, query + 2 * hidden);
+  }
+}
+
+struct Softmax {
+  float highest[kMaxTileRows], total[kMaxTileRows], rescale[kMaxTileRows];
+};
+
+// One block of one head, for the queries of a tile: scores, their weights, the weighted values.
+class BlockAttention {
+ public:
+  BlockAttention(const KvBlocks& blocks, const AttentionLayer& layer, const DecoderKernels& kernels)
+      : blocks_(blocks),
+        shape_(blocks.shape()),
+        layer_(layer),
+        kernels_(kernels),
+        tile_(kernels.tiles[static_cast<int>(shape_.arithmetic)]) {
+    std::fill(softmax_.highest, softmax_.highest + kMaxTileRows,
+              -std::numeric_limits<float>::infinity());
+    std::fill(softmax_.total, softmax_.total + kMaxTileRows, 0.0f);
+  }
+
+  // `visible`: of the block's keys, to the first query; the next ones see one more each.
+  void add(int block, int head, const void* queries, std::size_t stride, int count, int visible,
+           float* outputs) {
+    tile_(queries, stride, count, blocks_.keys(block, layer_.layer, head), shape_.key_steps(),
+          scores_);
+    for (int row = 0; row < count; ++row) {
+      const int seen = std::clamp(visible + row, 0, kBlockTokens);
+      softmax_.rescale[row] =
+          kernels_.weigh_scores(scores_ + row * kPanel, layer_.scale, seen, softmax_.highest[row],
+                                softmax_.total[row], weights_ + row * kPanel);
+    }
+    const int tokens = std::clamp(visible + count - 1, 0, kBlockTokens);
+    const void* weights = weights_;
+    std::size_t weight_stride = kPanel * sizeof(float);
+    if (shape_.arithmetic == Arithmetic::kBFloat16) {
+      kernels_.round_bfloat16(weights_, count * kPanel, rounded_);
+      weights = rounded_;
+      weight_stride = kPanel * sizeof(std::uint16_t);
+    }
+    for (int panel = 0; panel < shape_.value_panels(); ++panel) {
+      tile_(weights, weight_stride, count,
+            blocks_.values(block, layer_.layer, head) + panel * shape_.value_panel_bytes(),
+            num_steps(shape_.arithmetic, tokens), sums_);
+      for (int row = 0; row < count; ++row) {
+        kernels_.rescale_and_add(sums_ + row * kPanel, softmax_.rescale[row],
+                                 std::min(kPanel, shape_.head_dim - panel * kPanel),
+                                 outputs + row * layer_.output_stride + panel * kPanel);
+      }
+    }
+  }
+
+  void divide(int count, float* outputs) {
+    for (int row = 0; row < count; ++row) {
+      kernels_.scale(1 / softmax_.total[row], shape_.head_dim,
+                     outputs + row * layer_.output_stride);
+    }
+  }
+
+ private:
+  const KvBlocks& blocks_;
+  const KvShape& shape_;
+  const AttentionLayer& layer_;
+  const DecoderKernels& kernels_;
+  Tile tile_;
+  Softmax softmax_;
+  alignas(kCacheLine) float scores_[kMaxTileRows * kPanel];
+  alignas(kCacheLine) float weights_[kMaxTileRows * kPanel];
+  alignas(kCacheLine) float sums_[kMaxTileRows * kPanel];
+  alignas(kCacheLine) std::uint16_t rounded_[kMaxTileRows * kPanel];
+};
+
+void attend_tile(const StepRows& rows, const AttentionPlan::Task& task, const AttentionLayer& layer,
+                 const KvBlocks& blocks, const DecoderKernels& kernels) {
+  const KvShape& shape = blocks.shape();
+  const int token = rows.row_starts[task.row] + task.first;
+  const int at = task.head * shape.head_dim;
+  const void* queries = layer.qkv + token * layer.qkv_stride + at;
+  std::size_t stride = layer.qkv_stride * sizeof(float);
+  if (shape.arithmetic == Arithmetic::kBFloat16) {
+    queries = layer.queries + token * layer.query_stride + at;
+    stride = layer.query_stride * sizeof(std::uint16_t);
+  }
+  float* const outputs = layer.outputs + token * layer.output_stride + at;
+  for (int row = 0; row < task.count; ++row) {
+    std::memset(outputs + row * layer.output_stride, 0, shape.head_dim * sizeof(float));
+  }
+  const int visible = rows.cache_lens[task.row] + task.first + 1;  // to the first query
+  const int last = (visible + task.count - 2) / kBlockTokens;
+  BlockAttention attention(blocks, layer, kernels);
+  for (int index = 0; index <= last; ++index) {
+    attention.add(block_of(rows, task.row, index), task.head, queries, stride, task.count,
+                  visible - index * kBlockTokens, outputs);
+  }
+  attention.divide(task.count, outputs);
+}
+
+}  // namespace
+
+AttentionPlan::AttentionPlan(const StepRows& rows, int num_heads, int max_tile_rows)
+    : rows_(rows), num_heads_(num_heads), max_tile_rows_(max_tile_rows), starts_(1, 0) {
+  for (int row = 0; row < rows.num_rows; ++row) {
+    const int tiles = (num_new(rows, row) + max_tile_rows - 1) / max_tile_rows;
+    starts_.push_back(starts_.back() + tiles * num_heads);
+  }
+}
+
+// A head's tiles stand together: they read the same keys.
+AttentionPlan::Task AttentionPlan::task(int index) const {
+  const auto behind = std::upper_bound(starts_.begin(), starts_.end(), index);
+  const int row = static_cast<int>(behind - starts_.begin()) - 1;
+  const int tiles = (starts_[row + 1] - starts_[row]) / num_heads_;
+  const int head = (index - starts_[row]) / tiles, tile = (index - starts_[row]) % tiles;
+  const int first = tile * max_tile_rows_;
+  return {row, head, first, std::min(max_tile_rows_, num_new(rows_, row) - first)};
+}
+
+void attend(const StepRows& rows, const AttentionPlan& plan, const AttentionLayer& layer,
+            const KvBlocks& blocks, const DecoderKernels& kernels, int num_threads) {
+  const int num_heads = blocks.shape().num_heads;
+  parallel_for(rows.num_rows * num_heads, num_threads, [&](int begin, int end) {
+    for (int index = begin; index < end; ++index) {
+      cache_head(rows, index / num_heads, index % num_heads, layer, blocks, kernels);
+    }
+  });
+  parallel_for(plan.num_tasks(), num_threads, [&](int begin, int end) {
+    for (int index = begin; index < end; ++index) {
+      attend_tile(rows, plan.task(index), layer, blocks, kernels);
+    }
+  });
+}
+
+}  // namespace fastgen

@@ -1,0 +1,116 @@
+// Inner loops of the decoder, once for each instruction set; the best is chosen at run time.
+//
+// Packed matrices are panels of 32 columns. A panel is a run of steps; a step holds, for each of
+// its columns, the weights of one to four neighbouring inputs ("values"), so that one instruction
+// multiplies them all: float32 and float16 one, bfloat16 two, int8 four. Keys and values of a block
+// of 32 tokens are panels, too: attention is made of the same tiles as the linear layers.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace fastgen {
+
+constexpr int kPanel = 32;
+constexpr int kMaxTileRows = 12;
+
+// What is multiplied with what, and how the sum is kept.
+enum class Arithmetic {
+  kFloat32,          // float32 weights and inputs
+  kFloat16Weights,   // float16 weights, widened; float32 inputs
+  kBFloat16Weights,  // bfloat16 weights, widened; float32 inputs
+  kBFloat16,         // bfloat16 weights and inputs, float32 sums
+  kInt8,             // int8 weights, uint8 inputs, int32 sums
+};
+constexpr int kNumArithmetics = 5;
+
+enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSigmoid, kSilu, kTanh };
+
+// Values of a step, bytes of a step, bytes of an input value.
+struct StepShape {
+  int values, bytes, input_bytes;
+};
+
+constexpr StepShape step_shape(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat32:
+      return {1, 4 * kPanel, 4};
+    case Arithmetic::kFloat16Weights:
+      return {1, 2 * kPanel, 4};
+    case Arithmetic::kBFloat16Weights:
+      return {2, 4 * kPanel, 4};
+    case Arithmetic::kBFloat16:
+      return {2, 4 * kPanel, 2};
+    case Arithmetic::kInt8:
+      break;
+  }
+  return {4, 4 * kPanel, 1};
+}
+
+constexpr int num_steps(Arithmetic arithmetic, int inputs) {
+  const int values = step_shape(arithmetic).values;
+  return (inputs + values - 1) / values;
+}
+
+constexpr int num_panels(int columns) { return (columns + kPanel - 1) / kPanel; }
+
+// A row of uint8 inputs: value = scale * (code - zero).
+struct RowScale {
+  float scale;
+  std::int32_t zero;
+};
+
+// sums (rows, 32) of float, int32 for kInt8: the inputs' rows, `stride` bytes apart, times a panel.
+// Every sum is made step by step in order, in blocks of steps that do not depend on `rows`.
+using Tile = void (*)(const void* inputs, std::size_t stride, int rows, const void* panel,
+                      int steps, void* sums);
+
+// What becomes of a tile's sums.
+enum class Ending {
+  kStore,     // outputs = sums + bias
+  kAdd,       // outputs += sums + bias
+  kActivate,  // outputs = activation(sums + bias)
+};
+
+struct TileEnd {
+  const float* bias;                // (32)
+  const float* scales;              // (32) of int8 columns; null for the other arithmetics
+  const std::int32_t* column_sums;  // (32)
+  const RowScale* row_scales;       // (rows)
+  Ending ending;
+  Activation activation;
+  float* outputs;      // of the tile's first row and column
+  std::size_t stride;  // floats
+  int columns;         // up to 32
+};
+
+struct DecoderKernels {
+  int max_rows;                 // of a tile
+  Tile tiles[kNumArithmetics];  // by Arithmetic
+  // sums as a tile left them; row.scale * scales[n] * (sums[n] - row.zero * column_sums[n]) is the
+  // value of an int8 one.
+  void (*finish)(const void* sums, int rows, const TileEnd& end);
+
+  void (*layer_norm)(const float* values, const float* gain, const float* bias, float epsilon,
+                     int count, float* normed);
+  void (*add)(const float* values, int count, float* sums);  // sums += values
+  void (*round_bfloat16)(const float* values, int count, std::uint16_t* rounded);
+  // codes of values[i] * factors[i]
+  RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
+
+  // One row's scores for a block of 32 keys, `visible` of them to be seen: turns them into weights
+  // exp(factor * score - highest) and takes them into the running `highest` and `total`; returns
+  // what has been summed so far must be multiplied by.
+  float (*weigh_scores)(const float* scores, float factor, int visible, float& highest,
+                        float& total, float* weights);
+  // sums = sums * factor + values
+  void (*rescale_and_add)(const float* values, float factor, int count, float* sums);
+  void (*scale)(float factor, int count, float* values);
+};
+
+// Those of the path that chosen_instruction_set() names.
+const DecoderKernels& decoder_kernels(const std::string& name);
+
+}  // namespace fastgen

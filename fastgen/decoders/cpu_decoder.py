@@ -1,0 +1,176 @@
+"""The CPU decoder: csrc/cpu_decoder.h behind the decoder interface. Imports neither torch nor
+transformers.
+
+Weights are read one tensor at a time and packed by all cores; a step is one call into C++, draws
+included, with the GIL released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastgen.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
+from fastgen.decoders.native_sampler import NativeSampler
+from fastgen.errors import CheckpointError
+from fastgen.memory import MemoryPlan
+from fastgen.native import native
+from fastgen.safetensors_files import NUMPY_DTYPES
+from fastgen.sampling_params import SamplingParams
+
+Floats = NDArray[np.float32]
+
+_PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+@dataclass(slots=True)
+class CpuStep:
+    """A step that has been made: `logits` lie in the decoder's memory until its next call."""
+
+    draws: list[Draw]
+    logits: Floats
+
+    def wait(self) -> list[Draw]:
+        return self.draws
+
+
+class CpuDecoder:
+    """See fastgen.decoders.interface.Decoder."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        shape: dict[str, Any],
+        limits: DecoderLimits,
+        memory: MemoryPlan,
+        *,
+        num_threads: int,
+    ) -> None:
+        self.limits, self._memory = limits, memory
+        self._native = native.CpuDecoder(shape, limits.num_blocks, num_threads)
+        _Loader(checkpoint, self._native, shape).load()
+        self._sampler = NativeSampler(
+            limits.num_seats,
+            checkpoint.config.vocab_size,
+            checkpoint.config.eos_token_ids,
+            limits.max_seq_len,
+            num_threads,
+        )
+
+    def forward(self, batch: StepBatch) -> Floats:
+        check_batch(batch, self.limits)
+        logits: Floats = self._native.forward(*self._rows(batch), batch.logits_at)
+        return logits
+
+    def step(self, batch: StepBatch) -> CpuStep:
+        check_batch(batch, self.limits)
+        seats, logits_at = batch.seats, batch.logits_at
+        drawing = seats >= 0
+        if not drawing.all():  # rows of logits for the host stand behind those of the draws
+            seats = seats[drawing]
+            logits_at = np.concatenate([logits_at[drawing], logits_at[~drawing]])
+        if not len(seats):
+            return CpuStep([], self._native.forward(*self._rows(batch), logits_at))
+        behind = logits_at[: len(seats)] + 1  # where a draft of the next token would stand
+        drafts = np.append(batch.token_ids, np.int32(-1))[behind]
+        max_top = self._sampler.max_top(seats)
+        found, logits = self._native.step(
+            *self._rows(batch), logits_at, self._sampler.native, seats, drafts, max_top
+        )
+        return CpuStep(self._sampler.taken(seats, *found), logits)
+
+    def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        self._sampler.bind(seat, params, token_ids)
+
+    def observe(self, seat: int, token_id: int) -> None:
+        self._sampler.observe(seat, token_id)
+
+    def release(self, seat: int) -> None:
+        self._sampler.release(seat)
+
+    def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
+        self._sampler.set_mask(seat, allowed)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._native.copy_blocks(np.array(pairs, dtype=np.int32).reshape(-1, 2))
+
+    def reserve(self, blocks: int, seats: int) -> None:
+        limits = self.limits
+        self._native.reserve(blocks)
+        if seats > limits.num_seats:
+            self._sampler.reserve(seats)
+        block_bytes = self._memory.kv_cache // limits.num_blocks
+        blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
+        self.limits = replace(limits, num_blocks=blocks, num_seats=seats)
+        self._memory = replace(self._memory, num_blocks=blocks, kv_cache=block_bytes * blocks)
+
+    def memory(self) -> MemoryPlan:
+        return self._memory
+
+    def warmup(self) -> None:
+        """Nothing to do: the first step is as fast as any."""
+
+    def close(self) -> None:
+        self._native.close()
+
+    def _rows(self, batch: StepBatch) -> tuple[NDArray[np.int32], ...]:
+        """A step's arrays, with what a seat drew last put in for negative ids."""
+        ids = batch.token_ids
+        if ids.min() < 0:
+            drawn = self._sampler.last_drawn.astype(np.int32)[np.maximum(-1 - ids, 0)]
+            ids = np.where(ids < 0, drawn, ids)
+        return ids, batch.positions, batch.row_starts, batch.cache_lens, batch.block_tables
+
+
+class _Loader:
+    """Reads a checkpoint's tensors and gives them to the C++ decoder, one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Any, shape: dict[str, Any]) -> None:
+        self._checkpoint, self._native = checkpoint, decoder
+        self._weights: str = shape["weights"]
+
+    def load(self) -> None:
+        self._native.set_positions(self._floats("wpe.weight"))
+        if not self._checkpoint.tied:
+            self._native.set_embedding(_bits(self._checkpoint.read(EMBEDDING)))
+        for layer in range(self._checkpoint.config.num_layers):
+            self._load_layer(layer)
+        self._load_norm(-1, False, "ln_f")
+        head = EMBEDDING if self._checkpoint.tied else HEAD
+        fits = self._native.pack_head(_bits(self._checkpoint.read(head)), None)
+        self._require(fits, head)
+
+    def _load_layer(self, layer: int) -> None:
+        prefix = f"h.{layer}"
+        self._load_norm(layer, False, f"{prefix}.ln_1")
+        self._load_norm(layer, True, f"{prefix}.ln_2")
+        for which, projection in enumerate(_PROJECTIONS):
+            name = f"{prefix}.{projection}"
+            weight = _bits(self._checkpoint.read(f"{name}.weight"))
+            bias = self._floats(f"{name}.bias")
+            fits = self._native.pack_projection(layer, which, weight, bias, None)
+            self._require(fits, f"{name}.weight")
+
+    def _load_norm(self, layer: int, second: bool, name: str) -> None:
+        gain, bias = self._floats(f"{name}.weight"), self._floats(f"{name}.bias")
+        self._native.set_norm(layer, second, gain, bias)
+
+    def _floats(self, name: str) -> Floats:
+        return self._checkpoint.read(name).astype(np.float32)
+
+    def _require(self, fits: bool, name: str) -> None:
+        if not fits:
+            raise CheckpointError(
+                f"{self._checkpoint.name}: tensor {name} holds values too large for float16"
+            )
+
+
+def _bits(weight: NDArray[Any]) -> NDArray[Any]:
+    """In C order; bfloat16, which NumPy has not, as its bits."""
+    weight = np.ascontiguousarray(weight)
+    return weight.view(np.uint16) if weight.dtype == NUMPY_DTYPES["BF16"] else weight
