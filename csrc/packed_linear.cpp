@@ -211,10 +211,14 @@ void multiply(const PackedLinear& linear, const LinearInputs& inputs, int num_ro
         const int first = static_cast<int>(static_cast<std::int64_t>(num_rows) * index / num_tiles);
         const int last =
             static_cast<int>(static_cast<std::int64_t>(num_rows) * (index + 1) / num_tiles);
+        tile_end.outputs = outputs.data + first * outputs.stride + first_column;
+        for (int row = 0; row < last - first; ++row) {  // there when the sums are
+          __builtin_prefetch(tile_end.outputs + row * outputs.stride, 1);
+          __builtin_prefetch(tile_end.outputs + row * outputs.stride + 16, 1);
+        }
         tile(static_cast<const char*>(inputs.data) + first * inputs.stride, inputs.stride,
              last - first, weights, linear.num_steps, sums);
         tile_end.row_scales = scaled ? inputs.scales + first : nullptr;
-        tile_end.outputs = outputs.data + first * outputs.stride + first_column;
         kernels.finish(sums, last - first, tile_end);
       }
     }

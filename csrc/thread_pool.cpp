@@ -8,6 +8,7 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -27,6 +28,10 @@ constexpr auto kAwakeTime = std::chrono::microseconds(200);  // with yields afte
 constexpr int kLooksPerClock = 32;       // reading the clock costs as much as some looks
 constexpr int kCallsUntilRetry = 10000;  // after a thread was refused: asking costs microseconds
 constexpr int kCacheLine = 64;
+
+// Whether this thread is running a task. What that task calls, it does itself: it may hold up the
+// very call that it would wait for, and its thread is one of those that its caller allowed.
+thread_local bool in_task = false;
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -77,7 +82,7 @@ struct Job {
 
 class ThreadPool {
  public:
-  // False if a call is under way already, be it another thread's or the one this call is made from.
+  // False if another thread's call is under way.
   bool try_run(const Job& job, int num_threads) {
     if (busy_.load(std::memory_order_relaxed)) return false;
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
@@ -133,6 +138,7 @@ class ThreadPool {
   bool start_worker();
 
   [[noreturn]] void serve() {
+    in_task = true;
     for (std::uint32_t seen = 0;;) {
       seen = join(seen);
       work(claim());
@@ -257,15 +263,21 @@ ThreadPool* make_pool() {
   return expected;
 }
 
+bool try_pool(const Job& job, int num_threads) {
+  ThreadPool* pool = current_pool.load(std::memory_order_acquire);
+  if (pool == nullptr) pool = make_pool();
+  return pool->try_run(job, num_threads);
+}
+
 }  // namespace
 
 void run_in_parallel(int num_tasks, int num_threads, void (*task)(void*, int), void* context) {
-  if (num_tasks > 1 && num_threads > 1) {
-    ThreadPool* pool = current_pool.load(std::memory_order_acquire);
-    if (pool == nullptr) pool = make_pool();
-    if (pool->try_run({task, context, num_tasks}, num_threads)) return;
+  const bool alone = in_task || num_tasks < 2 || num_threads < 2;
+  const bool before = std::exchange(in_task, true);
+  if (alone || !try_pool({task, context, num_tasks}, num_threads)) {
+    for (int index = 0; index < num_tasks; ++index) task(context, index);
   }
-  for (int index = 0; index < num_tasks; ++index) task(context, index);
+  in_task = before;
 }
 
 }  // namespace fastgen

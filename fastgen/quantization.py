@@ -8,7 +8,7 @@ SmoothQuant measures max|x_j| on text; here it is estimated:
   the usual spread, whose gain is small to match: raised by a factor below 1, it would take the
   activations' scale for itself. So these factors are never below 1.
 - Before attn.c_proj, from the columns of the values: attention only averages them.
-- mlp.c_proj gets none: what lies behind the activation is not told by the weights (measured: worse).
+- mlp.c_proj gets none: weights alone tell too little of what an activation puts out.
 
 Factors are powers of two with median about 1. x / s, W * s and, where s is folded into the gain and
 bias of the norm or into the values' weight scales, their quotients too, are then exact: where s is
@@ -45,7 +45,7 @@ def norm_smoothing(
     Returns:
         (K,), powers of two, at least 1.
     """
-    input_peaks = _NORMED_PEAK * np.abs(gain.astype(np.float32)) + np.abs(bias.astype(np.float32))
+    input_peaks = np.float32(_NORMED_PEAK) * _magnitudes(gain) + _magnitudes(bias)
     return np.maximum(_balance(input_peaks, peaks(weight, input_axis)), np.float32(1))
 
 
@@ -62,12 +62,12 @@ def value_smoothing(
         (C,), powers of two. The values' weight scales and bias can be divided by them instead of
         attn.c_proj's input.
     """
-    input_peaks = peaks(value_weight, 1) + np.abs(value_bias.astype(np.float32))
+    input_peaks = peaks(value_weight, 1) + _magnitudes(value_bias)
     return _balance(input_peaks, peaks(projection, 0))
 
 
 def peaks(weight: NDArray[Any], axis: int) -> Floats:
-    """max|weight| of each row (axis 0) or column (axis 1) of a finite matrix: (rows,) or (columns,).
+    """max|weight| of each row (axis 0) or each column (axis 1) of a finite matrix.
 
     Finite floats without their sign bit order as integers do, which NumPy compares fast in every
     dtype; a slice of rows at a time, so that no copy of the matrix is made.
@@ -81,6 +81,10 @@ def peaks(weight: NDArray[Any], axis: int) -> Floats:
         else:
             np.maximum(found, magnitudes.max(axis=0), out=found)
     return found.view(weight.dtype).astype(np.float32)
+
+
+def _magnitudes(vector: NDArray[Any]) -> Floats:
+    return np.abs(vector.astype(np.float32))
 
 
 def _row_slices(weight: NDArray[Any]) -> Iterator[slice]:

@@ -23,7 +23,7 @@ MAX_LINES = 400
 LAYERS = (
     "__init__ checks decoders errors interrupts machine native results text_sink",
     "config kv_cache philox safetensors_files sampling_params",
-    "checkpoint filters limits memory processors ranking tokenizer",
+    "checkpoint filters limits memory processors quantization ranking tokenizer",
     "sampler",
     "model_tensors decoders.interface",
     "decoders.plan decoders.row_history decoders.torch_attention decoders.torch_filters",

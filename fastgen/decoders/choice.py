@@ -50,7 +50,9 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
         return plan_cpu(checkpoint, options)
     for option, value in (("quantize", options.quantize), ("batch_invariant", True)):
         if value is not None and getattr(options, option) == value:
-            raise ValueError(f"{option}={value!r}: only the CPU decoder can do this; {_why(options)}")
+            raise ValueError(
+                f"{option}={value!r}: only the CPU decoder can do this; {_why(options)}"
+            )
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
     from fastgen.decoders.torch_plan import plan_torch

@@ -20,12 +20,11 @@ from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.errors import CheckpointError
 from fastgen.memory import MemoryPlan
 from fastgen.native import native
+from fastgen.quantization import norm_smoothing, value_smoothing
 from fastgen.safetensors_files import NUMPY_DTYPES
 from fastgen.sampling_params import SamplingParams
 
 Floats = NDArray[np.float32]
-
-_PROJECTIONS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclass(slots=True)
@@ -53,7 +52,7 @@ class CpuDecoder:
     ) -> None:
         self.limits, self._memory = limits, memory
         self._native = native.CpuDecoder(shape, limits.num_blocks, num_threads)
-        _Loader(checkpoint, self._native, shape).load()
+        _Loader(checkpoint, self._native, quantized=shape["weights"] == "int8").load()
         self._sampler = NativeSampler(
             limits.num_seats,
             checkpoint.config.vocab_size,
@@ -128,37 +127,63 @@ class CpuDecoder:
 
 
 class _Loader:
-    """Reads a checkpoint's tensors and gives them to the C++ decoder, one at a time."""
+    """Reads a checkpoint's tensors and gives them to the C++ decoder, one or two at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Any, shape: dict[str, Any]) -> None:
-        self._checkpoint, self._native = checkpoint, decoder
-        self._weights: str = shape["weights"]
+    def __init__(self, checkpoint: Checkpoint, decoder: Any, *, quantized: bool) -> None:
+        self._checkpoint, self._native, self._quantized = checkpoint, decoder, quantized
 
     def load(self) -> None:
+        checkpoint = self._checkpoint
         self._native.set_positions(self._floats("wpe.weight"))
-        if not self._checkpoint.tied:
-            self._native.set_embedding(_bits(self._checkpoint.read(EMBEDDING)))
-        for layer in range(self._checkpoint.config.num_layers):
-            self._load_layer(layer)
-        self._load_norm(-1, False, "ln_f")
-        head = EMBEDDING if self._checkpoint.tied else HEAD
-        fits = self._native.pack_head(_bits(self._checkpoint.read(head)), None)
-        self._require(fits, head)
+        if not checkpoint.tied:
+            self._native.set_embedding(_bits(checkpoint.read(EMBEDDING)))
+        for layer in range(checkpoint.config.num_layers):
+            self._load_attention(layer)
+            self._load_mlp(layer)
+        gain, bias = self._load_norm(-1, 0, "ln_f")
+        name = EMBEDDING if checkpoint.tied else HEAD
+        head = checkpoint.read(name)  # (V, C)
+        factors = norm_smoothing(gain, bias, head, input_axis=1) if self._quantized else None
+        self._require(self._native.pack_head(_bits(head), factors), name)
 
-    def _load_layer(self, layer: int) -> None:
-        prefix = f"h.{layer}"
-        self._load_norm(layer, False, f"{prefix}.ln_1")
-        self._load_norm(layer, True, f"{prefix}.ln_2")
-        for which, projection in enumerate(_PROJECTIONS):
-            name = f"{prefix}.{projection}"
-            weight = _bits(self._checkpoint.read(f"{name}.weight"))
-            bias = self._floats(f"{name}.bias")
-            fits = self._native.pack_projection(layer, which, weight, bias, None)
-            self._require(fits, f"{name}.weight")
+    def _load_attention(self, layer: int) -> None:
+        gain, bias = self._load_norm(layer, 0, f"h.{layer}.ln_1")
+        qkv, qkv_bias = self._read(f"h.{layer}.attn.c_attn")
+        out, out_bias = self._read(f"h.{layer}.attn.c_proj")
+        qkv_factors = out_factors = None
+        if self._quantized:
+            values = 2 * len(out)  # behind queries and keys
+            qkv_factors = norm_smoothing(gain, bias, qkv)
+            out_factors = value_smoothing(qkv[:, values:], qkv_bias[values:], out)
+        self._pack(layer, 0, "attn.c_attn", qkv, qkv_bias, qkv_factors)
+        self._pack(layer, 1, "attn.c_proj", out, out_bias, out_factors)
 
-    def _load_norm(self, layer: int, second: bool, name: str) -> None:
+    def _load_mlp(self, layer: int) -> None:
+        gain, bias = self._load_norm(layer, 1, f"h.{layer}.ln_2")
+        weight, fc_bias = self._read(f"h.{layer}.mlp.c_fc")
+        factors = norm_smoothing(gain, bias, weight) if self._quantized else None
+        self._pack(layer, 2, "mlp.c_fc", weight, fc_bias, factors)
+        self._pack(layer, 3, "mlp.c_proj", *self._read(f"h.{layer}.mlp.c_proj"), None)
+
+    def _read(self, name: str) -> tuple[NDArray[Any], Floats]:
+        return self._checkpoint.read(f"{name}.weight"), self._floats(f"{name}.bias")
+
+    def _pack(
+        self,
+        layer: int,
+        which: int,
+        name: str,
+        weight: NDArray[Any],
+        bias: Floats,
+        factors: Floats | None,
+    ) -> None:
+        fits = self._native.pack_projection(layer, which, _bits(weight), bias, factors)
+        self._require(fits, f"h.{layer}.{name}.weight")
+
+    def _load_norm(self, layer: int, which: int, name: str) -> tuple[Floats, Floats]:
         gain, bias = self._floats(f"{name}.weight"), self._floats(f"{name}.bias")
-        self._native.set_norm(layer, second, gain, bias)
+        self._native.set_norm(layer, which == 1, gain, bias)
+        return gain, bias
 
     def _floats(self, name: str) -> Floats:
         return self._checkpoint.read(name).astype(np.float32)
