@@ -16,111 +16,165 @@ constexpr float kLargestCode = 127;
 constexpr float kLeastScale = 1e-30f;  // of a column of zeros
 constexpr std::uint16_t kInfiniteHalf = 0x7c00;
 
-// One step of a panel, as floats: values[v * 32 + c], zeros behind the matrix's edges.
+constexpr int kChunk = 16;  // inputs that are read at a time: a cache line of a transposed matrix
+constexpr int kPanelsAtOnce = 4;         // whose columns are neighbours in memory
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken off, it rounds small numbers
+
+struct Chunk {
+  float values[kChunk][kPanel];  // by input and column; zeros behind the matrix's edges
+};
+
 template <typename Stored, float widen(Stored)>
-void read_step(const Source& source, const PackedLinear& linear, int step, int first_column,
-               float* values) {
-  const int num_values = step_shape(linear.arithmetic).values;
+void read_chunk(const Source& source, const PackedLinear& linear, int first_input, int first_column,
+                Chunk& chunk) {
+  const int inputs = std::min(kChunk, linear.num_inputs - first_input);
   const int columns = std::min(kPanel, linear.num_columns - first_column);
-  for (int value = 0; value < num_values; ++value) {
-    float* const row = values + value * kPanel;
-    const int input = step * num_values + value;
-    if (input >= linear.num_inputs) {
-      std::fill(row, row + kPanel, 0.0f);
-      continue;
+  if (inputs < kChunk || columns < kPanel) chunk = Chunk{};
+  const Stored* const from = static_cast<const Stored*>(source.data) +
+                             first_input * source.input_stride +
+                             first_column * source.column_stride;
+  if (source.column_stride == 1) {
+    for (int input = 0; input < inputs; ++input) {
+      const Stored* const row = from + input * source.input_stride;
+      for (int column = 0; column < columns; ++column) {
+        chunk.values[input][column] = widen(row[column]);
+      }
     }
-    const Stored* from = static_cast<const Stored*>(source.data) + input * source.input_stride +
-                         first_column * source.column_stride;
-    for (int column = 0; column < columns; ++column, from += source.column_stride) {
-      row[column] = widen(*from);
-    }
-    std::fill(row + columns, row + kPanel, 0.0f);
+    return;
+  }
+  for (int column = 0; column < columns; ++column) {
+    const Stored* const row = from + column * source.column_stride;
+    for (int input = 0; input < inputs; ++input) chunk.values[input][column] = widen(row[input]);
   }
 }
 
 float same(float value) { return value; }
 
-using ReadStep = void (*)(const Source&, const PackedLinear&, int, int, float*);
+using ReadChunk = void (*)(const Source&, const PackedLinear&, int, int, Chunk&);
 
-ReadStep reader_of(Source::Type type) {
+ReadChunk reader_of(Source::Type type) {
   switch (type) {
     case Source::Type::kFloat32:
-      return read_step<float, same>;
+      return read_chunk<float, same>;
     case Source::Type::kFloat16:
-      return read_step<std::uint16_t, widen_float16>;
+      return read_chunk<std::uint16_t, widen_float16>;
     case Source::Type::kBFloat16:
       break;
   }
-  return read_step<std::uint16_t, widen_bfloat16>;
+  return read_chunk<std::uint16_t, widen_bfloat16>;
 }
 
-// Whatever fits: weights that are too large for float16 become infinite.
-bool pack_float_panel(const PackedLinear& linear, const Source& source, int panel) {
-  const ReadStep read = reader_of(source.type);
+// Where a chunk's steps go.
+char* place_of(const PackedLinear& linear, int first_input, int panel) {
   const StepShape shape = step_shape(linear.arithmetic);
-  char* to = linear.panels + panel * linear.panel_bytes;
+  return linear.panels + panel * linear.panel_bytes +
+         static_cast<std::size_t>(first_input / shape.values) * shape.bytes;
+}
+
+int steps_in_chunk(const PackedLinear& linear, int first_input) {
+  return num_steps(linear.arithmetic, std::min(kChunk, linear.num_inputs - first_input));
+}
+
+// False if a weight is too large for float16.
+bool write_float16(const PackedLinear& linear, const Chunk& chunk, int first_input, int panel) {
+  auto* const to = reinterpret_cast<std::uint16_t*>(place_of(linear, first_input, panel));
+  const int steps = steps_in_chunk(linear, first_input);
   bool finite = true;
-  float values[2 * kPanel];
-  for (int step = 0; step < linear.num_steps; ++step, to += shape.bytes) {
-    read(source, linear, step, panel * kPanel, values);
-    if (linear.arithmetic == Arithmetic::kFloat32) {
-      std::memcpy(to, values, kPanel * sizeof(float));
-      continue;
+  for (int step = 0; step < steps; ++step) {
+    for (int column = 0; column < kPanel; ++column) {
+      const std::uint16_t half = round_to_float16(chunk.values[step][column]);
+      to[step * kPanel + column] = half;
+      finite = finite && (half & kInfiniteHalf) != kInfiniteHalf;
     }
-    std::uint16_t halves[2 * kPanel];
-    for (int value = 0; value < shape.values; ++value) {
-      for (int column = 0; column < kPanel; ++column) {
-        const float weight = values[value * kPanel + column];
-        std::uint16_t& half = halves[column * shape.values + value];
-        if (linear.arithmetic == Arithmetic::kFloat16Weights) {
-          half = round_to_float16(weight);
-          finite = finite && (half & kInfiniteHalf) != kInfiniteHalf;
-        } else {
-          half = round_to_bfloat16(weight);
-        }
-      }
-    }
-    std::memcpy(to, halves, shape.bytes);
   }
   return finite;
 }
 
+// Whether it fits the format.
+bool write_chunk(const PackedLinear& linear, const Chunk& chunk, int first_input, int panel) {
+  char* const to = place_of(linear, first_input, panel);
+  const int steps = steps_in_chunk(linear, first_input);
+  if (linear.arithmetic == Arithmetic::kFloat16Weights) {
+    return write_float16(linear, chunk, first_input, panel);
+  }
+  if (linear.arithmetic == Arithmetic::kFloat32) {
+    std::memcpy(to, chunk.values, steps * sizeof chunk.values[0]);
+    return true;
+  }
+  auto* const pairs = reinterpret_cast<std::uint16_t*>(to);
+  for (int step = 0; step < steps; ++step) {
+    for (int column = 0; column < kPanel; ++column) {
+      std::uint16_t* const pair = pairs + (step * kPanel + column) * 2;
+      pair[0] = round_to_bfloat16(chunk.values[2 * step][column]);
+      pair[1] = round_to_bfloat16(chunk.values[2 * step + 1][column]);
+    }
+  }
+  return true;
+}
+
+// Calls body(chunk, first input, panel) for some neighbouring panels, along the rows of the matrix.
+template <typename Body>
+void for_chunks(const PackedLinear& linear, const Source& source, int first_panel, int last_panel,
+                const Body& body) {
+  const ReadChunk read = reader_of(source.type);
+  Chunk chunk;
+  for (int input = 0; input < linear.num_inputs; input += kChunk) {
+    for (int panel = first_panel; panel < last_panel; ++panel) {
+      read(source, linear, input, panel * kPanel, chunk);
+      body(chunk, input, panel);
+    }
+  }
+}
+
+bool pack_floats(const PackedLinear& linear, const Source& source, int first, int last) {
+  bool fits = true;
+  for_chunks(linear, source, first, last, [&](const Chunk& chunk, int input, int panel) {
+    fits = write_chunk(linear, chunk, input, panel) && fits;
+  });
+  return fits;
+}
+
 // Each column has a scale of its own, of its largest weight.
-void pack_int8_panel(const PackedLinear& linear, const Source& source, int panel) {
-  const ReadStep read = reader_of(source.type);
-  const int first = panel * kPanel;
-  float values[4 * kPanel], largest[kPanel] = {}, inverse[kPanel];
-  const auto smooth = [&](int step) {
-    read(source, linear, step, first, values);
-    for (int value = 0; value < 4 && step * 4 + value < linear.num_inputs; ++value) {
-      const float factor = linear.factors[step * 4 + value];
-      for (int column = 0; column < kPanel; ++column) values[value * kPanel + column] /= factor;
-    }
+void pack_int8(const PackedLinear& linear, const Source& source, const float* smoothing, int first,
+               int last) {
+  float largest[kPanelsAtOnce][kPanel] = {}, inverse[kPanelsAtOnce][kPanel];
+  std::int32_t sums[kPanelsAtOnce][kPanel] = {};
+  const auto smooth_of = [&](int input) {
+    return smoothing == nullptr || input >= linear.num_inputs ? 1.0f : smoothing[input];
   };
-  for (int step = 0; step < linear.num_steps; ++step) {
-    smooth(step);
-    for (int at = 0; at < 4 * kPanel; ++at) {
-      largest[at % kPanel] = std::max(largest[at % kPanel], std::fabs(values[at]));
-    }
-  }
-  std::int32_t sums[kPanel] = {};
-  for (int column = 0; column < kPanel; ++column) {
-    const float scale = std::max(largest[column] / kLargestCode, kLeastScale);
-    linear.scales[first + column] = scale;
-    inverse[column] = 1 / scale;
-  }
-  auto* to = reinterpret_cast<std::int8_t*>(linear.panels + panel * linear.panel_bytes);
-  for (int step = 0; step < linear.num_steps; ++step, to += 4 * kPanel) {
-    smooth(step);
-    for (int value = 0; value < 4; ++value) {
+  for_chunks(linear, source, first, last, [&](const Chunk& chunk, int input, int panel) {
+    float* const most = largest[panel - first];
+    for (int at = 0; at < kChunk; ++at) {
+      const float smooth = smooth_of(input + at);
       for (int column = 0; column < kPanel; ++column) {
-        const float code = std::nearbyint(values[value * kPanel + column] * inverse[column]);
-        to[column * 4 + value] = static_cast<std::int8_t>(code);
-        sums[column] += static_cast<std::int32_t>(code);
+        most[column] = std::max(most[column], std::fabs(chunk.values[at][column] * smooth));
       }
     }
+  });
+  for (int panel = first; panel < last; ++panel) {
+    for (int column = 0; column < kPanel; ++column) {
+      const float scale = std::max(largest[panel - first][column] / kLargestCode, kLeastScale);
+      linear.scales[panel * kPanel + column] = scale;
+      inverse[panel - first][column] = 1 / scale;
+    }
   }
-  std::copy(sums, sums + kPanel, linear.column_sums + first);
+  for_chunks(linear, source, first, last, [&](const Chunk& chunk, int input, int panel) {
+    auto* const to = reinterpret_cast<std::int8_t*>(place_of(linear, input, panel));
+    const int values = steps_in_chunk(linear, input) * 4;
+    for (int at = 0; at < values; ++at) {
+      const float smooth = smooth_of(input + at);
+      for (int column = 0; column < kPanel; ++column) {
+        const float exact = chunk.values[at][column] * smooth * inverse[panel - first][column];
+        const auto code = static_cast<std::int32_t>(exact + kRounder - kRounder);
+        to[(at / 4 * kPanel + column) * 4 + at % 4] = static_cast<std::int8_t>(code);
+        sums[panel - first][column] += code;
+      }
+    }
+  });
+  for (int panel = first; panel < last; ++panel) {
+    std::copy(sums[panel - first], sums[panel - first] + kPanel,
+              linear.column_sums + panel * kPanel);
+  }
 }
 
 }  // namespace
@@ -148,17 +202,20 @@ bool PackedLinear::pack(const Source& source, const float* own_bias, const float
       factors[input] = smoothing == nullptr ? 1 : 1 / smoothing[input];
     }
   }
-  std::atomic<bool> finite{true};
-  parallel_for(num_panels(num_columns), num_threads, [&](int begin, int end) {
-    for (int panel = begin; panel < end; ++panel) {
+  std::atomic<bool> fits{true};
+  const int panels = num_panels(num_columns);
+  const int groups = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  parallel_for(groups, num_threads, [&](int begin, int end) {
+    for (int group = begin; group < end; ++group) {
+      const int first = group * kPanelsAtOnce, last = std::min(first + kPanelsAtOnce, panels);
       if (arithmetic == Arithmetic::kInt8) {
-        pack_int8_panel(*this, source, panel);
-      } else if (!pack_float_panel(*this, source, panel)) {
-        finite = false;
+        pack_int8(*this, source, smoothing, first, last);
+      } else if (!pack_floats(*this, source, first, last)) {
+        fits = false;
       }
     }
   });
-  return finite;
+  return fits;
 }
 
 void PackedLinear::read_column(int column, float* values) const {
