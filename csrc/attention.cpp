@@ -25,67 +25,68 @@ void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& l
   const int hidden = shape.num_heads * shape.head_dim, at = head * shape.head_dim;
   for (int index = 0; index < num_new(rows, row); ++index) {
     const int token = rows.row_starts[row] + index, cached_at = rows.cache_lens[row] + index;
+    const int block = block_of(rows, row, cached_at / kBlockTokens);
+    const int slot = cached_at % kBlockTokens;
     const float* const query = layer.qkv + token * layer.qkv_stride + at;
-    if (shape.arithmetic == Arithmetic::kBFloat16) {
-      kernels.round_bfloat16(query, shape.head_dim,
-                             layer.queries + token * layer.query_stride + at);
+    if (shape.arithmetic == Arithmetic::kFloat32) {
+      blocks.write(block, layer.layer, head, slot, query + hidden, query + 2 * hidden);
+      continue;
     }
-    blocks.write(block_of(rows, row, cached_at / kBlockTokens), layer.layer, head,
-                 cached_at % kBlockTokens, query + hidden, query + 2 * hidden);
+    std::uint16_t* const rounded = layer.rounded + token * layer.rounded_stride + at;
+    for (int part = 0; part < 3 * hidden; part += hidden) {
+      kernels.round_bfloat16(query + part, shape.head_dim, rounded + part);
+    }
+    blocks.write(block, layer.layer, head, slot, rounded + hidden, rounded + 2 * hidden);
   }
 }
 
-struct Softmax {
-  float highest[kMaxTileRows], total[kMaxTileRows], rescale[kMaxTileRows];
-};
-
-// One block of one head, for the queries of a tile: scores, their weights, the weighted values.
-class BlockAttention {
+// One head's attention for the queries of a tile: scores of some blocks, their weights, the
+// weighted values.
+class TileAttention {
  public:
-  BlockAttention(const KvBlocks& blocks, const AttentionLayer& layer, const DecoderKernels& kernels)
+  static constexpr int kBlocksAtOnce = 4;  // whose scores a processor can work on side by side
+
+  TileAttention(const KvBlocks& blocks, const AttentionLayer& layer, const DecoderKernels& kernels,
+                int head, int count)
       : blocks_(blocks),
         shape_(blocks.shape()),
         layer_(layer),
         kernels_(kernels),
-        tile_(kernels.tiles[static_cast<int>(shape_.arithmetic)]) {
+        tile_(kernels.tiles[static_cast<int>(shape_.arithmetic)]),
+        head_(head),
+        count_(count) {
     std::fill(softmax_.highest, softmax_.highest + kMaxTileRows,
               -std::numeric_limits<float>::infinity());
     std::fill(softmax_.total, softmax_.total + kMaxTileRows, 0.0f);
   }
 
+  void score(int index, int block, const void* queries, std::size_t stride) {
+    tile_(queries, stride, count_, blocks_.keys(block, layer_.layer, head_), shape_.key_steps(),
+          scores_[index]);
+  }
+
   // `visible`: of the block's keys, to the first query; the next ones see one more each.
-  void add(int block, int head, const void* queries, std::size_t stride, int count, int visible,
-           float* outputs) {
-    tile_(queries, stride, count, blocks_.keys(block, layer_.layer, head), shape_.key_steps(),
-          scores_);
-    for (int row = 0; row < count; ++row) {
-      const int seen = std::clamp(visible + row, 0, kBlockTokens);
-      softmax_.rescale[row] =
-          kernels_.weigh_scores(scores_ + row * kPanel, layer_.scale, seen, softmax_.highest[row],
-                                softmax_.total[row], weights_ + row * kPanel);
-    }
-    const int tokens = std::clamp(visible + count - 1, 0, kBlockTokens);
+  void add(int index, int block, int visible, float* outputs) {
+    kernels_.weigh_scores(scores_[index], count_, layer_.scale, visible, softmax_, weights_);
     const void* weights = weights_;
     std::size_t weight_stride = kPanel * sizeof(float);
     if (shape_.arithmetic == Arithmetic::kBFloat16) {
-      kernels_.round_bfloat16(weights_, count * kPanel, rounded_);
+      kernels_.round_bfloat16(weights_, count_ * kPanel, rounded_);
       weights = rounded_;
       weight_stride = kPanel * sizeof(std::uint16_t);
     }
-    for (int panel = 0; panel < shape_.value_panels(); ++panel) {
-      tile_(weights, weight_stride, count,
-            blocks_.values(block, layer_.layer, head) + panel * shape_.value_panel_bytes(),
-            num_steps(shape_.arithmetic, tokens), sums_);
-      for (int row = 0; row < count; ++row) {
-        kernels_.rescale_and_add(sums_ + row * kPanel, softmax_.rescale[row],
-                                 std::min(kPanel, shape_.head_dim - panel * kPanel),
-                                 outputs + row * layer_.output_stride + panel * kPanel);
-      }
+    const int tokens = std::clamp(visible + count_ - 1, 0, kBlockTokens);
+    const char* values = blocks_.values(block, layer_.layer, head_);
+    for (int d = 0; d < shape_.head_dim; d += kPanel, values += shape_.value_panel_bytes()) {
+      tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens), sums_);
+      kernels_.rescale_and_add(sums_, count_, softmax_.rescale,
+                               std::min(kPanel, shape_.head_dim - d), outputs + d,
+                               layer_.output_stride);
     }
   }
 
-  void divide(int count, float* outputs) {
-    for (int row = 0; row < count; ++row) {
+  void divide(float* outputs) {
+    for (int row = 0; row < count_; ++row) {
       kernels_.scale(1 / softmax_.total[row], shape_.head_dim,
                      outputs + row * layer_.output_stride);
     }
@@ -97,8 +98,9 @@ class BlockAttention {
   const AttentionLayer& layer_;
   const DecoderKernels& kernels_;
   Tile tile_;
+  int head_, count_;
   Softmax softmax_;
-  alignas(kCacheLine) float scores_[kMaxTileRows * kPanel];
+  alignas(kCacheLine) float scores_[kBlocksAtOnce][kMaxTileRows * kPanel];
   alignas(kCacheLine) float weights_[kMaxTileRows * kPanel];
   alignas(kCacheLine) float sums_[kMaxTileRows * kPanel];
   alignas(kCacheLine) std::uint16_t rounded_[kMaxTileRows * kPanel];
@@ -112,21 +114,27 @@ void attend_tile(const StepRows& rows, const AttentionPlan::Task& task, const At
   const void* queries = layer.qkv + token * layer.qkv_stride + at;
   std::size_t stride = layer.qkv_stride * sizeof(float);
   if (shape.arithmetic == Arithmetic::kBFloat16) {
-    queries = layer.queries + token * layer.query_stride + at;
-    stride = layer.query_stride * sizeof(std::uint16_t);
+    queries = layer.rounded + token * layer.rounded_stride + at;
+    stride = layer.rounded_stride * sizeof(std::uint16_t);
   }
   float* const outputs = layer.outputs + token * layer.output_stride + at;
   for (int row = 0; row < task.count; ++row) {
     std::memset(outputs + row * layer.output_stride, 0, shape.head_dim * sizeof(float));
   }
   const int visible = rows.cache_lens[task.row] + task.first + 1;  // to the first query
-  const int last = (visible + task.count - 2) / kBlockTokens;
-  BlockAttention attention(blocks, layer, kernels);
-  for (int index = 0; index <= last; ++index) {
-    attention.add(block_of(rows, task.row, index), task.head, queries, stride, task.count,
-                  visible - index * kBlockTokens, outputs);
+  const int num_blocks = (visible + task.count - 2) / kBlockTokens + 1;
+  TileAttention attention(blocks, layer, kernels, task.head, task.count);
+  for (int first = 0; first < num_blocks; first += TileAttention::kBlocksAtOnce) {
+    const int count = std::min(TileAttention::kBlocksAtOnce, num_blocks - first);
+    for (int at = 0; at < count; ++at) {
+      attention.score(at, block_of(rows, task.row, first + at), queries, stride);
+    }
+    for (int at = 0; at < count; ++at) {
+      attention.add(at, block_of(rows, task.row, first + at), visible - (first + at) * kBlockTokens,
+                    outputs);
+    }
   }
-  attention.divide(task.count, outputs);
+  attention.divide(outputs);
 }
 
 }  // namespace

@@ -41,8 +41,8 @@ struct AttentionLayer {
   float scale;       // on scores
   const float* qkv;  // (tokens, 3 * hidden), `qkv_stride` floats apart
   std::size_t qkv_stride;
-  std::uint16_t* queries;  // scratch for bfloat16 queries, (tokens, hidden), `query_stride` apart
-  std::size_t query_stride;
+  std::uint16_t* rounded;  // scratch for qkv in bfloat16, `rounded_stride` apart
+  std::size_t rounded_stride;
   float* outputs;  // (tokens, hidden), heads side by side, `output_stride` floats apart
   std::size_t output_stride;
 };

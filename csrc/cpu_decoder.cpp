@@ -60,12 +60,12 @@ void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
   normed = take_rows(shape.hidden_size);
   qkv = take_rows(3 * shape.hidden_size);
   inner = take_rows(shape.inner_size);
-  query_stride = row_stride(shape.hidden_size);
+  rounded_stride = row_stride((3 * shape.hidden_size + 2) / 2) * 2;
   operand_stride =
       row_stride(std::max(shape.hidden_size, shape.inner_size) / 2 + 1) * sizeof(float);
-  queries = nullptr;
+  rounded = nullptr;
   if (shape.attention == Arithmetic::kBFloat16) {
-    queries = cursor.take<std::uint16_t>(tokens * query_stride);
+    rounded = cursor.take<std::uint16_t>(tokens * rounded_stride);
   }
   operands = nullptr;
   if (step_shape(shape.linear).input_bytes < 4) {
@@ -184,7 +184,7 @@ void CpuDecoder::run_layer(int index, const StepRows& rows, const AttentionPlan&
   const Rows& attended = scratch_.normed;
   attend(rows, plan,
          {index, shape_.attention_scales[index], scratch_.qkv.data, scratch_.qkv.stride,
-          scratch_.queries, scratch_.query_stride, attended.data, attended.stride},
+          scratch_.rounded, scratch_.rounded_stride, attended.data, attended.stride},
          blocks_, kernels_, num_threads_);
   project(*attention_out, inputs_of(*attention_out, attended, count), count, scratch_.hidden,
           Ending::kAdd);

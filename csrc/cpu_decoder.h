@@ -77,8 +77,8 @@ class CpuDecoder {
   };
   struct Scratch {
     Rows hidden, normed, qkv, inner;
-    std::uint16_t* queries;
-    std::size_t query_stride;
+    std::uint16_t* rounded;  // qkv as bfloat16
+    std::size_t rounded_stride;
     char* operands;  // rows as bfloat16 or int8 inputs
     std::size_t operand_stride;
     RowScale* row_scales;

@@ -86,6 +86,12 @@ struct TileEnd {
   int columns;         // up to 32
 };
 
+// The running softmax of a tile's queries.
+struct Softmax {
+  float highest[kMaxTileRows], total[kMaxTileRows];
+  float rescale[kMaxTileRows];  // on what was summed before the last block
+};
+
 struct DecoderKernels {
   int max_rows;                 // of a tile
   Tile tiles[kNumArithmetics];  // by Arithmetic
@@ -100,13 +106,15 @@ struct DecoderKernels {
   // codes of values[i] * factors[i]
   RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
 
-  // One row's scores for a block of 32 keys, `visible` of them to be seen: turns them into weights
-  // exp(factor * score - highest) and takes them into the running `highest` and `total`; returns
-  // what has been summed so far must be multiplied by.
-  float (*weigh_scores)(const float* scores, float factor, int visible, float& highest,
-                        float& total, float* weights);
-  // sums = sums * factor + values
-  void (*rescale_and_add)(const float* values, float factor, int count, float* sums);
+  // Scores (rows, 32) of a tile's queries for a block of keys, of which the first query sees
+  // `visible` and each next one more: turns them into weights exp(factor * score - highest) and
+  // takes them into the softmax.
+  void (*weigh_scores)(const float* scores, int rows, float factor, int visible, Softmax& softmax,
+                       float* weights);
+  // sums[row] = sums[row] * factors[row] + values[row], for rows of 32 values, `stride` floats
+  // apart in sums, where they have `columns`.
+  void (*rescale_and_add)(const float* values, int rows, const float* factors, int columns,
+                          float* sums, std::size_t stride);
   void (*scale)(float factor, int count, float* values);
 };
 

@@ -1,46 +1,43 @@
 #include "kv_blocks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "number_formats.h"
-
 namespace fastgen {
-
-namespace {
-
-// Like the kernels' rounding; NaN stays NaN.
-std::uint16_t rounded(float value) {
-  return value == value ? round_to_bfloat16(value) : std::uint16_t{0x7fc0};
-}
-
-}  // namespace
 
 void KvBlocks::write(int block, int layer, int head, int slot, const float* key,
                      const float* value) const {
-  char* const keys_place = keys(block, layer, head);
-  char* const values_place = values(block, layer, head);
-  if (shape_.arithmetic == Arithmetic::kFloat32) {
-    auto* const to_keys = reinterpret_cast<float*>(keys_place) + slot;
-    for (int d = 0; d < shape_.head_dim; ++d) to_keys[d * kPanel] = key[d];
-    for (int d = 0; d < shape_.head_dim; d += kPanel) {
-      auto* const panel =
-          reinterpret_cast<float*>(values_place + d / kPanel * shape_.value_panel_bytes());
-      const int count = shape_.head_dim - d < kPanel ? shape_.head_dim - d : kPanel;
-      std::memcpy(panel + slot * kPanel, value + d, count * sizeof(float));
-    }
-    return;
+  auto* const to_keys = reinterpret_cast<float*>(keys(block, layer, head)) + slot;
+  for (int d = 0; d < shape_.head_dim; ++d) to_keys[d * kPanel] = key[d];
+  char* panel = values(block, layer, head);
+  for (int d = 0; d < shape_.head_dim; d += kPanel, panel += shape_.value_panel_bytes()) {
+    const int count = std::min(kPanel, shape_.head_dim - d);
+    std::memcpy(reinterpret_cast<float*>(panel) + slot * kPanel, value + d, count * sizeof(float));
   }
-  // Pairs of dimensions for keys, of tokens for values; a pair's second token is zero until it
-  // comes.
-  auto* const to_keys = reinterpret_cast<std::uint16_t*>(keys_place) + slot * 2;
-  for (int d = 0; d < shape_.head_dim; ++d) to_keys[d / 2 * kPanel * 2 + d % 2] = rounded(key[d]);
-  for (int d = 0; d < shape_.head_dim; ++d) {
-    auto* const panel =
-        reinterpret_cast<std::uint16_t*>(values_place + d / kPanel * shape_.value_panel_bytes());
-    std::uint16_t* const pair = panel + (slot / 2 * kPanel + d % kPanel) * 2;
-    pair[slot % 2] = rounded(value[d]);
-    if (slot % 2 == 0) pair[1] = 0;
+}
+
+// Pairs of dimensions for keys, of tokens for values; a pair's second token is zero until it comes.
+void KvBlocks::write(int block, int layer, int head, int slot, const std::uint16_t* key,
+                     const std::uint16_t* value) const {
+  auto* const to_keys = reinterpret_cast<std::uint32_t*>(keys(block, layer, head)) + slot;
+  const int pairs = shape_.head_dim / 2;
+  for (int pair = 0; pair < pairs; ++pair) {
+    std::memcpy(&to_keys[pair * kPanel], key + 2 * pair, sizeof(std::uint32_t));
+  }
+  if (shape_.head_dim % 2 != 0) {  // behind an odd head's last one stands a zero
+    const std::uint16_t last[2] = {key[2 * pairs], 0};
+    std::memcpy(&to_keys[pairs * kPanel], last, sizeof last);
+  }
+  char* panel = values(block, layer, head);
+  for (int d = 0; d < shape_.head_dim; d += kPanel, panel += shape_.value_panel_bytes()) {
+    const int count = std::min(kPanel, shape_.head_dim - d);
+    auto* const to = reinterpret_cast<std::uint16_t*>(panel) + slot / 2 * kPanel * 2;
+    for (int at = 0; at < count; ++at) {
+      const std::uint16_t first = slot % 2 == 0 ? value[d + at] : to[2 * at];
+      to[2 * at] = first;
+      to[2 * at + 1] = slot % 2 == 0 ? std::uint16_t{0} : value[d + at];
+    }
   }
 }
 

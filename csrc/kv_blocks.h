@@ -46,9 +46,12 @@ class KvBlocks {
     return keys(block, layer, head) + shape_.key_bytes();
   }
 
-  // One token's key and value of a head, (head_dim) each, at `slot` of a block. Slots are written
-  // in order: behind the last one nothing is read but zeros, whatever the block held before.
+  // One token's key and value of a head, (head_dim) of floats or bfloat16, at `slot` of a block.
+  // Slots are written in order: behind the last one nothing is read but zeros, whatever the block
+  // held before.
   void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
+  void write(int block, int layer, int head, int slot, const std::uint16_t* key,
+             const std::uint16_t* value) const;
 
   void grow(int num_blocks);
   void copy(const std::int32_t (*pairs)[2], int num_pairs);  // (from, to): all read, then written

@@ -177,6 +177,79 @@ void pack_int8(const PackedLinear& linear, const Source& source, const float* sm
   }
 }
 
+constexpr std::size_t kCacheShare = 256
+                                    << 10;  // of a second-level cache, for weights or for inputs
+
+// A product's rows in tiles, all of about the same size.
+class Product {
+ public:
+  Product(const PackedLinear& linear, const LinearInputs& inputs, int num_rows,
+          const LinearOutputs& outputs, const DecoderKernels& kernels)
+      : linear_(linear),
+        inputs_(inputs),
+        num_rows_(num_rows),
+        num_tiles_((num_rows + kernels.max_rows - 1) / kernels.max_rows),
+        outputs_(outputs),
+        kernels_(kernels),
+        tile_(kernels.tiles[static_cast<int>(linear.arithmetic)]) {}
+
+  // Some panels and some tiles at a time, so that what is read again is still in the cache.
+  void run(int first_panel, int last_panel) const {
+    const int panels = at_once(linear_.panel_bytes);
+    const int tiles = at_once(inputs_.stride * kernels_.max_rows);
+    for (int panel = first_panel; panel < last_panel; panel += panels) {
+      for (int tile = 0; tile < num_tiles_; tile += tiles) {
+        for (int at = panel; at < std::min(panel + panels, last_panel); ++at) {
+          run_panel(at, tile, std::min(tile + tiles, num_tiles_));
+        }
+      }
+    }
+  }
+
+ private:
+  static int at_once(std::size_t bytes) {
+    return static_cast<int>(std::max<std::size_t>(1, kCacheShare / bytes));
+  }
+
+  int row_of(int tile) const {
+    return static_cast<int>(static_cast<std::int64_t>(num_rows_) * tile / num_tiles_);
+  }
+
+  void run_panel(int panel, int first_tile, int last_tile) const {
+    alignas(kCacheLine) float sums[kMaxTileRows * kPanel];
+    const int column = panel * kPanel;
+    const char* const weights = linear_.panels + panel * linear_.panel_bytes;
+    const bool scaled = linear_.arithmetic == Arithmetic::kInt8;
+    TileEnd end = {};
+    end.bias = linear_.bias + column;
+    end.scales = scaled ? linear_.scales + column : nullptr;
+    end.column_sums = scaled ? linear_.column_sums + column : nullptr;
+    end.ending = outputs_.ending;
+    end.activation = outputs_.activation;
+    end.stride = outputs_.stride;
+    end.columns = std::min(kPanel, linear_.num_columns - column);
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      const int first = row_of(tile), count = row_of(tile + 1) - first;
+      end.outputs = outputs_.data + first * outputs_.stride + column;
+      end.row_scales = inputs_.scales + (scaled ? first : 0);
+      for (int row = 0; row < count; ++row) {  // there when the sums are
+        __builtin_prefetch(end.outputs + row * outputs_.stride, 1);
+        __builtin_prefetch(end.outputs + row * outputs_.stride + kPanel / 2, 1);
+      }
+      tile_(static_cast<const char*>(inputs_.data) + first * inputs_.stride, inputs_.stride, count,
+            weights, linear_.num_steps, sums);
+      kernels_.finish(sums, count, end);
+    }
+  }
+
+  const PackedLinear& linear_;
+  const LinearInputs& inputs_;
+  int num_rows_, num_tiles_;
+  const LinearOutputs& outputs_;
+  const DecoderKernels& kernels_;
+  Tile tile_;
+};
+
 }  // namespace
 
 void PackedLinear::lay_out(Cursor& cursor, Arithmetic how, int inputs, int columns) {
@@ -247,39 +320,10 @@ void PackedLinear::read_column(int column, float* values) const {
 
 void multiply(const PackedLinear& linear, const LinearInputs& inputs, int num_rows,
               const LinearOutputs& outputs, const DecoderKernels& kernels, int num_threads) {
-  const Tile tile = kernels.tiles[static_cast<int>(linear.arithmetic)];
-  const int num_tiles = (num_rows + kernels.max_rows - 1) / kernels.max_rows;
-  const bool scaled = linear.arithmetic == Arithmetic::kInt8;
-  parallel_for(num_panels(linear.num_columns), num_threads, [&](int begin, int end) {
-    alignas(kCacheLine) float sums[kMaxTileRows * kPanel];
-    for (int panel = begin; panel < end; ++panel) {
-      const int first_column = panel * kPanel;
-      const char* const weights = linear.panels + panel * linear.panel_bytes;
-      TileEnd tile_end = {linear.bias + first_column,
-                          scaled ? linear.scales + first_column : nullptr,
-                          scaled ? linear.column_sums + first_column : nullptr,
-                          nullptr,
-                          outputs.ending,
-                          outputs.activation,
-                          nullptr,
-                          outputs.stride,
-                          std::min(kPanel, linear.num_columns - first_column)};
-      for (int index = 0; index < num_tiles; ++index) {
-        const int first = static_cast<int>(static_cast<std::int64_t>(num_rows) * index / num_tiles);
-        const int last =
-            static_cast<int>(static_cast<std::int64_t>(num_rows) * (index + 1) / num_tiles);
-        tile_end.outputs = outputs.data + first * outputs.stride + first_column;
-        for (int row = 0; row < last - first; ++row) {  // there when the sums are
-          __builtin_prefetch(tile_end.outputs + row * outputs.stride, 1);
-          __builtin_prefetch(tile_end.outputs + row * outputs.stride + 16, 1);
-        }
-        tile(static_cast<const char*>(inputs.data) + first * inputs.stride, inputs.stride,
-             last - first, weights, linear.num_steps, sums);
-        tile_end.row_scales = scaled ? inputs.scales + first : nullptr;
-        kernels.finish(sums, last - first, tile_end);
-      }
-    }
-  });
+  if (num_rows == 0) return;
+  const Product product(linear, inputs, num_rows, outputs, kernels);
+  parallel_for(num_panels(linear.num_columns), num_threads,
+               [&](int begin, int end) { product.run(begin, end); });
 }
 
 }  // namespace fastgen
