@@ -1,4 +1,4 @@
-"""The sampler under sanitizers: alone, fed random bytes, and inside Python.
+"""The sampler under sanitizers: alone, fed random bytes, and inside Python; and the thread pool.
 
 AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
 ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
@@ -20,10 +20,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
+POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
+POOL = ROOT / "csrc" / "thread_pool.cpp"
 CORE = sorted(p for p in (ROOT / "csrc").glob("*.cpp") if "bindings" not in p.name)
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-SECONDS = 60  # of each driver
+THREAD = ("-fsanitize=thread",)
+SECONDS = 60  # of each driver of the sampler
+POOL_SECONDS = 20
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +60,7 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
 
 @pytest.mark.parametrize(
     ("name", "flags", "least"),
-    [("address", ADDRESS, 1000), ("thread", ("-fsanitize=thread",), 300)],
+    [("address", ADDRESS, 1000), ("thread", THREAD, 300)],
 )
 def test_random_bytes(name: str, flags: tuple[str, ...], least: int, tmp_path: Path) -> None:
     program = tmp_path / name
@@ -104,6 +108,49 @@ def failure_of(sources: Path, driver: Path, program: Path) -> str:
     process = subprocess.run([program, "20", "1"], capture_output=True, text=True, errors="replace")
     assert process.returncode != 0
     return process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "least_forks"),
+    [pytest.param(ADDRESS, 20, id="address"), pytest.param(THREAD, 0, id="thread")],
+)
+def test_the_thread_pool(flags: tuple[str, ...], least_forks: int, tmp_path: Path) -> None:
+    program = tmp_path / "pool"
+    run(compiler("g++"), *COMMON, *flags, POOL, POOL_DRIVER, "-o", program)
+    seed = str(int.from_bytes(os.urandom(3), "big"))
+    output = run(program, str(POOL_SECONDS), seed)
+    [counts] = re.findall(r"(\d+) calls, (\d+) shared, (\d+) forks", output)
+    calls, shared, forks = map(int, counts)
+    assert calls >= 5000 and shared >= 500 and forks >= least_forks, output
+    print(f"{output.strip()} with seed {seed}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "old", "new", "complaint"),
+    [
+        pytest.param(ADDRESS, "num_active(state) > 0", "false", "trace->", id="caller waits"),
+        pytest.param(ADDRESS, "if (num_awake < seats)", "if (false)", "until", id="sleepers wake"),
+        pytest.param(
+            THREAD,
+            "fetch_sub(kActive, std::memory_order_release)",
+            "fetch_sub(kActive, std::memory_order_relaxed)",
+            "ThreadSanitizer: data race",
+            id="writes are seen",
+        ),
+    ],
+)
+def test_the_pool_drivers_checks_can_fail(
+    flags: tuple[str, ...], old: str, new: str, complaint: str, tmp_path: Path
+) -> None:
+    source = POOL.read_text()
+    assert source.count(old) == 1
+    broken, program = tmp_path / POOL.name, tmp_path / "pool"
+    broken.write_text(source.replace(old, new))
+    include = f"-I{POOL.parent}"
+    run(compiler("g++"), *COMMON, *flags, include, broken, POOL_DRIVER, "-o", program)
+    process = subprocess.run([program, "5", "1"], capture_output=True, text=True, errors="replace")
+    assert process.returncode != 0
+    assert complaint in process.stderr
 
 
 def test_the_extension_inside_python(tmp_path: Path) -> None:

@@ -1,8 +1,13 @@
 // Runs the thread pool hard, with no Python around it; for ASan, UBSan and TSan.
 //
-//   pool_driver SECONDS SEED    a quarter of the time on one thread, in calls that end only if all the
-//                               threads asked for come; then on several threads that share the pool,
-//                               with forks between (but under TSan, which knows no fork)
+//   pool_driver SECONDS SEED
+//
+// A quarter of the time goes to one thread, in calls that end only if all the threads asked for
+// come; the rest to several threads that share the pool, with forks between (but under TSan, which
+// knows no fork).
+//
+// Once all threads have begun, nothing is allocated: ASan's allocator may be locked by another
+// thread when one forks, and stay so in the child.
 
 #include <signal.h>
 #include <sys/wait.h>
@@ -14,7 +19,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
+#include <initializer_list>
 #include <random>
 #include <thread>
 #include <vector>
@@ -35,12 +40,12 @@
 
 namespace {
 
-#define REQUIRE(condition)                                             \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition);     \
-      std::abort();                                                    \
-    }                                                                  \
+#define REQUIRE(condition)                                         \
+  do {                                                             \
+    if (!(condition)) {                                            \
+      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
+      std::abort();                                                \
+    }                                                              \
   } while (false)
 
 using Clock = std::chrono::steady_clock;
@@ -51,7 +56,7 @@ constexpr bool kForks = false;
 #else
 constexpr bool kForks = true;
 #endif
-constexpr int kMaxThreads = 5, kNumCallers = 4;
+constexpr int kMaxThreads = 5, kMaxTasks = 200, kNumCallers = 4;
 constexpr auto kHelpComes = std::chrono::seconds(10);  // or else never
 
 void spin(microseconds time) {
@@ -67,13 +72,13 @@ struct Trace {
 };
 
 struct Call {
-  Call(int num_tasks, int num_threads) : num_threads(num_threads), traces(num_tasks) {}
+  Call(int num_tasks, int num_threads) : num_tasks(num_tasks), num_threads(num_threads) {}
 
-  int num_threads;
-  std::vector<Trace> traces;  // of each task
-  bool all_meet = false;      // the tasks wait until each has begun
-  int nests_at = -1;          // this task makes a call of its own
-  microseconds longest{0};    // of a task
+  int num_tasks, num_threads;
+  Trace traces[kMaxTasks];
+  bool all_meet = false;    // the tasks wait until each has begun
+  int nests_at = -1;        // this task makes a call of its own
+  microseconds longest{0};  // of a task
   std::thread::id caller = std::this_thread::get_id();
   std::atomic<int> num_met{0};
 };
@@ -82,19 +87,19 @@ void run_task(void* context, int index);
 
 // Returns how many threads took part.
 int run_and_check(Call& call) {
-  const int num_tasks = static_cast<int>(call.traces.size());
-  fastgen::run_in_parallel(num_tasks, call.num_threads, run_task, &call);
-  std::map<std::thread::id, long> ticks;
-  for (int index = 0; index < num_tasks; ++index) {
-    const Trace& trace = call.traces[index];
-    REQUIRE(trace.num_runs == 1);
-    REQUIRE(trace.value == index + 1);
-    long& tick = ticks[trace.thread];
-    REQUIRE(trace.tick > tick);  // a thread claims its tasks in order
-    tick = trace.tick;
+  fastgen::run_in_parallel(call.num_tasks, call.num_threads, run_task, &call);
+  const Trace* lasts[kMaxThreads];  // of each thread
+  int took_part = 0;
+  for (const Trace* trace = call.traces; trace < call.traces + call.num_tasks; ++trace) {
+    REQUIRE(trace->num_runs == 1);
+    REQUIRE(trace->value == trace - call.traces + 1);
+    const Trace** const end = lasts + took_part;
+    const Trace** const last = std::find_if(
+        lasts, end, [=](const Trace* other) { return other->thread == trace->thread; });
+    if (last < end) REQUIRE((*last)->tick < trace->tick);  // a thread claims its tasks in order
+    if (last == end) REQUIRE(++took_part <= std::max(1, call.num_threads));
+    *last = trace;
   }
-  const int took_part = static_cast<int>(ticks.size());
-  REQUIRE(took_part <= std::max(1, call.num_threads));
   return took_part;
 }
 
@@ -133,7 +138,7 @@ void run_task(void* context, int index) {
   if (call.all_meet) {
     const auto until = Clock::now() + kHelpComes;
     call.num_met.fetch_add(1, std::memory_order_relaxed);
-    while (call.num_met.load(std::memory_order_relaxed) < static_cast<int>(call.traces.size())) {
+    while (call.num_met.load(std::memory_order_relaxed) < call.num_tasks) {
       REQUIRE(Clock::now() < until);  // all the threads came
       std::this_thread::yield();
     }
@@ -177,7 +182,7 @@ class Caller {
 
  private:
   int below(int bound) { return static_cast<int>(generator_() % bound); }
-  int some(const std::vector<int>& values) { return values[below(static_cast<int>(values.size()))]; }
+  int some(std::initializer_list<int> values) { return values.begin()[below(values.size())]; }
 
   static Clock::time_point after(double seconds) {
     return Clock::now() + microseconds(static_cast<long>(seconds * 1e6));
@@ -198,11 +203,9 @@ class Caller {
   }
 
   void run_random_call() {
-    Call call(some({0, 1, 2, 2, 3, 8, 30, 200}), some({0, 1, 2, 2, 3, kMaxThreads}));
-    call.longest = microseconds(call.traces.size() > 30 ? 0 : some({0, 0, 3, 20, 100}));
-    if (call.traces.size() > 0 && below(4) == 0) {
-      call.nests_at = below(static_cast<int>(call.traces.size()));
-    }
+    Call call(some({0, 1, 2, 2, 3, 8, 30, kMaxTasks}), some({0, 1, 2, 2, 3, kMaxThreads}));
+    call.longest = microseconds(call.num_tasks > 30 ? 0 : some({0, 0, 3, 20, 100}));
+    if (call.num_tasks > 0 && below(4) == 0) call.nests_at = below(call.num_tasks);
     count(run_and_check(call));
   }
 
@@ -235,10 +238,15 @@ int main(int argc, char** argv) {
   std::vector<Caller> callers;
   for (int at = 0; at < kNumCallers; ++at) callers.emplace_back(seed + at);
   callers[0].run_alone(seconds / 4);
+  std::atomic<int> num_begun{1};
   std::vector<std::thread> others;
   for (int at = 1; at < kNumCallers; ++at) {
-    others.emplace_back([&, at] { callers[at].run_among_others(seconds * 3 / 4, false); });
+    others.emplace_back([&, at] {
+      ++num_begun;
+      callers[at].run_among_others(seconds * 3 / 4, false);
+    });
   }
+  while (num_begun < kNumCallers) std::this_thread::yield();
   callers[0].run_among_others(seconds * 3 / 4, kForks);
   for (std::thread& other : others) other.join();
   Counts all;

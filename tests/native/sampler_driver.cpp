@@ -1,6 +1,7 @@
 // Feeds the sampler bytes, as logits and as options, with no Python around it.
 //
-//   sampler_driver SECONDS SEED     random cases until the time is up, on two threads that share the
+//   sampler_driver SECONDS SEED     random cases until the time is up, on two threads that share
+//   the
 //                                   pool; for ASan, UBSan and TSan
 //   with -DLIBFUZZER -fsanitize=fuzzer: a libFuzzer target
 //
@@ -18,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/cpu_features.h"
 #include "../../csrc/sampler.h"
 
 namespace {
@@ -25,12 +27,12 @@ namespace {
 using fastgen::DrawStatus;
 using fastgen::SamplingOptions;
 
-#define REQUIRE(condition)                                             \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition);     \
-      std::abort();                                                    \
-    }                                                                  \
+#define REQUIRE(condition)                                         \
+  do {                                                             \
+    if (!(condition)) {                                            \
+      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
+      std::abort();                                                \
+    }                                                              \
   } while (false)
 
 // Bytes of a case; zeros behind the last.
@@ -168,7 +170,8 @@ void run_case(const std::uint8_t* data, std::size_t size) {
   const int vocab_size = sizes[bytes.below(8)], num_seats = 1 + bytes.below(6), max_tokens = 24;
   fastgen::Sampler plain(num_seats, vocab_size, max_tokens, 1,
                          fastgen::sampler_kernels("portable"));
-  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3, fastgen::sampler_kernels(fastgen::chosen_instruction_set()));
+  fastgen::Sampler best(num_seats, vocab_size, max_tokens, 3,
+                        fastgen::sampler_kernels(fastgen::chosen_instruction_set()));
   std::vector<SamplingOptions> options;
   for (int seat = 0; seat < num_seats; ++seat) {
     options.push_back(some_options(bytes, vocab_size));
