@@ -181,7 +181,9 @@ def main() -> None:
         ratios = f"{found['over_torch_twin']:9.1f} {found['over_transformers']:7.1f}"
         name = f"{found['logits']:8} {found['batch']:5} {found['options']:28}"
         print(name + times + ratios, flush=True)
-    harness.report("bench_sampler", {"cases": records}, save=arguments.save)
+    result = {"threads": granted_cores(), "cases": records}
+    packages = ("numpy", "torch", "transformers")
+    harness.report("bench_sampler", result, save=arguments.save, packages=packages)
 
 
 if __name__ == "__main__":

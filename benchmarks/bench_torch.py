@@ -48,6 +48,18 @@ def transformers_call(folder: Path, dtype: str, batch: int) -> Callable[[], Any]
     return call
 
 
+def read_bandwidth(num_bytes: int = 400_000_000) -> Callable[[], Any]:
+    """A candidate that reads `num_bytes` once, with all threads."""
+    values = torch.randn(num_bytes // 4)
+    return values.sum
+
+
+def fma_peak(dtype: torch.dtype, size: int = 1024) -> tuple[Callable[[], Any], int]:
+    """A candidate that multiplies two square matrices, and its multiply-adds."""
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return lambda: left @ right, size**3
+
+
 _fresh_seeds = itertools.count(1)
 
 
@@ -77,8 +89,9 @@ def step_limit(config: GPT2Config, batch: int, itemsize: int, speed: dict[str, f
 def measure(
     folder: Path, config: GPT2Config, dtype: str, batch: int, rounds: int
 ) -> dict[str, Any]:
-    read, (multiply, macs) = harness.read_bandwidth(), harness.fma_peak(DTYPES[dtype])
-    with fastgen.load(folder, dtype=dtype, max_batch_size=batch, max_seq_len=256) as model:
+    read, (multiply, macs) = read_bandwidth(), fma_peak(DTYPES[dtype])
+    load = {"decoder": "torch", "dtype": dtype, "max_batch_size": batch, "max_seq_len": 256}
+    with fastgen.load(folder, **load) as model:
         seconds = harness.interleave(
             {
                 "read": read,
@@ -125,8 +138,10 @@ def main() -> None:
                 rows.append(measure(Path(name), config, dtype, batch, arguments.rounds))
                 print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     shape = {"layers": arguments.layers, "hidden": arguments.hidden, "heads": arguments.heads}
-    record = {"shape": shape, "prompt_tokens": PROMPT, "new_tokens": NEW, "rows": rows}
-    harness.report("bench_torch", record, save=arguments.save)
+    work = {"prompt_tokens": PROMPT, "new_tokens": NEW, "threads": torch.get_num_threads()}
+    record = {"shape": shape, **work, "rows": rows}
+    packages = ("torch", "transformers")
+    harness.report("bench_torch", record, save=arguments.save, packages=packages)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved runs, the machine's limits, one JSON line at the end.
+"""What every benchmark shares: interleaved runs, medians and ratios, one JSON line at the end.
 
 The machine may be shared and its speed may drift, so candidates take turns within one run, and only
 medians and ratios of that run are worth quoting.
@@ -6,58 +6,65 @@ medians and ratios of that run are worth quoting.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
 
+Measure = Callable[[], float]  # does its work and returns the seconds that count
 
-def interleave(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int, warmups: int = 1
+
+def timed(call: Callable[[], Any]) -> Measure:
+    """Measures the whole call."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return measure
+
+
+def take_turns(
+    measures: Mapping[str, Measure], *, rounds: int, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls, A B C, A B C, ...; the first rounds are not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    """Seconds of each measure, A B C, A B C, ...; the first rounds are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
     for turn in range(warmups + rounds):
-        for name, call in candidates.items():
-            start = time.perf_counter()
-            call()
+        for name, measure in measures.items():
+            taken = measure()
             if turn >= warmups:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
-def median(values: list[float]) -> float:
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each candidate's calls, in turns."""
+    measures = {name: timed(call) for name, call in candidates.items()}
+    return take_turns(measures, rounds=rounds, warmups=warmups)
+
+
+def median(values: Iterable[float]) -> float:
     return statistics.median(values)
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
     """Median of the ratios of runs that stood next to each other."""
-    return median([a / b for a, b in zip(slow, fast, strict=True)])
+    return median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def read_bandwidth(num_bytes: int = 400_000_000) -> Callable[[], None]:
-    """A candidate that reads `num_bytes` once, with all threads."""
-    values = torch.randn(num_bytes // 4)
-    return lambda: values.sum()  # type: ignore[return-value]
-
-
-def fma_peak(dtype: torch.dtype, size: int = 1024) -> tuple[Callable[[], None], int]:
-    """A candidate that multiplies two square matrices, and its multiply-adds."""
-    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-    return lambda: left @ right, size**3  # type: ignore[return-value]
-
-
-def machine() -> dict[str, Any]:
-    """What a reader needs to know of where the numbers come from."""
+def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
+    """What a reader needs to know of where the numbers come from, with the packages' versions."""
     model = "unknown"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -66,17 +73,16 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{name: importlib.metadata.version(name) for name in packages},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def report(name: str, record: dict[str, Any], *, save: bool) -> None:
+def report(name: str, record: dict[str, Any], *, save: bool, packages: Iterable[str] = ()) -> None:
     """Print one line of JSON, the last of the output, and keep it if asked to."""
-    line = json.dumps({"benchmark": name, "machine": machine(), **record})
+    line = json.dumps({"benchmark": name, "machine": machine(packages), **record})
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(line + "\n")

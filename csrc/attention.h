@@ -28,12 +28,14 @@ class AttentionPlan {
     int row, head, first, count;
   };
   int num_tasks() const { return starts_.back(); }
+  bool one_tile_a_row() const { return one_tile_a_row_; }
   Task task(int index) const;
 
  private:
   const StepRows& rows_;
   int num_heads_, max_tile_rows_;
   std::vector<int> starts_;  // (rows + 1) of each row's tasks
+  bool one_tile_a_row_ = true;
 };
 
 struct AttentionLayer {

@@ -1,0 +1,64 @@
+"""OpenVINO GenAI, its continuous batching; the model is exported by optimum-intel.
+
+int8 is optimum-intel's 8-bit weights with bfloat16 arithmetic, the fastest of its ways here. Keys
+and values are float32 in float32, else as OpenVINO chooses.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+import openvino_genai as genai
+from worker import Generate, Ids, Job
+
+PRECISIONS = ("float32", "bfloat16", "int8")
+_EXPORT = """
+from optimum.intel import OVModelForCausalLM
+options = {{"export": True, "compile": False, "load_in_8bit": {int8}}}
+OVModelForCausalLM.from_pretrained({source!r}, **options).save_pretrained({folder!r})
+"""
+
+
+def version() -> str:
+    return str(genai.__version__)
+
+
+def load(job: Job) -> Generate:
+    folder = job.scratch / "model"
+    if not folder.exists():
+        _export(job.folder, folder, int8=job.precision == "int8")
+    exact = job.precision == "float32"
+    properties = {"INFERENCE_NUM_THREADS": job.threads}
+    properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "bf16"
+    if exact:
+        properties["KV_CACHE_PRECISION"] = "f32"
+    scheduling = genai.SchedulerConfig()
+    scheduling.cache_size = 2  # GB
+    scheduling.max_num_seqs = job.batch
+    scheduling.enable_prefix_caching = False
+    tokenizer = genai.Tokenizer(str(folder))  # there is none; it would fail if it were used
+    pipeline = genai.ContinuousBatchingPipeline(
+        str(folder), tokenizer, scheduling, "CPU", **properties
+    )
+
+    def generate(prompts: Ids, new_tokens: int) -> Ids:
+        config = genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
+        tensors = [openvino.Tensor(np.array([prompt])) for prompt in prompts]
+        found = pipeline.generate(tensors, [config] * len(tensors))
+        return [list(result.m_generation_ids[0]) for result in found]
+
+    return generate
+
+
+def _export(source: Path, folder: Path, *, int8: bool) -> None:
+    """In a process of its own, which takes torch with it."""
+    if importlib.util.find_spec("optimum") is None:
+        raise ModuleNotFoundError("optimum-intel", name="optimum-intel")
+    code = _EXPORT.format(source=str(source), folder=str(folder), int8=int8)
+    subprocess.run([sys.executable, "-c", code], check=True)
