@@ -177,6 +177,13 @@ void pack_int8(const PackedLinear& linear, const Source& source, const float* sm
   }
 }
 
+// A panel's columns, to be read or written.
+template <int kWritten, typename Value>
+void prefetch(const Value* values) {
+  __builtin_prefetch(values, kWritten);
+  __builtin_prefetch(values + kPanel / 2, kWritten);
+}
+
 constexpr std::size_t kCacheShare = 256
                                     << 10;  // of a second-level cache, for weights or for inputs
 
@@ -228,13 +235,17 @@ class Product {
     end.activation = outputs_.activation;
     end.stride = outputs_.stride;
     end.columns = std::min(kPanel, linear_.num_columns - column);
+    prefetch<0>(end.bias);
+    if (scaled) {
+      prefetch<0>(end.scales);
+      prefetch<0>(end.column_sums);
+    }
     for (int tile = first_tile; tile < last_tile; ++tile) {
       const int first = row_of(tile), count = row_of(tile + 1) - first;
       end.outputs = outputs_.data + first * outputs_.stride + column;
       end.row_scales = inputs_.scales + (scaled ? first : 0);
-      for (int row = 0; row < count; ++row) {  // there when the sums are
-        __builtin_prefetch(end.outputs + row * outputs_.stride, 1);
-        __builtin_prefetch(end.outputs + row * outputs_.stride + kPanel / 2, 1);
+      for (int row = 0; row < count && num_tiles_ > 1; ++row) {  // there when the sums are
+        prefetch<1>(end.outputs + row * outputs_.stride);
       }
       tile_(static_cast<const char*>(inputs_.data) + first * inputs_.stride, inputs_.stride, count,
             weights, linear_.num_steps, sums);
