@@ -144,7 +144,7 @@ AttentionPlan::AttentionPlan(const StepRows& rows, int num_heads, int max_tile_r
   for (int row = 0; row < rows.num_rows; ++row) {
     const int tiles = (num_new(rows, row) + max_tile_rows - 1) / max_tile_rows;
     starts_.push_back(starts_.back() + tiles * num_heads);
-    one_tile_a_row_ = one_tile_a_row_ && tiles <= 1;
+    one_tile_a_row_ = one_tile_a_row_ && tiles == 1;
   }
 }
 
@@ -161,19 +161,24 @@ AttentionPlan::Task AttentionPlan::task(int index) const {
 void attend(const StepRows& rows, const AttentionPlan& plan, const AttentionLayer& layer,
             const KvBlocks& blocks, const DecoderKernels& kernels, int num_threads) {
   const int num_heads = blocks.shape().num_heads;
-  const bool at_once = plan.one_tile_a_row();  // then nobody else waits for a task's keys
-  if (!at_once) {
-    parallel_for(rows.num_rows * num_heads, num_threads, [&](int begin, int end) {
+  if (plan.one_tile_a_row()) {  // then nobody else waits for a task's keys
+    parallel_rows(rows.num_rows, num_heads, num_threads, [&](int begin, int end) {
       for (int index = begin; index < end; ++index) {
-        cache_head(rows, index / num_heads, index % num_heads, layer, blocks, kernels);
+        const AttentionPlan::Task task = plan.task(index);
+        cache_head(rows, task.row, task.head, layer, blocks, kernels);
+        attend_tile(rows, task, layer, blocks, kernels);
       }
     });
+    return;
   }
+  parallel_for(rows.num_rows * num_heads, num_threads, [&](int begin, int end) {
+    for (int index = begin; index < end; ++index) {
+      cache_head(rows, index / num_heads, index % num_heads, layer, blocks, kernels);
+    }
+  });
   parallel_for(plan.num_tasks(), num_threads, [&](int begin, int end) {
     for (int index = begin; index < end; ++index) {
-      const AttentionPlan::Task task = plan.task(index);
-      if (at_once) cache_head(rows, task.row, task.head, layer, blocks, kernels);
-      attend_tile(rows, task, layer, blocks, kernels);
+      attend_tile(rows, plan.task(index), layer, blocks, kernels);
     }
   });
 }

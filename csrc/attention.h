@@ -28,6 +28,7 @@ class AttentionPlan {
     int row, head, first, count;
   };
   int num_tasks() const { return starts_.back(); }
+  // Every row has one task for each head.
   bool one_tile_a_row() const { return one_tile_a_row_; }
   Task task(int index) const;
 

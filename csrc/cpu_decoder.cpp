@@ -164,7 +164,7 @@ const float* CpuDecoder::forward(const StepRows& rows, const std::int32_t* logit
 }
 
 void CpuDecoder::embed(const StepRows& rows) {
-  parallel_for(rows.num_tokens, num_threads_, [&](int begin, int end) {
+  parallel_rows(rows.num_tokens, 1, num_threads_, [&](int begin, int end) {
     for (int token = begin; token < end; ++token) {
       const std::size_t position = rows.positions[token];
       float* const values = scratch_.hidden.row(token);
@@ -203,7 +203,7 @@ void CpuDecoder::project(const PackedLinear& linear, const LinearInputs& inputs,
 // Layer norm of the hidden rows `which` (null: all, in order), as inputs of `linear`.
 LinearInputs CpuDecoder::normed_inputs(const Norm& norm, const PackedLinear& linear,
                                        const std::int32_t* which, int count) {
-  parallel_for(count, num_threads_, [&](int begin, int end) {
+  parallel_rows(count, 1, num_threads_, [&](int begin, int end) {
     for (int row = begin; row < end; ++row) {
       const float* const values = scratch_.hidden.row(which == nullptr ? row : which[row]);
       kernels_.layer_norm(values, norm.gain, norm.bias, shape_.epsilon, shape_.hidden_size,
@@ -216,7 +216,7 @@ LinearInputs CpuDecoder::normed_inputs(const Norm& norm, const PackedLinear& lin
 
 LinearInputs CpuDecoder::inputs_of(const PackedLinear& linear, const Rows& values, int count) {
   if (scratch_.operands != nullptr) {
-    parallel_for(count, num_threads_, [&](int begin, int end) {
+    parallel_rows(count, 1, num_threads_, [&](int begin, int end) {
       for (int row = begin; row < end; ++row) convert_row(linear, values.row(row), row);
     });
   }

@@ -332,9 +332,20 @@ void PackedLinear::read_column(int column, float* values) const {
 void multiply(const PackedLinear& linear, const LinearInputs& inputs, int num_rows,
               const LinearOutputs& outputs, const DecoderKernels& kernels, int num_threads) {
   if (num_rows == 0) return;
+  const int panels = num_panels(linear.num_columns);
+  if (splits_rows(num_rows, num_threads)) {
+    parallel_rows(num_rows, 1, num_threads, [&](int begin, int end) {
+      LinearInputs part = inputs;
+      part.data = static_cast<const char*>(inputs.data) + begin * inputs.stride;
+      if (inputs.scales != nullptr) part.scales += begin;
+      LinearOutputs to = outputs;
+      to.data += begin * outputs.stride;
+      Product(linear, part, end - begin, to, kernels).run(0, panels);
+    });
+    return;
+  }
   const Product product(linear, inputs, num_rows, outputs, kernels);
-  parallel_for(num_panels(linear.num_columns), num_threads,
-               [&](int begin, int end) { product.run(begin, end); });
+  parallel_for(panels, num_threads, [&](int begin, int end) { product.run(begin, end); });
 }
 
 }  // namespace fastgen

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "thread_pool.h"
 
@@ -20,6 +21,14 @@ class WorkSplit {
     const int rest = num_items - num_large_ * large_;
     small_ = std::max(1, rest / (num_threads * kSmallPieces));
     num_small_ = (rest + small_ - 1) / small_;
+  }
+
+  // One item for each thread.
+  static WorkSplit one_each(int num_threads) {
+    WorkSplit split(num_threads, 1);
+    split.num_large_ = num_threads;
+    split.large_ = 1;
+    return split;
   }
 
   int num_tasks() const { return num_large_ + num_small_; }
@@ -41,21 +50,51 @@ class WorkSplit {
   int num_large_ = 0, large_ = 0, num_small_ = 0, small_ = 1;
 };
 
-// Calls body(begin, end) for ranges that make up [0, num_items), on up to num_threads threads.
+namespace detail {
+
 template <typename Body>
-void parallel_for(int num_items, int num_threads, const Body& body) {
-  if (num_items == 0) return;
+void run_split(const WorkSplit& split, int num_threads, const Body& body) {
   struct Shared {
     const Body& body;
-    WorkSplit split;
-  } shared{body, WorkSplit(num_items, std::min(num_items, num_threads))};
+    const WorkSplit& split;
+  } shared{body, split};
   const auto task = [](void* context, int index) {
     const Shared& all = *static_cast<const Shared*>(context);
     int begin, end;
     all.split.range(index, begin, end);
     all.body(begin, end);
   };
-  run_in_parallel(shared.split.num_tasks(), num_threads, task, &shared);
+  run_in_parallel(split.num_tasks(), num_threads, task, &shared);
+}
+
+}  // namespace detail
+
+// Calls body(begin, end) for ranges that make up [0, num_items), on up to num_threads threads.
+template <typename Body>
+void parallel_for(int num_items, int num_threads, const Body& body) {
+  if (num_items == 0) return;
+  detail::run_split(WorkSplit(num_items, std::min(num_items, num_threads)), num_threads, body);
+}
+
+// Whether each thread should take a part of a step's rows through all of its loops, rather than a
+// part of each matrix. Then nothing that one core has written is read by another, which costs much
+// more than arithmetic does; but each core reads all weights. It has the time for that where it has
+// 8 rows for each core that reads them.
+constexpr bool splits_rows(int num_rows, int num_threads) {
+  return num_threads > 1 && num_rows >= 8 * num_threads * num_threads;
+}
+
+// parallel_for over a step's rows, or over `each` items for each row.
+template <typename Body>
+void parallel_rows(int num_rows, int each, int num_threads, const Body& body) {
+  if (!splits_rows(num_rows, num_threads)) return parallel_for(num_rows * each, num_threads, body);
+  const auto part = [&](int begin, int end) {
+    const auto first = [&](int index) {
+      return static_cast<int>(static_cast<std::int64_t>(num_rows) * index / num_threads) * each;
+    };
+    for (int index = begin; index < end; ++index) body(first(index), first(index + 1));
+  };
+  detail::run_split(WorkSplit::one_each(num_threads), num_threads, part);
 }
 
 }  // namespace fastgen
