@@ -119,22 +119,27 @@ void CpuDecoder::set_positions(const float* values) {
   std::copy(values, values + count, weights_.positions);
 }
 
-void CpuDecoder::set_embedding(const Source& source) {
+bool CpuDecoder::set_embedding(const Source& source) {
   const std::size_t count = static_cast<std::size_t>(shape_.vocab_size) * shape_.hidden_size;
   const auto* const floats = static_cast<const float*>(source.data);
   const auto* const halves = static_cast<const std::uint16_t*>(source.data);
+  auto* const to_floats = reinterpret_cast<float*>(weights_.embedding);
+  auto* const to_halves = reinterpret_cast<std::uint16_t*>(weights_.embedding);
+  bool fits = true;
   for (std::size_t at = 0; at < count; ++at) {
     const float value = source.type == Source::Type::kFloat32   ? floats[at]
                         : source.type == Source::Type::kFloat16 ? widen_float16(halves[at])
                                                                 : widen_bfloat16(halves[at]);
     if (keeps_float32(shape_)) {
-      reinterpret_cast<float*>(weights_.embedding)[at] = value;
+      to_floats[at] = value;
+    } else if (shape_.linear == Arithmetic::kFloat16Weights) {
+      to_halves[at] = round_to_float16(value);
+      fits = fits && is_finite_float16(to_halves[at]);
     } else {
-      reinterpret_cast<std::uint16_t*>(weights_.embedding)[at] =
-          shape_.linear == Arithmetic::kFloat16Weights ? round_to_float16(value)
-                                                       : round_to_bfloat16(value);
+      to_halves[at] = round_to_bfloat16(value);
     }
   }
+  return fits;
 }
 
 void CpuDecoder::read_embedding(std::int32_t id, float* values) const {

@@ -41,9 +41,10 @@ class CpuDecoder {
   PackedLinear& projection(int layer, Projection which);
   PackedLinear& head() { return weights_.head; }
   void set_norm(int layer, bool second, const float* gain,
-                const float* bias);          // layer -1: the last
-  void set_positions(const float* values);   // (max_positions, hidden)
-  void set_embedding(const Source& source);  // (vocab, hidden), if it is not tied
+                const float* bias);         // layer -1: the last
+  void set_positions(const float* values);  // (max_positions, hidden)
+  // (vocab, hidden), if it is not tied; false if a value is too large for float16.
+  bool set_embedding(const Source& source);
 
   // Logits of the tokens at `logits_at` (count), in that order, each (vocab).
   const float* forward(const StepRows& rows, const std::int32_t* logits_at, int count);

@@ -147,12 +147,12 @@ class CheckedDecoder {
         values, static_cast<py::ssize_t>(shape.max_positions) * shape.hidden_size, "positions"));
   }
 
-  void set_embedding(const py::array& weight) {
+  bool set_embedding(const py::array& weight) {
     const DecoderShape& shape = open().shape();
     if (shape.tied) throw py::value_error("embedding: is the head's");
     const Source source = source_of(weight, shape.vocab_size, shape.hidden_size, true);
     const py::gil_scoped_release released;
-    decoder_->set_embedding(source);
+    return decoder_->set_embedding(source);
   }
 
   // Logits (count, vocab_size): a view, valid until the next call.

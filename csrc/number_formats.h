@@ -54,4 +54,6 @@ inline std::uint16_t round_to_float16(float value) {
   return static_cast<std::uint16_t>(sign | half);
 }
 
+inline bool is_finite_float16(std::uint16_t half) { return (half & 0x7c00) != 0x7c00; }
+
 }  // namespace fastgen

@@ -14,7 +14,6 @@ namespace {
 
 constexpr float kLargestCode = 127;
 constexpr float kLeastScale = 1e-30f;  // of a column of zeros
-constexpr std::uint16_t kInfiniteHalf = 0x7c00;
 
 constexpr int kChunk = 16;  // inputs that are read at a time: a cache line of a transposed matrix
 constexpr int kPanelsAtOnce = 4;         // whose columns are neighbours in memory
@@ -84,7 +83,7 @@ bool write_float16(const PackedLinear& linear, const Chunk& chunk, int first_inp
     for (int column = 0; column < kPanel; ++column) {
       const std::uint16_t half = round_to_float16(chunk.values[step][column]);
       to[step * kPanel + column] = half;
-      finite = finite && (half & kInfiniteHalf) != kInfiniteHalf;
+      finite = finite && is_finite_float16(half);
     }
   }
   return finite;

@@ -136,7 +136,8 @@ class _Loader:
         checkpoint = self._checkpoint
         self._native.set_positions(self._floats("wpe.weight"))
         if not checkpoint.tied:
-            self._native.set_embedding(_bits(checkpoint.read(EMBEDDING)))
+            fits = self._native.set_embedding(_bits(checkpoint.read(EMBEDDING)))
+            self._require(fits, EMBEDDING)
         for layer in range(checkpoint.config.num_layers):
             self._load_attention(layer)
             self._load_mlp(layer)
