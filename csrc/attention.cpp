@@ -32,11 +32,13 @@ void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& l
       blocks.write(block, layer.layer, head, slot, query + hidden, query + 2 * hidden);
       continue;
     }
-    std::uint16_t* const rounded = layer.rounded + token * layer.rounded_stride + at;
-    for (int part = 0; part < 3 * hidden; part += hidden) {
-      kernels.round_bfloat16(query + part, shape.head_dim, rounded + part);
+    std::uint16_t* const rounded =
+        layer.rounded + token * layer.rounded_stride + head * shape.padded_dim();
+    const int part = shape.num_heads * shape.padded_dim();
+    for (int which = 0; which < 3; ++which) {
+      kernels.round_bfloat16(query + which * hidden, shape.head_dim, rounded + which * part);
     }
-    blocks.write(block, layer.layer, head, slot, rounded + hidden, rounded + 2 * hidden);
+    blocks.write(block, layer.layer, head, slot, rounded + part, rounded + 2 * part);
   }
 }
 
@@ -79,6 +81,12 @@ class TileAttention {
     const char* values = blocks_.values(block, layer_.layer, head_);
     for (int d = 0; d < shape_.head_dim; d += kPanel, values += shape_.value_panel_bytes()) {
       tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens), sums_);
+      if (visible < tokens && has_nan()) {
+        for (int row = 0; row < count_; ++row) {
+          sum_visible(static_cast<const char*>(weights) + row * weight_stride, values,
+                      std::clamp(visible + row, 0, kBlockTokens), sums_ + row * kPanel);
+        }
+      }
       kernels_.rescale_and_add(sums_, count_, softmax_.rescale,
                                std::min(kPanel, shape_.head_dim - d), outputs + d,
                                layer_.output_stride);
@@ -93,6 +101,24 @@ class TileAttention {
   }
 
  private:
+  bool has_nan() const {
+    float sum = 0;
+    for (int at = 0; at < count_ * kPanel; ++at) sum += sums_[at] * 0;
+    return !(sum == 0);
+  }
+
+  // One query's weighted values of its `visible` tokens alone: a value behind them that is NaN or
+  // infinite would not vanish with a weight of 0.
+  void sum_visible(const void* weights, const char* values, int visible, float* sums) {
+    alignas(kCacheLine) char copy[kBlockTokens * kPanel * sizeof(float)];
+    std::memcpy(copy, values, shape_.value_panel_bytes());
+    if (shape_.arithmetic == Arithmetic::kBFloat16 && visible % 2 != 0) {
+      auto* const pairs = reinterpret_cast<std::uint16_t*>(copy) + visible / 2 * kPanel * 2;
+      for (int column = 0; column < kPanel; ++column) pairs[2 * column + 1] = 0;
+    }
+    tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), sums);
+  }
+
   const KvBlocks& blocks_;
   const KvShape& shape_;
   const AttentionLayer& layer_;
@@ -114,7 +140,7 @@ void attend_tile(const StepRows& rows, const AttentionPlan::Task& task, const At
   const void* queries = layer.qkv + token * layer.qkv_stride + at;
   std::size_t stride = layer.qkv_stride * sizeof(float);
   if (shape.arithmetic == Arithmetic::kBFloat16) {
-    queries = layer.rounded + token * layer.rounded_stride + at;
+    queries = layer.rounded + token * layer.rounded_stride + task.head * shape.padded_dim();
     stride = layer.rounded_stride * sizeof(std::uint16_t);
   }
   float* const outputs = layer.outputs + token * layer.output_stride + at;

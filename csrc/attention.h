@@ -44,7 +44,9 @@ struct AttentionLayer {
   float scale;       // on scores
   const float* qkv;  // (tokens, 3 * hidden), `qkv_stride` floats apart
   std::size_t qkv_stride;
-  std::uint16_t* rounded;  // scratch for qkv in bfloat16, `rounded_stride` apart
+  // Scratch for qkv in bfloat16, each head padded with a zero to whole pairs, `rounded_stride`
+  // apart.
+  std::uint16_t* rounded;
   std::size_t rounded_stride;
   float* outputs;  // (tokens, hidden), heads side by side, `output_stride` floats apart
   std::size_t output_stride;

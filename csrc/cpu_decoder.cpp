@@ -60,7 +60,7 @@ void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
   normed = take_rows(shape.hidden_size);
   qkv = take_rows(3 * shape.hidden_size);
   inner = take_rows(shape.inner_size);
-  rounded_stride = row_stride((3 * shape.hidden_size + 2) / 2) * 2;
+  rounded_stride = row_stride(3 * shape.num_heads * kv_shape(shape).padded_dim() / 2) * 2;
   operand_stride =
       row_stride(std::max(shape.hidden_size, shape.inner_size) / 2 + 1) * sizeof(float);
   rounded = nullptr;

@@ -21,6 +21,7 @@ struct KvShape {
   Arithmetic arithmetic;  // kFloat32 or kBFloat16
   int num_layers, num_heads, head_dim;
 
+  int padded_dim() const { return head_dim + head_dim % 2; }  // whole pairs
   int key_steps() const { return num_steps(arithmetic, head_dim); }
   int value_panels() const { return num_panels(head_dim); }
   std::size_t step_bytes() const { return step_shape(arithmetic).bytes; }

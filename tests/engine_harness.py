@@ -5,6 +5,7 @@ that only counts, where an engine's books are to be tried out thousands of times
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,14 +47,22 @@ class Recorder:
         return [len(batch.token_ids) for batch in self.batches]
 
 
-def make_engine(seats: int = 4, max_seq_len: int = 256, *, num_blocks: int = 0) -> Engine:
+def make_engine(
+    seats: int = 4,
+    max_seq_len: int = 256,
+    *,
+    num_blocks: int = 0,
+    decoder: str = "auto",
+    model: Path | None = None,
+) -> Engine:
     """An engine of its own; `engine.decoder` is a Recorder."""
-    checkpoint = open_model()
-    plan = plan_decoder(checkpoint, LoadOptions(max_batch_size=seats, max_seq_len=max_seq_len))
-    decoder = build_decoder(checkpoint, plan)
+    checkpoint = open_model(model)
+    options = LoadOptions(decoder=decoder, max_batch_size=seats, max_seq_len=max_seq_len)
+    plan = plan_decoder(checkpoint, options)
+    built = build_decoder(checkpoint, plan)
     if num_blocks:
-        object.__setattr__(decoder.limits, "num_blocks", num_blocks)
-    recorder: Any = Recorder(decoder)
+        object.__setattr__(built.limits, "num_blocks", num_blocks)
+    recorder: Any = Recorder(built)
     return Engine(recorder, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
 
 

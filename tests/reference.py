@@ -43,6 +43,7 @@ ALIASES = {
     "n_layer": "num_hidden_layers",
     "n_positions": "max_position_embeddings",
 }
+DEFAULTS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 
 
 class ReferenceGPT2:
@@ -51,7 +52,7 @@ class ReferenceGPT2:
     def __init__(self, folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
         known = {ours: config.get(ours, config.get(general)) for ours, general in ALIASES.items()}
-        self.config = {**config, **known}
+        self.config = {**DEFAULTS, **config, **known}
         stored = {}
         for file in sorted(folder.glob("*.safetensors")):
             stored.update(load_file(file))

@@ -1,4 +1,4 @@
-"""The StepBatch contract on the torch decoder: caching, chunks, feedback, drafts, masks, growth."""
+"""The StepBatch contract on each decoder: caching, chunks, feedback, drafts, masks, growth."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ from stepping import Rows, all_logits, to_numpy
 Folder = Callable[[str], Path]
 
 
+@pytest.fixture(params=["cpu", "torch"])
+def decoder_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def decoder(variant: Folder) -> Any:
-    with fastgen.load(variant("plain"), max_batch_size=8) as model:
+def decoder(variant: Folder, decoder_name: str) -> Any:
+    with fastgen.load(variant("plain"), max_batch_size=8, decoder=decoder_name) as model:
         yield model.engine.decoder
 
 
@@ -170,8 +175,8 @@ def test_copied_blocks_hold_the_same_keys_and_values(decoder: Decoder) -> None:
     assert_close([last[0]], [last[1]])
 
 
-def test_reserve_grows_and_keeps_what_is_cached(variant: Folder) -> None:
-    with fastgen.load(variant("plain"), max_batch_size=2) as model:
+def test_reserve_grows_and_keeps_what_is_cached(variant: Folder, decoder_name: str) -> None:
+    with fastgen.load(variant("plain"), max_batch_size=2, decoder=decoder_name) as model:
         decoder = model.engine.decoder
         [row] = random_rows(10, (50,))
         rows = Rows(decoder, 1)

@@ -1,15 +1,16 @@
 """Faults at every stage of one row's way: {exception, NaN, delay, cancel} strikes the victim once.
 
-Two rows run beside the victim and one waits behind it, on the bundled model. In every cell their
-tokens and text are those of an undisturbed run, every block and seat is free in the end, the victim
-has ended, and a next request is exact. Where a cell has no literal sense it has the nearest one:
+Two rows run beside the victim and one waits behind it, on the bundled model and each decoder that
+a CPU has. In every cell their tokens and text are those of an undisturbed run, every block and seat
+is free in the end, the victim has ended, and a next request is exact. Where a cell has no literal
+sense it has the nearest one:
 
 - tokenize: the victim has no row yet, so what fails comes to its caller; NaN is an id that is NaN,
   cancel is Ctrl-C.
 - admit: binding the seat; NaN is a deadline that is NaN, which is refused.
 - allocate: NaN is what the memory of the blocks holds when the victim gets them: it is exact.
 - prefill, decode: an exception is the whole step's, so the rows that run fail with the victim, and
-  the waiting one is the bystander; NaN are the victim's logits.
+  the waiting one is the bystander; NaN are the victim's logits, keys and values.
 - sample: the victim's own logits_processor, on the host.
 - detokenize: NaN is what comes instead of text.
 - emit: handing the row its token; NaN is a draw that the decoder marks as none.
@@ -30,9 +31,10 @@ import fastgen
 from agreement import assert_rows_agree
 from engine_harness import assert_idle, greedy, random_prompt
 from fastgen import SamplingParams
-from fastgen.decoders.interface import Draw
+from fastgen.decoders.interface import Draw, StepBatch
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.request import Request, Row
+from poisoned import POISON, save_poisoned
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "sample", "detokenize", "emit")
 KINDS = ("exception", "NaN", "delay", "cancel")
@@ -52,9 +54,13 @@ class InjectedError(Exception):
     pass
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=3, max_seq_len=128) as loaded:
+@pytest.fixture(scope="module", params=["cpu", "torch"])
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[fastgen.Generator]:
+    folder = save_poisoned(tmp_path_factory.mktemp("poisoned"))
+    options: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 128}
+    with fastgen.load(folder, decoder=request.param, **options) as loaded:
         yield loaded
 
 
@@ -153,34 +159,45 @@ def allocate(scene: Scene) -> None:
 
     def full_of_nan(count: int) -> list[int]:
         blocks = original(count)
-        slots = np.add.outer(np.array(blocks) * BLOCK_SIZE, np.arange(BLOCK_SIZE)).ravel()
-        scene.model.engine.decoder._kv_cache[:, :, :, slots] = math.nan  # (.., slots, D)
+        logits = scene.model.engine.decoder.forward(poison_for(blocks))
+        assert np.isnan(np.asarray(logits)).all()
         return blocks
 
     scene.add_victim()  # the next to be given blocks
     scene.patch.setattr(pool, "allocate", scene.faulty(original, full_of_nan))
 
 
-def forward(scene: Scene, num_new: int) -> None:
+def poison_for(blocks: list[int]) -> StepBatch:
+    """A row for each block, which fills it with NaN."""
+    count, size = len(blocks), BLOCK_SIZE
+    arrays = (
+        *([POISON] * (count * size), list(range(size)) * count),
+        *(range(0, (count + 1) * size, size), [0] * count, [[block] for block in blocks]),
+        *([size - 1], [-1]),
+    )
+    return StepBatch(*(np.array(array, np.int32) for array in arrays))
+
+
+def step(scene: Scene, num_new: int) -> None:
     """In the step that draws the victim's next token when it has so many new ones."""
     decoder = scene.model.engine.decoder
-    original = decoder.forward
+    original = decoder.step
 
-    def at(batch: Any) -> list[int]:
+    def at(batch: StepBatch) -> list[int]:
         """Which rows of logits are the victim's."""
         seats = batch.seats.tolist()
         return [index for index, seat in enumerate(seats) if seat == scene.row.seat >= 0]
 
-    def with_nan(batch: Any) -> Any:
-        logits = original(batch)
-        logits[at(batch)] = math.nan
-        return logits
+    def with_nan(batch: StepBatch) -> Any:
+        token_ids = batch.token_ids.copy()
+        token_ids[batch.logits_at[at(batch)]] = POISON
+        return original(replace(batch, token_ids=token_ids))
 
-    def is_victims(batch: Any) -> bool:
+    def is_victims(batch: StepBatch) -> bool:
         return bool(at(batch)) and len(scene.row.new_token_ids) == num_new
 
     scene.add_victim()
-    scene.patch.setattr(decoder, "forward", scene.faulty(original, with_nan, is_victims))
+    scene.patch.setattr(decoder, "step", scene.faulty(original, with_nan, is_victims))
 
 
 def sample(scene: Scene) -> None:
@@ -210,8 +227,8 @@ INJECT: dict[str, Callable[[Scene], None]] = {
     "tokenize": tokenize,
     "admit": admit,
     "allocate": allocate,
-    "prefill": lambda scene: forward(scene, 0),
-    "decode": lambda scene: forward(scene, 3),
+    "prefill": lambda scene: step(scene, 0),
+    "decode": lambda scene: step(scene, 3),
     "sample": sample,
     "detokenize": detokenize,
     "emit": emit,

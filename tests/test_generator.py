@@ -21,8 +21,10 @@ GREEDY_100 = Path(__file__).parent / "greedy_100.txt"
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 
 
-def test_the_bundled_models_100_greedy_tokens(idle_model: fastgen.Generator) -> None:
-    text = idle_model("And it came to pass", temperature=0, max_new_tokens=100)
+@pytest.mark.parametrize("decoder", ["cpu", "torch"])
+def test_the_bundled_models_100_greedy_tokens(decoder: str) -> None:
+    with fastgen.load(decoder=decoder, max_batch_size=1) as model:
+        text = model("And it came to pass", temperature=0, max_new_tokens=100)
     assert text == GREEDY_100.read_text()
 
 
@@ -117,9 +119,11 @@ def test_eos_ends_a_row_unless_ignored(idle_model: fastgen.Generator) -> None:
     assert on.completions[0].finish_reason == "length"
 
 
-def test_score_is_transformers_log_softmax(idle_model: fastgen.Generator) -> None:
+@pytest.mark.parametrize("decoder", ["cpu", "torch"])
+def test_score_is_transformers_log_softmax(decoder: str) -> None:
     text = HELD_OUT.read_text()[:3000]
-    [score] = idle_model.score([text])
+    with fastgen.load(decoder=decoder, max_batch_size=1) as model:
+        [score] = model.score([text])
     peer = load_transformers(BUNDLED_MODEL, torch.float32)
     [logits] = transformers_logits(peer, [list(score.token_ids)])
     expected = torch.from_numpy(logits).double().log_softmax(1)[:-1]
@@ -192,8 +196,15 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: fastgen.load(max_batch_size=10**6), ValueError, "max_batch_size"),
         (lambda m: fastgen.load(""), fastgen.CheckpointError, "empty"),
         (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),
-        (lambda m: fastgen.load(quantize="int8"), ValueError, "int8"),
-        (lambda m: fastgen.load(batch_invariant=True), ValueError, "batch_invariant"),
+        (lambda m: fastgen.load(quantize="int4"), ValueError, "int8"),
+        (lambda m: fastgen.load(quantize="int8", decoder="torch"), ValueError, "CPU decoder"),
+        (lambda m: fastgen.load(quantize="int8", dtype="float16"), ValueError, "float32"),
+        (
+            lambda m: fastgen.load(batch_invariant=True, decoder="torch"),
+            ValueError,
+            "batch_invariant",
+        ),
+        (lambda m: fastgen.load(decoder="cpu", device="cuda"), ValueError, "CPU only"),
         (lambda m: fastgen.load(max_batch_size=0), ValueError, "max_batch_size"),
         (lambda m: fastgen.load(max_memory=10), ValueError, "MB of KV"),
         (lambda m: fastgen.load(3), TypeError, "int"),

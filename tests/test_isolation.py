@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from engine_harness import assert_idle, greedy, make_engine, new_tokens, random_
 from fastgen.engine import Engine
 from fastgen.request import Request
 from fastgen.sampler import token_logprobs
+from poisoned import POISON, save_poisoned
 
 RNG = np.random.default_rng(0)
 PROMPTS = [random_prompt(RNG, length) for length in (40, 9, 70, 33)]
@@ -255,42 +257,43 @@ def test_a_sink_that_cannot_end_is_an_error_when_cancelled(engine: Engine, how: 
     assert isinstance(request.rows[0].error, OSError)
 
 
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_poisoned(tmp_path_factory.mktemp("poisoned"))
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "torch"])
 def test_logits_that_are_nan_end_their_row_and_what_it_computed_is_not_found(
-    engine: Engine, undisturbed: list[Request], monkeypatch: pytest.MonkeyPatch
+    decoder: str, poisoned: Path
 ) -> None:
-    """Keys and values may be NaN as well; the next row with that beginning computes it anew."""
-    forward = engine.decoder.forward
+    """Keys and values are NaN as well; the next row with that beginning computes it anew."""
+    engine = make_engine(seats=6, decoder=decoder, model=poisoned)
+    undisturbed = bystanders(engine)
+    run_all(engine, undisturbed)
     prompt = random_prompt(np.random.default_rng(9), 64)
-    victims: list[Request] = []
-
-    def with_nan(batch: Any) -> Any:
-        logits = forward(batch)
-        for at, seat in enumerate(batch.seats.tolist()):
-            if any(seat == row.seat for victim in victims for row in victim.rows):
-                logits[at] = float("nan")
-        return logits
-
-    monkeypatch.setattr(engine.decoder._decoder, "forward", with_nan)
+    prompt[40] = POISON
     others = bystanders(engine)
-    victims.append(engine.add_request(prompt, greedy(n=2)))
-    run_all(engine, [*others, *victims])
-    assert [row.finish_reason for row in victims[0].rows] == ["error", "error"]
-    assert [str(row.error) for row in victims[0].rows] == [NO_TOKEN] * 2
+    victim = engine.add_request(prompt, greedy(n=2))
+    run_all(engine, [*others, victim])
+    assert [row.finish_reason for row in victim.rows] == ["error", "error"]
+    assert [str(row.error) for row in victim.rows] == [NO_TOKEN] * 2
     assert_same(others, undisturbed)
     before = engine.stats.reused_tokens
-    victims.clear()
-    run_all(engine, [engine.add_request(prompt, greedy(max_new_tokens=1))])
+    again = engine.add_request(prompt, greedy(max_new_tokens=1))
+    run_all(engine, [again])
+    assert again.rows[0].finish_reason == "error"
     assert engine.stats.reused_tokens == before
+    assert_idle(engine)
 
 
-def test_scores_that_would_be_nan_are_an_error(
-    idle_model: fastgen.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = idle_model.engine
-    forward = engine.decoder.forward
-    monkeypatch.setattr(engine.decoder, "forward", lambda batch: forward(batch) * float("inf"))
-    with pytest.raises(fastgen.EngineError, match="scoring failed: the logits were NaN"):
-        idle_model.score(["In the beginning"])
+@pytest.mark.parametrize("decoder", ["cpu", "torch"])
+def test_scores_that_would_be_nan_are_an_error(decoder: str, poisoned: Path) -> None:
+    with fastgen.load(poisoned, decoder=decoder, max_batch_size=2) as model:
+        with pytest.raises(fastgen.EngineError, match="scoring failed: the logits were NaN"):
+            model.score([[5, 6, POISON, 7]])
+        [score] = model.score([[5, 6, 7]])
+        assert np.isfinite(score.total_logprob)
+        assert_idle(model.engine)
 
 
 def test_a_function_that_runs_its_own_engine_is_an_error_and_no_deadlock(

@@ -5,7 +5,6 @@ Imports no torch, so that it can also run under sanitizers (test_sanitizers.py).
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,19 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpu_decoders import INSTRUCTION_SETS, instruction_set
 from fastgen import SamplingParams
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.native import native
 from sampling_harness import Rows, adversarial_logits, draw_each, random_logits, random_params
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
-
-IN_OTHER_CODE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from test_native_sampler import drawn_ids
-print(json.dumps(drawn_ids(int(sys.argv[2]))))
-"""
 
 
 def make(num_seats: int, vocab_size: int, eos_ids: frozenset[int], threads: int = 2) -> Any:
@@ -69,15 +62,11 @@ def test_one_thread_draws_what_many_draw() -> None:
     assert drawn_ids(1) == drawn_ids(7)
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_every_instruction_set_draws_the_same(name: str) -> None:
-    command = [sys.executable, "-c", IN_OTHER_CODE, str(Path(__file__).parent), "2"]
-    environment = {**os.environ, "FASTGEN_ISA": name}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if f"FASTGEN_ISA={name}: not an instruction set of this processor" in process.stderr:
-        pytest.skip(f"this processor has no {name}")
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout) == drawn_ids(2)
+    wanted = drawn_ids(2)
+    with instruction_set(name):
+        assert drawn_ids(2) == wanted
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +206,6 @@ def native_options() -> dict[str, Any]:
             given.update(options)
 
     sampler = make(1, 9, frozenset())
-    sampler._native = Catch()
+    sampler.native = Catch()
     sampler.bind(0, SamplingParams(), [1])
     return given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,16 +108,24 @@ def check_alone(engine: Engine, one: Started) -> int:
 
 
 @pytest.mark.parametrize(
-    "num_steps", [250, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])]
+    ("decoder", "num_steps"),
+    [
+        ("cpu", 250),
+        ("torch", 250),
+        pytest.param("cpu", 10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
+    ],
 )
-def test_each_row_is_as_if_it_had_run_alone(num_steps: int) -> None:
+def test_each_row_is_as_if_it_had_run_alone(decoder: str, num_steps: int) -> None:
     rng = np.random.default_rng(num_steps)
-    engine = make_engine(seats=8, max_seq_len=256, num_blocks=40)  # too few for all: some wait
+    options: dict[str, Any] = {"max_seq_len": 256, "decoder": decoder}
+    engine = make_engine(seats=8, num_blocks=40, **options)  # too few for all: some wait
     started = run_steps(engine, rng, num_steps)
     assert_idle(engine)
     assert engine.stats.reused_tokens > 10 * len(started), "the test must have shared prefixes"
-    alone = make_engine(seats=4, max_seq_len=256)
+    alone = make_engine(seats=4, **options)
     same = sum(check_alone(alone, one) for one in started)
     num_rows = sum(len(one.request.rows) for one in started)
+    if engine.decoder.limits.batch_invariant:
+        assert same == num_rows
     assert same >= 0.98 * num_rows, "differences that PyTorch's products make are rare"
     print(f"{num_steps} steps, {len(started)} requests, {num_rows} rows, {same} to the bit")

@@ -1,4 +1,4 @@
-"""The sampler under sanitizers: alone, fed random bytes, and inside Python; and the thread pool.
+"""The sampler and the decoder under sanitizers: alone, and inside Python; and the thread pool.
 
 AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
 ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pybind11
@@ -22,12 +24,14 @@ ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
 POOL = ROOT / "csrc" / "thread_pool.cpp"
+DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
 CORE = sorted(p for p in (ROOT / "csrc").glob("*.cpp") if "bindings" not in p.name)
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
 SECONDS = 60  # of each driver of the sampler
 POOL_SECONDS = 20
+DECODER_SECONDS = 60
 
 pytestmark = [
     pytest.mark.slow,
@@ -153,13 +157,115 @@ def test_the_pool_drivers_checks_can_fail(
     assert complaint in process.stderr
 
 
+def copy_sources(folder: Path, flags: tuple[str, ...]) -> Path:
+    """csrc, for AddressSanitizer with an arena whose pieces it can tell from each other."""
+    copy = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", copy)
+    if flags == ADDRESS:
+        shutil.copy(ROOT / "tests" / "native" / "guarded_arena.h", copy / "arena.h")
+    return copy
+
+
+class Decoder:
+    """The decoder's objects with a sanitizer, made once; of a changed source, anew."""
+
+    def __init__(self, folder: Path, flags: tuple[str, ...]) -> None:
+        self.folder, self.flags = folder, flags
+        self.sources = copy_sources(folder, flags)
+        core = [p for p in self.sources.glob("*.cpp") if "bindings" not in p.name]
+        self.objects = {source.stem: self.compile(source) for source in core}
+
+    def compile(self, source: Path) -> Path:
+        made = self.folder / f"{source.stem}.o"
+        run(compiler("g++"), *COMMON, *self.flags, f"-I{self.sources}", "-c", source, "-o", made)
+        return made
+
+    def program(self, changed: Path | None = None) -> Path:
+        """The driver with these objects, but one of the changed source."""
+        objects = dict(self.objects)
+        if changed is not None:
+            objects[changed.stem] = self.compile(changed)
+        driver, program = self.compile(DECODER_DRIVER), self.folder / "driver"
+        run(compiler("g++"), *COMMON, *self.flags, *objects.values(), driver, "-o", program)
+        return program
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Decoder]:
+    return cache(lambda flags: Decoder(tmp_path_factory.mktemp("decoder"), flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "least"),
+    [pytest.param(ADDRESS, 200, id="address"), pytest.param(THREAD, 100, id="thread")],
+)
+def test_the_decoder(
+    flags: tuple[str, ...], least: int, decoders: Callable[[tuple[str, ...]], Decoder]
+) -> None:
+    seed = str(int.from_bytes(os.urandom(3), "big"))
+    print(f"seed {seed}")
+    output = run(decoders(flags).program(), str(DECODER_SECONDS), seed)
+    [cases] = re.findall(r"(\d+) cases", output)
+    assert int(cases) >= least, output
+    print(f"{cases} cases")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "old", "new", "complaint"),
+    [
+        pytest.param(
+            ADDRESS,
+            "attention",
+            "rows.cache_lens[task.row] + task.first + 1;",
+            "rows.cache_lens[task.row] + task.first + 2;",
+            "memcmp",
+            id="looks ahead",
+        ),
+        pytest.param(
+            ADDRESS,
+            "packed_linear",
+            "bias = cursor.take<float>(padded)",
+            "bias = cursor.take<float>(columns)",
+            "AddressSanitizer",
+            id="reads behind a piece",
+        ),
+        pytest.param(
+            THREAD,
+            "attention",
+            "at_once = plan.one_tile_a_row()",
+            "at_once = true",
+            "ThreadSanitizer: data race",
+            id="reads what others write",
+        ),
+    ],
+)
+def test_the_decoder_drivers_checks_can_fail(
+    flags: tuple[str, ...],
+    name: str,
+    old: str,
+    new: str,
+    complaint: str,
+    decoders: Callable[[tuple[str, ...]], Decoder],
+    tmp_path: Path,
+) -> None:
+    decoder = decoders(flags)
+    source = (decoder.sources / f"{name}.cpp").read_text()
+    assert source.count(old) == 1
+    broken = tmp_path / f"{name}.cpp"
+    broken.write_text(source.replace(old, new))
+    command = [decoder.program(broken), "20", "1"]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert process.returncode != 0
+    assert complaint in process.stderr
+
+
 def test_the_extension_inside_python(tmp_path: Path) -> None:
-    """tests/test_native_sampler.py, with the bindings and the sampler built for sanitizers."""
+    """The tests of what needs no PyTorch, with bindings and all built for sanitizers."""
     package = tmp_path / "fastgen"
     shutil.copytree(ROOT / "fastgen", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     module = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-    sources = sorted((ROOT / "csrc").glob("*.cpp"))
+    sources = sorted(copy_sources(tmp_path, ADDRESS).glob("*.cpp"))
     gxx = compiler("g++")
     shared = ("-shared", "-fPIC", "-fvisibility=hidden")
     run(gxx, *COMMON, *ADDRESS, *shared, *includes, *sources, "-o", module)
@@ -170,11 +276,12 @@ def test_the_extension_inside_python(tmp_path: Path) -> None:
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until the end
         "PYTHONPATH": str(tmp_path),
+        "PYTHONSAFEPATH": "1",  # the checkout, where this runs, has a package of that name, too
         "PYTHONMALLOC": "malloc",
     }
     options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
-    test = ROOT / "tests" / "test_native_sampler.py"
-    output = run(sys.executable, "-m", "pytest", *options, test, env=env)
+    tests = [ROOT / "tests" / f"test_native_{part}.py" for part in ("sampler", "decoder")]
+    output = run(sys.executable, "-m", "pytest", *options, *tests, env=env)
     assert re.search(r"\d+ passed", output) and "skipped" not in output, output
     where = "import fastgen._native as n; print(n.__file__)"
     assert run(sys.executable, "-c", where, env=env).strip() == str(module)

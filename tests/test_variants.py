@@ -1,11 +1,15 @@
-"""Every checkpoint variant against transformers: logits by the error rule, greedy tokens."""
+"""Every checkpoint variant against transformers: logits by the error rule, greedy tokens.
+
+On both decoders that run on a CPU; test_cpu_decoder.py has the CPU decoder's other paths.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from variants import VARIANTS
 
 Folder = Callable[[str], Path]
 EXPECTED_WARNINGS = {"value_head": "v_head"}
+DECODERS = ("cpu", "torch")
+LENGTHS = (1, 31, 32, 33, 96, 2)
 
 
 def load(folder: Path, name: str = "", **options: Any) -> fastgen.Generator:
@@ -58,64 +64,99 @@ def transformers_logits(
     return [peer(ids).logits[0].float().cpu().numpy() for ids in inputs]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_logits_are_as_close_to_float64_as_transformers(name: str, variant: Folder) -> None:
-    folder = variant(name)
-    rows = random_rows(name, VARIANTS[name][0].get("vocab_size", 211), (1, 31, 32, 33, 96, 2))
-    reference = ReferenceGPT2(folder)
-    expected = [reference.logits(row) for row in rows]
-    peer_error = worst_error(
-        transformers_logits(load_transformers(folder, torch.float32), rows), expected
-    )
-    largest = max(float(np.abs(logits).max()) for logits in expected)
-    assert largest > 1, "logits are flat: the comparison would mean nothing"
-    with load(folder, name) as model:
-        whole = [all_logits(model.engine.decoder, [row], [96])[0] for row in rows]
-        ragged = all_logits(model.engine.decoder, rows, [1, 7, 13])
-    allowed = TOLERANCES["float32"]["ratio"] * peer_error + TOLERANCES["float32"]["slack"] * largest
-    for found in (whole, ragged):
-        error = worst_error(found, expected)
-        assert error <= allowed, f"{name}: error {error:.2e}, transformers {peer_error:.2e}"
+class Case(NamedTuple):
+    """Rows of a checkpoint, their float64 logits, and how far transformers is from these."""
+
+    rows: list[list[int]]
+    expected: list[Any]
+    peer_error: float
+
+    def allowed(self, dtype: str) -> float:
+        """The error that the table's rule allows."""
+        largest = max(float(np.abs(logits).max()) for logits in self.expected)
+        assert largest > 1, "logits are flat: the comparison would mean nothing"
+        rule = TOLERANCES[dtype]
+        return rule["ratio"] * self.peer_error + rule["slack"] * largest
+
+    def assert_close(self, found: list[Any], dtype: str) -> None:
+        error, allowed = worst_error(found, self.expected), self.allowed(dtype)
+        assert error <= allowed, f"error {error:.2e}, the peer's {self.peer_error:.2e}"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["plain", "codeparrot", "untied", "bf16_file", "fp16_file"])
-def test_16_bit_arithmetic_is_as_close_as_pytorchs(name: str, dtype: str, variant: Folder) -> None:
-    assert_as_close_as_pytorch(name, dtype, variant(name), "cpu")
-
-
-def assert_as_close_as_pytorch(name: str, dtype: str, folder: Path, device: str) -> None:
-    """Error against float64 by the table's rule, next to transformers in the same dtype."""
-    rows = random_rows(name, 211, (1, 17, 64, 96))
+@cache
+def transformers_case(
+    name: str, folder: Path, lengths: tuple[int, ...], dtype: str = "float32", device: str = "cpu"
+) -> Case:
+    rows = random_rows(name, vocab_size_of(name), lengths)
     reference = ReferenceGPT2(folder)
     expected = [reference.logits(row) for row in rows]
     peer = load_transformers(folder, getattr(torch, dtype)).to(device)
-    peer_error = worst_error(transformers_logits(peer, rows, device), expected)
-    with load(folder, dtype=dtype, device=device) as model:
-        error = worst_error(all_logits(model.engine.decoder, rows, [5, 20]), expected)
-    largest = max(float(np.abs(logits).max()) for logits in expected)
-    allowed = TOLERANCES[dtype]["ratio"] * peer_error + TOLERANCES[dtype]["slack"] * largest
-    assert error <= allowed, f"{name}: error {error:.2e}, transformers {peer_error:.2e}"
+    return Case(rows, expected, worst_error(transformers_logits(peer, rows, device), expected))
 
 
+def vocab_size_of(name: str) -> int:
+    return int(VARIANTS[name][0].get("vocab_size", 211))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_greedy_tokens_equal_transformers(name: str, variant: Folder) -> None:
-    """Equal up to where the reference's best two logits are closer than the rule allows to tell."""
+def test_logits_are_as_close_to_float64_as_transformers(
+    name: str, decoder: str, variant: Folder
+) -> None:
     folder = variant(name)
-    vocab_size = VARIANTS[name][0].get("vocab_size", 211)
-    prompts = random_rows(name, vocab_size, (1, 9, 40, 64))
+    case = transformers_case(name, folder, LENGTHS)
+    with load(folder, name, decoder=decoder) as model:
+        whole = [all_logits(model.engine.decoder, [row], [96])[0] for row in case.rows]
+        ragged = all_logits(model.engine.decoder, case.rows, [1, 7, 13])
+    case.assert_close(whole, "float32")
+    case.assert_close(ragged, "float32")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["plain", "codeparrot", "untied", "bf16_file", "fp16_file"])
+def test_16_bit_arithmetic_is_as_close_as_pytorchs(
+    name: str, dtype: str, decoder: str, variant: Folder
+) -> None:
+    assert_as_close_as_pytorch(name, dtype, variant(name), decoder=decoder)
+
+
+def assert_as_close_as_pytorch(
+    name: str, dtype: str, folder: Path, device: str = "cpu", decoder: str = "auto"
+) -> None:
+    """Error against float64 by the table's rule, next to transformers in the same dtype."""
+    case = transformers_case(name, folder, (1, 17, 64, 96), dtype, device)
+    with load(folder, dtype=dtype, device=device, decoder=decoder) as model:
+        case.assert_close(all_logits(model.engine.decoder, case.rows, [5, 20]), dtype)
+
+
+@cache
+def greedy_tokens_of_transformers(name: str, folder: Path) -> list[tuple[list[int], list[int]]]:
+    """Prompts and what follows each."""
     peer = load_transformers(folder, torch.float32)
-    reference = ReferenceGPT2(folder)
-    with load(folder, name) as model:
-        results = model.generate(prompts, temperature=0, max_new_tokens=32)
-    for prompt, result in zip(prompts, results, strict=True):
-        ours = list(result.completions[0].token_ids)
+    found = []
+    for prompt in random_rows(name, vocab_size_of(name), (1, 9, 40, 64)):
         ids = torch.tensor([prompt])
-        theirs = peer.generate(
+        tokens = peer.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=32,
             pad_token_id=0,
-        )[0, len(prompt) :].tolist()  # fmt: skip
-        assert_same_greedy(reference, prompt, ours, theirs)
+        )  # fmt: skip
+        found.append((prompt, tokens[0, len(prompt) :].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_tokens_equal_transformers(name: str, decoder: str, variant: Folder) -> None:
+    """Equal up to where the reference's best two logits are closer than the rule allows to tell."""
+    folder = variant(name)
+    wanted = greedy_tokens_of_transformers(name, folder)
+    reference = ReferenceGPT2(folder)
+    with load(folder, name, decoder=decoder) as model:
+        prompts = [prompt for prompt, _ in wanted]
+        results = model.generate(prompts, temperature=0, max_new_tokens=32)
+    for (prompt, theirs), result in zip(wanted, results, strict=True):
+        assert_same_greedy(reference, prompt, list(result.completions[0].token_ids), theirs)
 
 
 def assert_same_greedy(

@@ -126,6 +126,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], Edit | None, torch.dtype]] = {
     "head_dim_8": ({"n_embd": 24, "n_head": 3}, None, torch.float32),
     "head_dim_80": ({"n_embd": 160, "n_head": 2}, None, torch.float32),
     "head_dim_128": ({"n_embd": 256, "n_head": 2}, None, torch.float32),
+    "width_36": ({"n_embd": 36, "n_head": 3}, None, torch.float32),
+    "width_100": ({"n_embd": 100, "n_head": 4, "n_inner": 37}, None, torch.float32),
+    "gpt2_vocab": (
+        {"n_layer": 1, "n_embd": 20, "n_head": 2, "vocab_size": 50257},
+        None,
+        torch.float32,
+    ),
     "one_of_each": (
         {"n_layer": 1, "n_head": 1, "n_embd": 3, "vocab_size": 13},
         None,
