@@ -275,9 +275,9 @@ class CheckedDecoder {
     }
     const int width = static_cast<int>(block_tables.shape(1));
     for (py::ssize_t row = 0; row < rows; ++row) {
-      const std::int32_t added = row_starts.data()[row + 1] - row_starts.data()[row];
-      const std::int32_t length = cache_lens.data()[row] + added;
-      if (added < 0 || cache_lens.data()[row] < 0 ||
+      const std::int64_t added = std::int64_t{row_starts.data()[row + 1]} - row_starts.data()[row];
+      const std::int64_t length = cache_lens.data()[row] + added;
+      if (added < 0 || added > tokens || cache_lens.data()[row] < 0 ||
           (length + kBlockTokens - 1) / kBlockTokens > width) {
         throw py::index_error("step: a row is longer than its block table");
       }
