@@ -39,6 +39,10 @@ Activation activation_named(const std::string& name) {
 }
 
 Arithmetic arithmetic_of(const std::string& dtype, const std::string& weights) {
+  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype: not " + dtype);
+  if (weights != "float32" && weights != "float16" && weights != "bfloat16" && weights != "int8") {
+    throw py::value_error("weights: not " + weights);
+  }
   if (weights == "int8") return Arithmetic::kInt8;
   if (dtype == "bfloat16") return Arithmetic::kBFloat16;
   if (weights == "float16") return Arithmetic::kFloat16Weights;
@@ -159,25 +163,29 @@ class CheckedDecoder {
   py::array_t<float> forward(const Int32s& token_ids, const Int32s& positions,
                              const Int32s& row_starts, const Int32s& cache_lens,
                              const Int32s& block_tables, const Int32s& logits_at) {
+    open();
+    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
     const StepRows rows =
         checked_rows(token_ids, positions, row_starts, cache_lens, block_tables, logits_at);
     const float* logits;
     {
       const py::gil_scoped_release released;
       const std::lock_guard<std::mutex> lock(mutex_);
-      logits = decoder_->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
+      logits = decoder->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
     }
-    return view_of(logits, logits_at.size());
+    return view_of(decoder, logits, logits_at.size());
   }
 
   // forward, then draws at the first len(seats) of `logits_at`; also the logits of those behind.
   py::tuple step(const Int32s& token_ids, const Int32s& positions, const Int32s& row_starts,
                  const Int32s& cache_lens, const Int32s& block_tables, const Int32s& logits_at,
                  CheckedSampler& sampler, const Int32s& seats, const Int32s& drafts, int max_top) {
+    open();
+    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
     const StepRows rows =
         checked_rows(token_ids, positions, row_starts, cache_lens, block_tables, logits_at);
     sampler.check_draws(seats, drafts, max_top);
-    if (seats.size() > logits_at.size() || sampler.vocab_size() != decoder_->shape().vocab_size) {
+    if (seats.size() > logits_at.size() || sampler.vocab_size() != decoder->shape().vocab_size) {
       throw py::value_error("step: the draws do not fit the logits");
     }
     Draws draws(seats.size(), max_top);
@@ -185,11 +193,12 @@ class CheckedDecoder {
     {
       const py::gil_scoped_release released;
       const std::lock_guard<std::mutex> lock(mutex_);
-      logits = decoder_->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
+      logits = decoder->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
       sampler.draw_checked(draws.batch(logits, seats.data(), drafts.data()));
     }
-    const auto others = logits + seats.size() * decoder_->shape().vocab_size;
-    return py::make_tuple(draws.arrays(), view_of(others, logits_at.size() - seats.size()));
+    const auto others = logits + seats.size() * decoder->shape().vocab_size;
+    return py::make_tuple(draws.arrays(),
+                          view_of(decoder, others, logits_at.size() - seats.size()));
   }
 
   void copy_blocks(const Int32s& pairs) {
@@ -244,11 +253,12 @@ class CheckedDecoder {
   }
 
   // It keeps the decoder's memory, also behind close().
-  py::array_t<float> view_of(const float* logits, py::ssize_t count) const {
+  static py::array_t<float> view_of(const std::shared_ptr<CpuDecoder>& decoder, const float* logits,
+                                    py::ssize_t count) {
     using Owner = std::shared_ptr<CpuDecoder>;
-    const py::capsule owner(new Owner(decoder_),
+    const py::capsule owner(new Owner(decoder),
                             [](void* pointer) { delete static_cast<Owner*>(pointer); });
-    return py::array_t<float>({count, static_cast<py::ssize_t>(decoder_->shape().vocab_size)},
+    return py::array_t<float>({count, static_cast<py::ssize_t>(decoder->shape().vocab_size)},
                               logits, owner);
   }
 
