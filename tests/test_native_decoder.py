@@ -145,10 +145,16 @@ from pathlib import Path
 from cpu_decoders import cpu_decoder
 from stepping import Rows
 
-def work(decoder, batch, ends):
+def forward(decoder, batch):
+    decoder._native.forward(*decoder._rows(batch), batch.logits_at).sum()
+
+def copy(decoder, batch):
+    decoder.copy_blocks([(0, 1), (1, 2)])
+
+def work(call, decoder, batch, ends):
     try:
         while True:
-            decoder._native.forward(*decoder._rows(batch), batch.logits_at).sum()
+            call(decoder, batch)
     except RuntimeError as error:
         ends.append(str(error))
 
@@ -156,7 +162,8 @@ for _ in range(300):
     with cpu_decoder(Path(sys.argv[2])) as decoder:
         ends = []
         arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends
-        threads = [threading.Thread(target=work, args=arguments) for _ in range(4)]
+        calls = (forward, copy) * 2
+        threads = [threading.Thread(target=work, args=(call, *arguments)) for call in calls]
         for thread in threads:
             thread.start()
         time.sleep(0.0005)
