@@ -202,7 +202,9 @@ class CheckedDecoder {
   }
 
   void copy_blocks(const Int32s& pairs) {
-    KvBlocks& blocks = open().blocks();
+    open();
+    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
+    KvBlocks& blocks = decoder->blocks();
     if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error("pairs: must be (n, 2)");
     for (py::ssize_t at = 0; at < pairs.size(); ++at) check_block(pairs.data()[at]);
     const py::gil_scoped_release released;

@@ -22,6 +22,7 @@ from cpu_decoders import ARITHMETICS, INSTRUCTION_SETS, cpu_decoder, plan_of
 from fastgen.decoders.interface import Decoder, StepBatch
 from fastgen.generator import Generator, find_tokenizer
 from fastgen.kv_cache import BLOCK_SIZE, blocks_for
+from stepping import all_logits
 from tiny_checkpoints import CONFIG, random_tensors, write_checkpoint
 
 NUM_CASES = 504  # in all
@@ -198,6 +199,18 @@ def test_a_rows_bits_follow_from_the_row_alone(
 def split(count: int, parts: int) -> list[int]:
     """As even as can be."""
     return [count * (at + 1) // parts - count * at // parts for at in range(parts)]
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_many_rows_at_once(arithmetic: str, folders: dict[str, Path]) -> None:
+    """So many that each thread takes rows of its own through all layers."""
+    rng = fresh_rng()
+    rows = [rng.integers(0, 211, rng.integers(1, 30)).tolist() for _ in range(130)]
+    options: dict[str, Any] = {"max_batch_size": 130, "max_seq_len": 32, "num_threads": 2}
+    with cpu_decoder(folders["head_dim_12"], arithmetic, **options) as decoder:
+        together = all_logits(decoder, rows, [1], seed=int(rng.integers(1000)))
+        for found, row in zip(together, rows, strict=True):
+            assert np.array_equal(found, alone(decoder, row))
 
 
 @pytest.fixture(scope="module", params=ARITHMETICS)
