@@ -175,8 +175,8 @@ class Decoder:
         core = [p for p in self.sources.glob("*.cpp") if "bindings" not in p.name]
         self.objects = {source.stem: self.compile(source) for source in core}
 
-    def compile(self, source: Path) -> Path:
-        made = self.folder / f"{source.stem}.o"
+    def compile(self, source: Path, folder: Path | None = None) -> Path:
+        made = (folder or self.folder) / f"{source.stem}.o"
         run(compiler("g++"), *COMMON, *self.flags, f"-I{self.sources}", "-c", source, "-o", made)
         return made
 
@@ -184,7 +184,7 @@ class Decoder:
         """The driver with these objects, but one of the changed source."""
         objects = dict(self.objects)
         if changed is not None:
-            objects[changed.stem] = self.compile(changed)
+            objects[changed.stem] = self.compile(changed, changed.parent)
         driver, program = self.compile(DECODER_DRIVER), self.folder / "driver"
         run(compiler("g++"), *COMMON, *self.flags, *objects.values(), driver, "-o", program)
         return program
