@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp benchmarks/*.cpp)
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp tests/native/*.h benchmarks/*.cpp)
 
 .PHONY: demo test test-all lint format clean
 

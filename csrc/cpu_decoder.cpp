@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "number_formats.h"
 #include "parallel.h"
 
 namespace fastgen {
@@ -14,8 +13,10 @@ KvShape kv_shape(const DecoderShape& shape) {
   return {shape.attention, shape.num_layers, shape.num_heads, shape.hidden_size / shape.num_heads};
 }
 
-// How an embedding of its own is kept: like the weights, but for int8, which has no rows.
-bool keeps_float32(const DecoderShape& shape) { return shape.linear == Arithmetic::kFloat32; }
+// How an embedding of its own is kept: like the weights, but where those are int8.
+Arithmetic embedding_arithmetic(const DecoderShape& shape) {
+  return shape.linear == Arithmetic::kInt8 ? Arithmetic::kBFloat16Weights : shape.linear;
+}
 
 // Floats of a row whose neighbours are to fall on other sets of a cache.
 std::size_t row_stride(int count) {
@@ -44,10 +45,9 @@ void CpuDecoder::Weights::lay_out(const DecoderShape& shape, Cursor& cursor) {
   last_norm = take_norm();
   head.lay_out(cursor, shape.linear, hidden, shape.vocab_size);
   positions = cursor.take<float>(static_cast<std::size_t>(shape.max_positions) * hidden);
-  embedding = nullptr;
-  if (shape.tied) return;
-  const std::size_t bytes = keeps_float32(shape) ? sizeof(float) : sizeof(std::uint16_t);
-  embedding = cursor.take<char>(static_cast<std::size_t>(shape.vocab_size) * hidden * bytes);
+  if (!shape.tied) {
+    embedding.lay_out(cursor, embedding_arithmetic(shape), hidden, shape.vocab_size);
+  }
 }
 
 void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
@@ -119,45 +119,6 @@ void CpuDecoder::set_positions(const float* values) {
   std::copy(values, values + count, weights_.positions);
 }
 
-bool CpuDecoder::set_embedding(const Source& source) {
-  const std::size_t count = static_cast<std::size_t>(shape_.vocab_size) * shape_.hidden_size;
-  const auto* const floats = static_cast<const float*>(source.data);
-  const auto* const halves = static_cast<const std::uint16_t*>(source.data);
-  auto* const to_floats = reinterpret_cast<float*>(weights_.embedding);
-  auto* const to_halves = reinterpret_cast<std::uint16_t*>(weights_.embedding);
-  bool fits = true;
-  for (std::size_t at = 0; at < count; ++at) {
-    const float value = source.type == Source::Type::kFloat32   ? floats[at]
-                        : source.type == Source::Type::kFloat16 ? widen_float16(halves[at])
-                                                                : widen_bfloat16(halves[at]);
-    if (keeps_float32(shape_)) {
-      to_floats[at] = value;
-    } else if (shape_.linear == Arithmetic::kFloat16Weights) {
-      to_halves[at] = round_to_float16(value);
-      fits = fits && is_finite_float16(to_halves[at]);
-    } else {
-      to_halves[at] = round_to_bfloat16(value);
-    }
-  }
-  return fits;
-}
-
-void CpuDecoder::read_embedding(std::int32_t id, float* values) const {
-  if (weights_.embedding == nullptr) return weights_.head.read_column(id, values);
-  const std::size_t first = static_cast<std::size_t>(id) * shape_.hidden_size;
-  const auto* const floats = reinterpret_cast<const float*>(weights_.embedding);
-  const auto* const halves = reinterpret_cast<const std::uint16_t*>(weights_.embedding);
-  for (int at = 0; at < shape_.hidden_size; ++at) {
-    if (keeps_float32(shape_)) {
-      values[at] = floats[first + at];
-    } else if (shape_.linear == Arithmetic::kFloat16Weights) {
-      values[at] = widen_float16(halves[first + at]);
-    } else {
-      values[at] = widen_bfloat16(halves[first + at]);
-    }
-  }
-}
-
 const float* CpuDecoder::forward(const StepRows& rows, const std::int32_t* logits_at, int count) {
   embed(rows);
   const AttentionPlan plan(rows, shape_.num_heads, kernels_.max_rows);
@@ -169,11 +130,12 @@ const float* CpuDecoder::forward(const StepRows& rows, const std::int32_t* logit
 }
 
 void CpuDecoder::embed(const StepRows& rows) {
+  const PackedLinear& embedding = shape_.tied ? weights_.head : weights_.embedding;
   parallel_rows(rows.num_tokens, 1, num_threads_, [&](int begin, int end) {
     for (int token = begin; token < end; ++token) {
       const std::size_t position = rows.positions[token];
       float* const values = scratch_.hidden.row(token);
-      read_embedding(rows.token_ids[token], values);
+      embedding.read_column(rows.token_ids[token], values);
       kernels_.add(weights_.positions + position * shape_.hidden_size, shape_.hidden_size, values);
     }
   });
@@ -182,21 +144,25 @@ void CpuDecoder::embed(const StepRows& rows) {
 void CpuDecoder::run_layer(int index, const StepRows& rows, const AttentionPlan& plan) {
   const Layer& layer = weights_.layers[index];
   const int count = rows.num_tokens;
-  const PackedLinear *qkv = &layer.projections[0], *attention_out = &layer.projections[1],
-                     *mlp_in = &layer.projections[2], *mlp_out = &layer.projections[3];
-  project(*qkv, normed_inputs(layer.norms[0], *qkv, nullptr, count), count, scratch_.qkv,
+  const auto projection = [&](Projection which) -> const PackedLinear& {
+    return layer.projections[static_cast<int>(which)];
+  };
+  const PackedLinear& qkv = projection(Projection::kQkv);
+  const PackedLinear& attention_out = projection(Projection::kAttentionOut);
+  const PackedLinear& mlp_in = projection(Projection::kMlpIn);
+  const PackedLinear& mlp_out = projection(Projection::kMlpOut);
+  project(qkv, normed_inputs(layer.norms[0], qkv, nullptr, count), count, scratch_.qkv,
           Ending::kStore);
   const Rows& attended = scratch_.normed;
   attend(rows, plan,
          {index, shape_.attention_scales[index], scratch_.qkv.data, scratch_.qkv.stride,
           scratch_.rounded, scratch_.rounded_stride, attended.data, attended.stride},
          blocks_, kernels_, num_threads_);
-  project(*attention_out, inputs_of(*attention_out, attended, count), count, scratch_.hidden,
+  project(attention_out, inputs_of(attention_out, attended, count), count, scratch_.hidden,
           Ending::kAdd);
-  project(*mlp_in, normed_inputs(layer.norms[1], *mlp_in, nullptr, count), count, scratch_.inner,
+  project(mlp_in, normed_inputs(layer.norms[1], mlp_in, nullptr, count), count, scratch_.inner,
           Ending::kActivate);
-  project(*mlp_out, inputs_of(*mlp_out, scratch_.inner, count), count, scratch_.hidden,
-          Ending::kAdd);
+  project(mlp_out, inputs_of(mlp_out, scratch_.inner, count), count, scratch_.hidden, Ending::kAdd);
 }
 
 void CpuDecoder::project(const PackedLinear& linear, const LinearInputs& inputs, int count,
@@ -229,6 +195,7 @@ LinearInputs CpuDecoder::inputs_of(const PackedLinear& linear, const Rows& value
 }
 
 void CpuDecoder::convert_row(const PackedLinear& linear, const float* values, int row) {
+  if (scratch_.operands == nullptr) return;
   char* const to = scratch_.operands + row * scratch_.operand_stride;
   if (linear.arithmetic == Arithmetic::kBFloat16) {
     auto* const rounded = reinterpret_cast<std::uint16_t*>(to);

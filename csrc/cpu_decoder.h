@@ -40,11 +40,10 @@ class CpuDecoder {
   // Weights come one by one, in any order, before the first step.
   PackedLinear& projection(int layer, Projection which);
   PackedLinear& head() { return weights_.head; }
-  void set_norm(int layer, bool second, const float* gain,
-                const float* bias);         // layer -1: the last
+  PackedLinear& embedding() { return weights_.embedding; }  // of its own; none if tied
+  // Of layer -1: the last norm.
+  void set_norm(int layer, bool second, const float* gain, const float* bias);
   void set_positions(const float* values);  // (max_positions, hidden)
-  // (vocab, hidden), if it is not tied; false if a value is too large for float16.
-  bool set_embedding(const Source& source);
 
   // Logits of the tokens at `logits_at` (count), in that order, each (vocab).
   const float* forward(const StepRows& rows, const std::int32_t* logits_at, int count);
@@ -64,9 +63,8 @@ class CpuDecoder {
   struct Weights {
     std::vector<Layer> layers;
     Norm last_norm;
-    PackedLinear head;
+    PackedLinear head, embedding;  // the embedding is only read; empty if it is the head
     float* positions;
-    char* embedding;  // null if tied
     void lay_out(const DecoderShape& shape, Cursor& cursor);
   };
   // Rows are `stride` floats apart, an odd number of cache lines, so that neighbours do not fall on
@@ -88,7 +86,6 @@ class CpuDecoder {
   };
 
   void embed(const StepRows& rows);
-  void read_embedding(std::int32_t id, float* values) const;
   LinearInputs normed_inputs(const Norm& norm, const PackedLinear& linear,
                              const std::int32_t* which, int count);
   LinearInputs inputs_of(const PackedLinear& linear, const Rows& values, int count);

@@ -24,6 +24,7 @@ namespace {
 
 using Int32s = Array<std::int32_t>;
 using Floats = Array<float>;
+using Held = std::shared_ptr<CpuDecoder>;  // while it is used, also if it is closed meanwhile
 
 Activation activation_named(const std::string& name) {
   if (name == "gelu" || name == "gelu_python") return Activation::kGelu;
@@ -124,49 +125,47 @@ class CheckedDecoder {
 
   bool pack_projection(int layer, int which, const py::array& weight, const Floats& bias,
                        const py::object& smoothing) {
-    open();
-    check_layer(layer, 0);
+    const Held decoder = open();
+    check_layer(*decoder, layer, 0);
     if (which < 0 || which >= kNumProjections) throw py::index_error("no such projection");
-    PackedLinear& linear = decoder_->projection(layer, static_cast<Projection>(which));
+    PackedLinear& linear = decoder->projection(layer, static_cast<Projection>(which));
     const Source source = source_of(weight, linear.num_inputs, linear.num_columns, false);
-    return pack(linear, source, floats_of(bias, linear.num_columns, "bias"), smoothing);
+    return pack(*decoder, linear, source, floats_of(bias, linear.num_columns, "bias"), smoothing);
   }
 
   bool pack_head(const py::array& weight, const py::object& smoothing) {
-    PackedLinear& head = open().head();
-    const Source source = source_of(weight, head.num_columns, head.num_inputs, true);
-    return pack(head, source, nullptr, smoothing);
-  }
-
-  void set_norm(int layer, bool second, const Floats& gain, const Floats& bias) {
-    const int hidden = open().shape().hidden_size;
-    check_layer(layer, -1);
-    decoder_->set_norm(layer, second, floats_of(gain, hidden, "gain"),
-                       floats_of(bias, hidden, "bias"));
-  }
-
-  void set_positions(const Floats& values) {
-    const DecoderShape& shape = open().shape();
-    decoder_->set_positions(floats_of(
-        values, static_cast<py::ssize_t>(shape.max_positions) * shape.hidden_size, "positions"));
+    const Held decoder = open();
+    return pack_columns(*decoder, decoder->head(), weight, smoothing);
   }
 
   bool set_embedding(const py::array& weight) {
-    const DecoderShape& shape = open().shape();
-    if (shape.tied) throw py::value_error("embedding: is the head's");
-    const Source source = source_of(weight, shape.vocab_size, shape.hidden_size, true);
-    const py::gil_scoped_release released;
-    return decoder_->set_embedding(source);
+    const Held decoder = open();
+    if (decoder->shape().tied) throw py::value_error("embedding: is the head's");
+    return pack_columns(*decoder, decoder->embedding(), weight, py::none());
+  }
+
+  void set_norm(int layer, bool second, const Floats& gain, const Floats& bias) {
+    const Held decoder = open();
+    check_layer(*decoder, layer, -1);
+    const int hidden = decoder->shape().hidden_size;
+    decoder->set_norm(layer, second, floats_of(gain, hidden, "gain"),
+                      floats_of(bias, hidden, "bias"));
+  }
+
+  void set_positions(const Floats& values) {
+    const Held decoder = open();
+    const DecoderShape& shape = decoder->shape();
+    decoder->set_positions(floats_of(
+        values, static_cast<py::ssize_t>(shape.max_positions) * shape.hidden_size, "positions"));
   }
 
   // Logits (count, vocab_size): a view, valid until the next call.
   py::array_t<float> forward(const Int32s& token_ids, const Int32s& positions,
                              const Int32s& row_starts, const Int32s& cache_lens,
                              const Int32s& block_tables, const Int32s& logits_at) {
-    open();
-    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
-    const StepRows rows =
-        checked_rows(token_ids, positions, row_starts, cache_lens, block_tables, logits_at);
+    const Held decoder = open();
+    const StepRows rows = checked_rows(*decoder, token_ids, positions, row_starts, cache_lens,
+                                       block_tables, logits_at);
     const float* logits;
     {
       const py::gil_scoped_release released;
@@ -180,10 +179,9 @@ class CheckedDecoder {
   py::tuple step(const Int32s& token_ids, const Int32s& positions, const Int32s& row_starts,
                  const Int32s& cache_lens, const Int32s& block_tables, const Int32s& logits_at,
                  CheckedSampler& sampler, const Int32s& seats, const Int32s& drafts, int max_top) {
-    open();
-    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
-    const StepRows rows =
-        checked_rows(token_ids, positions, row_starts, cache_lens, block_tables, logits_at);
+    const Held decoder = open();
+    const StepRows rows = checked_rows(*decoder, token_ids, positions, row_starts, cache_lens,
+                                       block_tables, logits_at);
     sampler.check_draws(seats, drafts, max_top);
     if (seats.size() > logits_at.size() || sampler.vocab_size() != decoder->shape().vocab_size) {
       throw py::value_error("step: the draws do not fit the logits");
@@ -202,11 +200,12 @@ class CheckedDecoder {
   }
 
   void copy_blocks(const Int32s& pairs) {
-    open();
-    const std::shared_ptr<CpuDecoder> decoder = decoder_;  // also if it is closed meanwhile
+    const Held decoder = open();
     KvBlocks& blocks = decoder->blocks();
     if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error("pairs: must be (n, 2)");
-    for (py::ssize_t at = 0; at < pairs.size(); ++at) check_block(pairs.data()[at]);
+    for (py::ssize_t at = 0; at < pairs.size(); ++at) {
+      check_block(*decoder, pairs.data()[at]);
+    }
     const py::gil_scoped_release released;
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks.copy(reinterpret_cast<const std::int32_t (*)[2]>(pairs.data()),
@@ -214,9 +213,9 @@ class CheckedDecoder {
   }
 
   void reserve(int num_blocks) {
-    KvBlocks& blocks = open().blocks();
+    const Held decoder = open();
     const std::lock_guard<std::mutex> lock(mutex_);
-    blocks.grow(num_blocks);
+    decoder->blocks().grow(num_blocks);
   }
 
   void close() {
@@ -225,25 +224,32 @@ class CheckedDecoder {
   }
 
  private:
-  CpuDecoder& open() const {
+  Held open() const {
     if (decoder_ == nullptr) throw std::runtime_error("this decoder has been closed");
-    return *decoder_;
+    return decoder_;
   }
 
-  void check_layer(int layer, int least) const {
-    if (layer < least || layer >= decoder_->shape().num_layers) {
+  static void check_layer(const CpuDecoder& decoder, int layer, int least) {
+    if (layer < least || layer >= decoder.shape().num_layers) {
       throw py::index_error("no such layer");
     }
   }
 
-  void check_block(std::int32_t block) const {
-    if (block < 0 || block >= decoder_->blocks().num_blocks()) {
+  static void check_block(CpuDecoder& decoder, std::int32_t block) {
+    if (block < 0 || block >= decoder.blocks().num_blocks()) {
       throw py::index_error("no such block");
     }
   }
 
-  bool pack(PackedLinear& linear, const Source& source, const float* bias,
-            const py::object& smoothing) {
+  // A matrix whose rows are the columns of `linear`.
+  static bool pack_columns(CpuDecoder& decoder, PackedLinear& linear, const py::array& weight,
+                           const py::object& smoothing) {
+    const Source source = source_of(weight, linear.num_columns, linear.num_inputs, true);
+    return pack(decoder, linear, source, nullptr, smoothing);
+  }
+
+  static bool pack(CpuDecoder& decoder, PackedLinear& linear, const Source& source,
+                   const float* bias, const py::object& smoothing) {
     Floats factors;
     const float* smooth = nullptr;
     if (!smoothing.is_none()) {
@@ -251,23 +257,22 @@ class CheckedDecoder {
       smooth = floats_of(factors, linear.num_inputs, "smoothing");
     }
     const py::gil_scoped_release released;
-    return linear.pack(source, bias, smooth, decoder_->num_threads());
+    return linear.pack(source, bias, smooth, decoder.num_threads());
   }
 
   // It keeps the decoder's memory, also behind close().
-  static py::array_t<float> view_of(const std::shared_ptr<CpuDecoder>& decoder, const float* logits,
-                                    py::ssize_t count) {
-    using Owner = std::shared_ptr<CpuDecoder>;
-    const py::capsule owner(new Owner(decoder),
-                            [](void* pointer) { delete static_cast<Owner*>(pointer); });
+  static py::array_t<float> view_of(const Held& decoder, const float* logits, py::ssize_t count) {
+    const py::capsule owner(new Held(decoder),
+                            [](void* pointer) { delete static_cast<Held*>(pointer); });
     return py::array_t<float>({count, static_cast<py::ssize_t>(decoder->shape().vocab_size)},
                               logits, owner);
   }
 
-  StepRows checked_rows(const Int32s& token_ids, const Int32s& positions, const Int32s& row_starts,
-                        const Int32s& cache_lens, const Int32s& block_tables,
-                        const Int32s& logits_at) const {
-    const DecoderShape& shape = open().shape();
+  static StepRows checked_rows(CpuDecoder& decoder, const Int32s& token_ids,
+                               const Int32s& positions, const Int32s& row_starts,
+                               const Int32s& cache_lens, const Int32s& block_tables,
+                               const Int32s& logits_at) {
+    const DecoderShape& shape = decoder.shape();
     const py::ssize_t tokens = token_ids.size(), rows = cache_lens.size();
     const bool fits = block_tables.ndim() == 2 && block_tables.shape(0) == rows &&
                       positions.size() == tokens && row_starts.size() == rows + 1 && tokens > 0 &&
@@ -294,7 +299,7 @@ class CheckedDecoder {
         throw py::index_error("step: a row is longer than its block table");
       }
       for (int at = 0; at * kBlockTokens < length; ++at) {
-        check_block(block_tables.data()[row * width + at]);
+        check_block(decoder, block_tables.data()[row * width + at]);
       }
     }
     return {static_cast<int>(tokens), static_cast<int>(rows), width,
@@ -302,7 +307,7 @@ class CheckedDecoder {
             cache_lens.data(),        block_tables.data()};
   }
 
-  std::shared_ptr<CpuDecoder> decoder_;
+  Held decoder_;
   std::mutex mutex_;
 };
 

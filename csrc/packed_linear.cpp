@@ -183,8 +183,8 @@ void prefetch(const Value* values) {
   __builtin_prefetch(values + kPanel / 2, kWritten);
 }
 
-constexpr std::size_t kCacheShare = 256
-                                    << 10;  // of a second-level cache, for weights or for inputs
+// Of a second-level cache, for weights or for inputs.
+constexpr std::size_t kCacheShare = std::size_t{256} << 10;
 
 // A product's rows in tiles, all of about the same size.
 class Product {
@@ -217,10 +217,6 @@ class Product {
     return static_cast<int>(std::max<std::size_t>(1, kCacheShare / bytes));
   }
 
-  int row_of(int tile) const {
-    return static_cast<int>(static_cast<std::int64_t>(num_rows_) * tile / num_tiles_);
-  }
-
   void run_panel(int panel, int first_tile, int last_tile) const {
     alignas(kCacheLine) float sums[kMaxTileRows * kPanel];
     const int column = panel * kPanel;
@@ -240,7 +236,8 @@ class Product {
       prefetch<0>(end.column_sums);
     }
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      const int first = row_of(tile), count = row_of(tile + 1) - first;
+      const int first = part_start(num_rows_, tile, num_tiles_);
+      const int count = part_start(num_rows_, tile + 1, num_tiles_) - first;
       end.outputs = outputs_.data + first * outputs_.stride + column;
       end.row_scales = inputs_.scales + (scaled ? first : 0);
       for (int row = 0; row < count && num_tiles_ > 1; ++row) {  // there when the sums are

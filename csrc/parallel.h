@@ -23,14 +23,6 @@ class WorkSplit {
     num_small_ = (rest + small_ - 1) / small_;
   }
 
-  // One item for each thread.
-  static WorkSplit one_each(int num_threads) {
-    WorkSplit split(num_threads, 1);
-    split.num_large_ = num_threads;
-    split.large_ = 1;
-    return split;
-  }
-
   int num_tasks() const { return num_large_ + num_small_; }
 
   void range(int task, int& begin, int& end) const {
@@ -50,30 +42,28 @@ class WorkSplit {
   int num_large_ = 0, large_ = 0, num_small_ = 0, small_ = 1;
 };
 
-namespace detail {
-
-template <typename Body>
-void run_split(const WorkSplit& split, int num_threads, const Body& body) {
-  struct Shared {
-    const Body& body;
-    const WorkSplit& split;
-  } shared{body, split};
-  const auto task = [](void* context, int index) {
-    const Shared& all = *static_cast<const Shared*>(context);
-    int begin, end;
-    all.split.range(index, begin, end);
-    all.body(begin, end);
-  };
-  run_in_parallel(split.num_tasks(), num_threads, task, &shared);
+// The first of `num_items` items in part `part`, where they are cut into parts of about one size.
+inline int part_start(int num_items, int part, int num_parts) {
+  return static_cast<int>(static_cast<std::int64_t>(num_items) * part / num_parts);
 }
 
-}  // namespace detail
+// run_in_parallel for what can be called with an index.
+template <typename Body>
+void run_tasks(int num_tasks, int num_threads, const Body& body) {
+  const auto task = [](void* context, int index) { (*static_cast<const Body*>(context))(index); };
+  run_in_parallel(num_tasks, num_threads, task, const_cast<Body*>(&body));
+}
 
 // Calls body(begin, end) for ranges that make up [0, num_items), on up to num_threads threads.
 template <typename Body>
 void parallel_for(int num_items, int num_threads, const Body& body) {
   if (num_items == 0) return;
-  detail::run_split(WorkSplit(num_items, std::min(num_items, num_threads)), num_threads, body);
+  const WorkSplit split(num_items, std::min(num_items, num_threads));
+  run_tasks(split.num_tasks(), num_threads, [&](int task) {
+    int begin, end;
+    split.range(task, begin, end);
+    body(begin, end);
+  });
 }
 
 // Whether each thread should take a part of a step's rows through all of its loops, rather than a
@@ -88,13 +78,10 @@ constexpr bool splits_rows(int num_rows, int num_threads) {
 template <typename Body>
 void parallel_rows(int num_rows, int each, int num_threads, const Body& body) {
   if (!splits_rows(num_rows, num_threads)) return parallel_for(num_rows * each, num_threads, body);
-  const auto part = [&](int begin, int end) {
-    const auto first = [&](int index) {
-      return static_cast<int>(static_cast<std::int64_t>(num_rows) * index / num_threads) * each;
-    };
-    for (int index = begin; index < end; ++index) body(first(index), first(index + 1));
-  };
-  detail::run_split(WorkSplit::one_each(num_threads), num_threads, part);
+  run_tasks(num_threads, num_threads, [&](int part) {
+    body(part_start(num_rows, part, num_threads) * each,
+         part_start(num_rows, part + 1, num_threads) * each);
+  });
 }
 
 }  // namespace fastgen

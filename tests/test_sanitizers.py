@@ -91,8 +91,7 @@ def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
     """A sampler that forgets suppress_tokens, and one that reads behind a row, are both caught."""
     broken = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", broken)
-    (tmp_path / "tests" / "native").mkdir(parents=True)
-    driver = Path(shutil.copy(DRIVER, tmp_path / "tests" / "native"))
+    driver = shutil.copytree(DRIVER.parent, tmp_path / "tests" / "native") / DRIVER.name
     source = (broken / "processors.cpp").read_text()
     old = "rule_out(options.suppress, scores);"
     assert old in source

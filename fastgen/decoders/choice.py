@@ -48,8 +48,8 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     """
     if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
         return plan_cpu(checkpoint, options)
-    for option, value in (("quantize", options.quantize), ("batch_invariant", True)):
-        if value is not None and getattr(options, option) == value:
+    for option in ("quantize", "batch_invariant"):
+        if value := getattr(options, option):
             raise ValueError(
                 f"{option}={value!r}: only the CPU decoder can do this; {_why(options)}"
             )

@@ -75,8 +75,7 @@ class CpuDecoder:
             logits_at = np.concatenate([logits_at[drawing], logits_at[~drawing]])
         if not len(seats):
             return CpuStep([], self._native.forward(*self._rows(batch), logits_at))
-        behind = logits_at[: len(seats)] + 1  # where a draft of the next token would stand
-        drafts = np.append(batch.token_ids, np.int32(-1))[behind]
+        drafts = batch.drafts_behind(logits_at[: len(seats)])
         max_top = self._sampler.max_top(seats)
         found, logits = self._native.step(
             *self._rows(batch), logits_at, self._sampler.native, seats, drafts, max_top

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastgen.checkpoint import EMBEDDING, HEAD, Checkpoint
 from fastgen.config import GPT2Config
 from fastgen.decoders.cpu_decoder import CpuDecoder
-from fastgen.decoders.interface import DecoderLimits
-from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.kv_cache import BLOCK_SIZE
+from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
 from fastgen.machine import free_memory, granted_cores
 from fastgen.memory import plan_memory
 from fastgen.native import native
 from fastgen.sampler import SCORED_AT_ONCE
 
 _STEP_TOKENS = 256  # weights are read once a step: for more tokens that no longer matters
-_LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
-_SCORING_BYTES = 72  # of float64 work per vocabulary entry and scored row
 _MOST_INT8_INPUTS = 2**31 // (255 * 127)  # whose products' sum fits 32 bits
 
 
@@ -25,16 +22,15 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     """See fastgen.decoders.choice.plan_decoder."""
     _check(checkpoint.config, options)
     config = checkpoint.config
-    max_seq_len = options.seq_len(config)
-    seats = options.max_batch_size
-    num_threads = min(options.num_threads or granted_cores(), granted_cores())
+    limits = options.limits(config, _STEP_TOKENS, batch_invariant=True)
+    seats, max_seq_len = limits.num_seats, limits.max_seq_len
+    granted = granted_cores()
+    num_threads = min(options.num_threads or granted, granted)
     dtype, weights = _dtypes(checkpoint, options)
-    max_tokens = max(_STEP_TOKENS, seats + BLOCK_SIZE)
-    max_logits = max(seats, min(_LOGITS, max_seq_len))
-    shape = decoder_shape(checkpoint, dtype, weights, max_tokens, max_logits)
+    shape = decoder_shape(checkpoint, dtype, weights, limits.max_tokens, limits.max_logits)
     weight_bytes, scratch_bytes, block_bytes = native.decoder_bytes(shape)
     scratch_bytes += native.sampler_bytes(seats, config.vocab_size, max_seq_len, num_threads)
-    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * _SCORING_BYTES
+    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES
     memory = plan_memory(
         weights=weight_bytes,
         scratch=scratch_bytes,
@@ -44,15 +40,6 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
         free=free_memory(),
         max_memory=options.max_memory,
     )
-    limits = DecoderLimits(
-        num_blocks=memory.num_blocks,
-        block_size=BLOCK_SIZE,
-        max_seq_len=max_seq_len,
-        max_tokens=max_tokens,
-        max_logits=max_logits,
-        num_seats=seats,
-        batch_invariant=True,
-    )
     return DecoderPlan(
         decoder="cpu",
         reason="it was asked for" if options.decoder == "cpu" else "the fastest on a CPU",
@@ -60,7 +47,7 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
         dtype=dtype,
         weights=weights,
         num_threads=num_threads,
-        limits=limits,
+        limits=replace(limits, num_blocks=memory.num_blocks),
         memory=memory,
     )
 

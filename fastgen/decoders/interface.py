@@ -43,6 +43,10 @@ class StepBatch:
     logits_at: Ints
     seats: Ints
 
+    def drafts_behind(self, logits_at: Ints) -> Ints:
+        """The token that is fed behind each of these, where a draft would stand; -1 at the end."""
+        return np.append(self.token_ids, np.int32(-1))[logits_at + 1]
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLimits:

@@ -7,7 +7,11 @@ from typing import Any
 
 from fastgen.config import DTYPES, GPT2Config
 from fastgen.decoders.interface import DecoderLimits
+from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.memory import MemoryPlan
+
+SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
+_LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
 
 DECODERS = ("auto", "cpu", "torch")
 QUANTIZATIONS = ("int8",)
@@ -55,18 +59,28 @@ class LoadOptions:
         """Whether `device` names the CPU."""
         return self.device.partition(":")[0] == "cpu"
 
-    def seq_len(self, config: GPT2Config) -> int:
-        """Tokens a row may have.
+    def limits(
+        self, config: GPT2Config, step_tokens: int, *, batch_invariant: bool
+    ) -> DecoderLimits:
+        """Of a decoder whose steps take at least `step_tokens`; no blocks are planned yet.
 
         Raises:
-            ValueError: the model has fewer positions.
+            ValueError: the model has fewer positions than a row is to have.
         """
         max_seq_len = self.max_seq_len or config.max_positions
         if max_seq_len > config.max_positions:
             raise ValueError(
                 f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
             )
-        return max_seq_len
+        return DecoderLimits(
+            num_blocks=0,
+            block_size=BLOCK_SIZE,
+            max_seq_len=max_seq_len,
+            max_tokens=max(step_tokens, self.max_batch_size + BLOCK_SIZE),
+            max_logits=max(self.max_batch_size, min(_LOGITS, max_seq_len)),
+            num_seats=self.max_batch_size,
+            batch_invariant=batch_invariant,
+        )
 
 
 @dataclass(frozen=True, slots=True)

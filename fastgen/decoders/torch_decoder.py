@@ -162,8 +162,7 @@ class TorchDecoder:
         return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
 
     def _draw(self, logits: Tensor, batch: StepBatch, draws: NDArray[np.bool_]) -> list[Draw]:
-        behind = batch.logits_at[draws] + 1  # where a draft of the next token would stand
-        drafts = np.append(batch.token_ids, np.int32(-1))[behind]
+        drafts = batch.drafts_behind(batch.logits_at[draws])
         if isinstance(self._sampler, TorchSampler):
             logits = logits.to(self._sampler.device)
         return self._sampler.draw(logits, batch.seats[draws], drafts.tolist())

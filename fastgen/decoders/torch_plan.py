@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastgen.checkpoint import Checkpoint
 from fastgen.config import GPT2Config
-from fastgen.decoders.interface import DecoderLimits
-from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
 from fastgen.decoders.torch_decoder import TorchDecoder
 from fastgen.decoders.torch_weights import Weights, weight_bytes
 from fastgen.kv_cache import BLOCK_SIZE
@@ -18,38 +19,26 @@ from fastgen.sampler import SCORED_AT_ONCE
 
 _STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster there
 _STEP_TOKENS_GPU = 2048
-_LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
-_SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
 
 
 def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> DecoderPlan:
     config = checkpoint.config
     device = _device(options.device)
     dtype = _dtype(options.dtype_name, device, checkpoint)
-    max_seq_len = options.seq_len(config)
-    seats = options.max_batch_size
+    step_tokens = _STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU)
+    limits = options.limits(config, step_tokens, batch_invariant=False)
+    seats, max_seq_len = limits.num_seats, limits.max_seq_len
     num_threads = _num_threads(options.num_threads, device)
-    max_tokens = max(_STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU), seats + BLOCK_SIZE)
-    max_logits = max(seats, min(_LOGITS, max_seq_len))
     block_bytes = config.num_layers * BLOCK_SIZE * 2 * config.hidden_size * dtype.itemsize
     memory = plan_memory(
         weights=weight_bytes(checkpoint, device, dtype),
-        scratch=_scratch_bytes(config, dtype, max_tokens, max_logits)
+        scratch=_scratch_bytes(config, dtype, limits.max_tokens, limits.max_logits)
         + _sampler_bytes(config, device, seats, max_seq_len, num_threads),
         block_bytes=block_bytes,
         max_batch_size=seats,
         max_seq_len=max_seq_len,
         free=_free_memory(device),
         max_memory=options.max_memory,
-    )
-    limits = DecoderLimits(
-        num_blocks=memory.num_blocks,
-        block_size=BLOCK_SIZE,
-        max_seq_len=max_seq_len,
-        max_tokens=max_tokens,
-        max_logits=max_logits,
-        num_seats=seats,
-        batch_invariant=False,
     )
     return DecoderPlan(
         decoder="torch",
@@ -58,7 +47,7 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> Dec
         dtype=str(dtype).removeprefix("torch."),
         weights=str(dtype).removeprefix("torch."),
         num_threads=num_threads,
-        limits=limits,
+        limits=replace(limits, num_blocks=memory.num_blocks),
         memory=memory,
     )
 
@@ -108,7 +97,7 @@ def _scratch_bytes(config: GPT2Config, dtype: torch.dtype, max_tokens: int, max_
     row = config.max_positions * 2 * config.hidden_size * (4 + dtype.itemsize)  # KV, gathered
     mask = max_tokens * config.max_positions * 5  # bool, and as the float32 it becomes
     logits = max_logits * config.vocab_size * (8 + dtype.itemsize)  # and a copy in float32
-    scoring = SCORED_AT_ONCE * config.vocab_size * _SAMPLING_BYTES
+    scoring = SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES
     return max_tokens * per_token * dtype.itemsize + row + mask + logits + scoring
 
 
@@ -118,4 +107,4 @@ def _sampler_bytes(
     if native is not None and device.type == "cpu":
         threads = num_threads or granted_cores()
         return int(native.sampler_bytes(seats, config.vocab_size, max_seq_len, threads))
-    return seats * config.vocab_size * _SAMPLING_BYTES
+    return seats * config.vocab_size * SAMPLING_BYTES

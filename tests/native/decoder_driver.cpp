@@ -23,6 +23,7 @@
 #include "cpu_decoder.h"
 #include "cpu_features.h"
 #include "number_formats.h"
+#include "require.h"
 
 namespace {
 
@@ -32,14 +33,6 @@ using fastgen::DecoderShape;
 using fastgen::kBlockTokens;
 using fastgen::Source;
 using Ids = std::vector<std::int32_t>;
-
-#define REQUIRE(condition)                                         \
-  do {                                                             \
-    if (!(condition)) {                                            \
-      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-      std::abort();                                                \
-    }                                                              \
-  } while (false)
 
 constexpr int kMaxLen = 90;
 
@@ -135,9 +128,7 @@ void fill(CpuDecoder& decoder, Chance chance) {
     decoder.set_norm(layer, second, gain.data(), some_values(chance, hidden, 0, 0.1f).data());
   };
   decoder.set_positions(some_values(chance, shape.max_positions * hidden, 0, 0.5f).data());
-  if (!shape.tied) {
-    REQUIRE(decoder.set_embedding(Matrix(chance, shape.vocab_size, hidden, true).source));
-  }
+  if (!shape.tied) pack(decoder.embedding(), true);
   for (int layer = 0; layer < shape.num_layers; ++layer) {
     set_norm(layer, false);
     set_norm(layer, true);

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../../csrc/thread_pool.h"
+#include "require.h"
 
 #ifdef __linux__
 #include <pthread.h>
@@ -39,14 +40,6 @@
 #endif
 
 namespace {
-
-#define REQUIRE(condition)                                         \
-  do {                                                             \
-    if (!(condition)) {                                            \
-      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-      std::abort();                                                \
-    }                                                              \
-  } while (false)
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;

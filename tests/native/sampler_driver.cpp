@@ -21,19 +21,12 @@
 
 #include "../../csrc/cpu_features.h"
 #include "../../csrc/sampler.h"
+#include "require.h"
 
 namespace {
 
 using fastgen::DrawStatus;
 using fastgen::SamplingOptions;
-
-#define REQUIRE(condition)                                         \
-  do {                                                             \
-    if (!(condition)) {                                            \
-      std::fprintf(stderr, "line %d: %s\n", __LINE__, #condition); \
-      std::abort();                                                \
-    }                                                              \
-  } while (false)
 
 // Bytes of a case; zeros behind the last.
 class Bytes {
