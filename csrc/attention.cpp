@@ -42,33 +42,45 @@ void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& l
   }
 }
 
+struct Queries {
+  const void* data;
+  std::size_t stride;  // bytes
+};
+
+Queries queries_of(int token, int head, const AttentionLayer& layer, const KvShape& shape) {
+  if (shape.arithmetic == Arithmetic::kBFloat16) {
+    return {layer.rounded + token * layer.rounded_stride + head * shape.padded_dim(),
+            layer.rounded_stride * sizeof(std::uint16_t)};
+  }
+  return {layer.qkv + token * layer.qkv_stride + head * shape.head_dim,
+          layer.qkv_stride * sizeof(float)};
+}
+
 // One head's attention for the queries of a tile: scores of some blocks, their weights, the
 // weighted values.
 class TileAttention {
  public:
   static constexpr int kBlocksAtOnce = 4;  // whose scores a processor can work on side by side
 
-  TileAttention(const KvBlocks& blocks, const AttentionLayer& layer, const DecoderKernels& kernels,
-                int head, int count)
-      : blocks_(blocks),
-        shape_(blocks.shape()),
+  TileAttention(const KvShape& shape, const AttentionLayer& layer, const DecoderKernels& kernels,
+                int count)
+      : shape_(shape),
         layer_(layer),
         kernels_(kernels),
         tile_(kernels.tiles[static_cast<int>(shape_.arithmetic)]),
-        head_(head),
         count_(count) {
     std::fill(softmax_.highest, softmax_.highest + kMaxTileRows,
               -std::numeric_limits<float>::infinity());
     std::fill(softmax_.total, softmax_.total + kMaxTileRows, 0.0f);
   }
 
-  void score(int index, int block, const void* queries, std::size_t stride) {
-    tile_(queries, stride, count_, blocks_.keys(block, layer_.layer, head_), shape_.key_steps(),
-          scores_[index]);
+  // `ahead`: how far behind this block the one stands that is to be fetched.
+  void score(int index, const char* keys, const Queries& queries, std::ptrdiff_t ahead) {
+    tile_(queries.data, queries.stride, count_, keys, shape_.key_steps(), ahead, scores_[index]);
   }
 
-  // `visible`: of the block's keys, to the first query; the next ones see one more each.
-  void add(int index, int block, int visible, float* outputs) {
+  // `visible`: of the block's values, to the first query; the next ones see one more each.
+  void add(int index, const char* values, int visible, std::ptrdiff_t ahead, float* outputs) {
     kernels_.weigh_scores(scores_[index], count_, layer_.scale, visible, softmax_, weights_);
     const void* weights = weights_;
     std::size_t weight_stride = kPanel * sizeof(float);
@@ -78,9 +90,9 @@ class TileAttention {
       weight_stride = kPanel * sizeof(std::uint16_t);
     }
     const int tokens = std::clamp(visible + count_ - 1, 0, kBlockTokens);
-    const char* values = blocks_.values(block, layer_.layer, head_);
     for (int d = 0; d < shape_.head_dim; d += kPanel, values += shape_.value_panel_bytes()) {
-      tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens), sums_);
+      tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens), ahead,
+            sums_);
       if (visible < tokens && has_nan()) {
         for (int row = 0; row < count_; ++row) {
           sum_visible(static_cast<const char*>(weights) + row * weight_stride, values,
@@ -116,15 +128,14 @@ class TileAttention {
       auto* const pairs = reinterpret_cast<std::uint16_t*>(copy) + visible / 2 * kPanel * 2;
       for (int column = 0; column < kPanel; ++column) pairs[2 * column + 1] = 0;
     }
-    tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), sums);
+    tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), 0, sums);
   }
 
-  const KvBlocks& blocks_;
   const KvShape& shape_;
   const AttentionLayer& layer_;
   const DecoderKernels& kernels_;
   Tile tile_;
-  int head_, count_;
+  int count_;
   Softmax softmax_;
   alignas(kCacheLine) float scores_[kBlocksAtOnce][kMaxTileRows * kPanel];
   alignas(kCacheLine) float weights_[kMaxTileRows * kPanel];
@@ -132,32 +143,55 @@ class TileAttention {
   alignas(kCacheLine) std::uint16_t rounded_[kMaxTileRows * kPanel];
 };
 
-void attend_tile(const StepRows& rows, const AttentionPlan::Task& task, const AttentionLayer& layer,
+// A task's keys, block by block; each block's values stand behind its keys.
+class TaskKeys {
+ public:
+  TaskKeys(const StepRows& rows, const AttentionPlan::Task& task, int layer, const KvBlocks& blocks)
+      : table_(rows.block_tables + static_cast<std::size_t>(task.row) * rows.table_width),
+        num_blocks_((rows.cache_lens[task.row] + task.first + task.count - 1) / kBlockTokens + 1),
+        layer_(layer),
+        head_(task.head),
+        blocks_(blocks) {}
+
+  int num_blocks() const { return num_blocks_; }
+  const char* keys(int index) const { return blocks_.keys(table_[index], layer_, head_); }
+
+  // From block `index` to the one that is read a group of blocks later: to be fetched meanwhile.
+  std::ptrdiff_t ahead(int index, const TaskKeys& next) const {
+    const int later = index + TileAttention::kBlocksAtOnce;
+    if (later < num_blocks_) return keys(later) - keys(index);
+    const int first = index % TileAttention::kBlocksAtOnce;
+    return first < next.num_blocks_ ? next.keys(first) - keys(index) : 0;
+  }
+
+ private:
+  const std::int32_t* table_;
+  int num_blocks_, layer_, head_;
+  const KvBlocks& blocks_;
+};
+
+// `next`: the task that this thread has behind it, if it has one.
+void attend_tile(const StepRows& rows, const AttentionPlan::Task& task,
+                 const AttentionPlan::Task& next, const AttentionLayer& layer,
                  const KvBlocks& blocks, const DecoderKernels& kernels) {
   const KvShape& shape = blocks.shape();
   const int token = rows.row_starts[task.row] + task.first;
-  const int at = task.head * shape.head_dim;
-  const void* queries = layer.qkv + token * layer.qkv_stride + at;
-  std::size_t stride = layer.qkv_stride * sizeof(float);
-  if (shape.arithmetic == Arithmetic::kBFloat16) {
-    queries = layer.rounded + token * layer.rounded_stride + task.head * shape.padded_dim();
-    stride = layer.rounded_stride * sizeof(std::uint16_t);
-  }
-  float* const outputs = layer.outputs + token * layer.output_stride + at;
+  const Queries queries = queries_of(token, task.head, layer, shape);
+  float* const outputs = layer.outputs + token * layer.output_stride + task.head * shape.head_dim;
   for (int row = 0; row < task.count; ++row) {
     std::memset(outputs + row * layer.output_stride, 0, shape.head_dim * sizeof(float));
   }
   const int visible = rows.cache_lens[task.row] + task.first + 1;  // to the first query
-  const int num_blocks = (visible + task.count - 2) / kBlockTokens + 1;
-  TileAttention attention(blocks, layer, kernels, task.head, task.count);
-  for (int first = 0; first < num_blocks; first += TileAttention::kBlocksAtOnce) {
-    const int count = std::min(TileAttention::kBlocksAtOnce, num_blocks - first);
-    for (int at = 0; at < count; ++at) {
-      attention.score(at, block_of(rows, task.row, first + at), queries, stride);
+  const TaskKeys here(rows, task, layer.layer, blocks), behind(rows, next, layer.layer, blocks);
+  TileAttention attention(shape, layer, kernels, task.count);
+  for (int first = 0; first < here.num_blocks(); first += TileAttention::kBlocksAtOnce) {
+    const int last = std::min(first + TileAttention::kBlocksAtOnce, here.num_blocks());
+    for (int at = first; at < last; ++at) {
+      attention.score(at - first, here.keys(at), queries, here.ahead(at, behind));
     }
-    for (int at = 0; at < count; ++at) {
-      attention.add(at, block_of(rows, task.row, first + at), visible - (first + at) * kBlockTokens,
-                    outputs);
+    for (int at = first; at < last; ++at) {
+      attention.add(at - first, here.keys(at) + shape.key_bytes(), visible - at * kBlockTokens,
+                    here.ahead(at, behind), outputs);
     }
   }
   attention.divide(outputs);
@@ -192,7 +226,7 @@ void attend(const StepRows& rows, const AttentionPlan& plan, const AttentionLaye
       for (int index = begin; index < end; ++index) {
         const AttentionPlan::Task task = plan.task(index);
         cache_head(rows, task.row, task.head, layer, blocks, kernels);
-        attend_tile(rows, task, layer, blocks, kernels);
+        attend_tile(rows, task, plan.task(std::min(index + 1, end - 1)), layer, blocks, kernels);
       }
     });
     return;
@@ -204,7 +238,8 @@ void attend(const StepRows& rows, const AttentionPlan& plan, const AttentionLaye
   });
   parallel_for(plan.num_tasks(), num_threads, [&](int begin, int end) {
     for (int index = begin; index < end; ++index) {
-      attend_tile(rows, plan.task(index), layer, blocks, kernels);
+      attend_tile(rows, plan.task(index), plan.task(std::min(index + 1, end - 1)), layer, blocks,
+                  kernels);
     }
   });
 }

@@ -186,6 +186,8 @@ void prefetch(const Value* values) {
 // Of a second-level cache, for weights or for inputs.
 constexpr std::size_t kCacheShare = std::size_t{256} << 10;
 
+constexpr std::ptrdiff_t kAhead = 8192;  // of weights, to be fetched
+
 // A product's rows in tiles, all of about the same size.
 class Product {
  public:
@@ -244,7 +246,7 @@ class Product {
         prefetch<1>(end.outputs + row * outputs_.stride);
       }
       tile_(static_cast<const char*>(inputs_.data) + first * inputs_.stride, inputs_.stride, count,
-            weights, linear_.num_steps, sums);
+            weights, linear_.num_steps, kAhead, sums);
       kernels_.finish(sums, count, end);
     }
   }

@@ -68,10 +68,10 @@ void parallel_for(int num_items, int num_threads, const Body& body) {
 
 // Whether each thread should take a part of a step's rows through all of its loops, rather than a
 // part of each matrix. Then nothing that one core has written is read by another, which costs much
-// more than arithmetic does; but each core reads all weights. It has the time for that where it has
-// 16 rows for each core that reads them.
+// more than arithmetic does; but each core reads all weights, for which it has the time from 8 rows
+// on (benchmarks/LOG.md).
 constexpr bool splits_rows(int num_rows, int num_threads) {
-  return num_threads > 1 && num_rows >= 16 * num_threads * num_threads;
+  return num_threads > 1 && num_rows >= 8 * num_threads;
 }
 
 // parallel_for over a step's rows, or over `each` items for each row.

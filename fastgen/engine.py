@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.checks import real
-from fastgen.decoders.interface import Decoder, Draw, PendingStep
+from fastgen.decoders.interface import Decoder, Draw
 from fastgen.errors import EngineError, NothingToDrawError
-from fastgen.host_logits import use_logits
+from fastgen.host_logits import Outcome, outcomes_of
 from fastgen.interrupts import deferred_interrupts
 from fastgen.limits import Limits
 from fastgen.request import Request, Row
@@ -42,7 +42,6 @@ from fastgen.scheduler import Admission, Entry, Scheduler, StepPlan
 from fastgen.text_sink import TextSink
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-Outcome = Draw | BaseException | None  # of an entry's step; None: nothing was to be drawn
 
 
 @dataclass(slots=True)
@@ -259,7 +258,9 @@ class Engine:
 
     def _run_step(self, plan: StepPlan) -> None:
         step = self.decoder.step(plan.batch)
-        outcomes = _outcomes(plan, step)  # all of them first: logits are gone after any other call
+        outcomes = outcomes_of(
+            plan, step
+        )  # all of them first: logits are gone after any other call
         self._count(plan)
         for entry, outcome in zip(plan.entries, outcomes, strict=True):
             self._hand_out(entry, outcome)
@@ -281,10 +282,11 @@ class Engine:
             raise
         except BaseException as error:
             row.fail(error)
+        if row.finish_reason is None:
+            return
         if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
             self._scheduler.pool.forget(row.blocks[row.num_shared :])
-        if row.finish_reason is not None:
-            self._release(row)
+        self._release(row)
 
     def _sweep(self) -> bool:
         """End what was cancelled and what has run out of time; whether there was any.
@@ -345,10 +347,9 @@ class Engine:
 
     def _count(self, plan: StepPlan) -> None:
         tokens = len(plan.batch.token_ids)
-        decoded = sum(entry.start >= entry.row.prompt_len for entry in plan.entries)
         self.stats.steps += 1
-        self.stats.decode_tokens += decoded
-        self.stats.prefill_tokens += tokens - decoded
+        self.stats.decode_tokens += plan.num_decoding
+        self.stats.prefill_tokens += tokens - plan.num_decoding
         self.stats.largest_step = max(self.stats.largest_step, tokens)
 
     def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
@@ -376,25 +377,3 @@ def deadline_in(timeout: Any) -> float | None:
     if timeout is None:
         return None
     return time.monotonic() + real("timeout", timeout, 0, math.inf)
-
-
-def _outcomes(plan: StepPlan, step: PendingStep) -> list[Outcome]:
-    """What each entry got of its step; an exception where its own options raised it."""
-    outcomes: list[Outcome] = []
-    draws = iter(step.wait())
-    logits = step.logits if (plan.batch.seats < 0).any() else None
-    at = 0  # in logits, where each entry's stand one after another
-    for entry in plan.entries:
-        outcome: Outcome = None
-        if entry.draws and not entry.row.draws_on_host:
-            outcome = next(draws)
-        if logits is not None and (count := entry.num_host_logits):
-            try:
-                outcome = use_logits(entry, logits[at : at + count]) or outcome
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # sys.exit in a row's function is that row's error, too
-                outcome = error
-            at += count
-        outcomes.append(outcome)
-    return outcomes

@@ -1,18 +1,47 @@
-"""What a step's logits are for on the host: a prompt's log-probabilities, and the draws of rows
-whose options only the host can run.
+"""What a step gave its rows. Some of that comes from logits on the host: the log-probabilities of a
+prompt, and the draws of rows whose options only the host can run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from fastgen.decoders.interface import Draw
+from fastgen.decoders.interface import Draw, PendingStep
 from fastgen.errors import NothingToDrawError
 from fastgen.processors import Floats, RowState
 from fastgen.request import Row
 from fastgen.results import TokenLogprobs
 from fastgen.sampler import draw, token_logprobs
-from fastgen.scheduler import Entry
+from fastgen.scheduler import Entry, StepPlan
+
+Outcome = Draw | BaseException | None  # of an entry's step; None: nothing was to be drawn
+
+
+def outcomes_of(plan: StepPlan, step: PendingStep) -> Sequence[Outcome]:
+    """What each entry got of its step; an exception where its own options raised it."""
+    drawn = step.wait()
+    if len(drawn) == len(plan.entries) == len(plan.batch.seats):
+        return drawn  # every entry has drawn, and nothing else was wanted
+    outcomes: list[Outcome] = []
+    draws = iter(drawn)
+    logits = step.logits if (plan.batch.seats < 0).any() else None
+    at = 0  # in logits, where each entry's stand one after another
+    for entry in plan.entries:
+        outcome: Outcome = None
+        if entry.draws and not entry.row.draws_on_host:
+            outcome = next(draws)
+        if logits is not None and (count := entry.num_host_logits):
+            try:
+                outcome = use_logits(entry, logits[at : at + count]) or outcome
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # sys.exit in a row's function is that row's error, too
+                outcome = error
+            at += count
+        outcomes.append(outcome)
+    return outcomes
 
 
 def use_logits(entry: Entry, logits: Floats) -> Draw | None:

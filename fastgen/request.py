@@ -48,25 +48,25 @@ class Row:
     keys: list[Key] = field(default_factory=list)  # of the full blocks, as far as known
     tail_key: Key | None = None  # of the prompt's last, partly filled block
     num_registered: int = 0  # full blocks that can be found by content
+    # constants, asked for in every step:
+    prompt_len: int = field(init=False)
+    prefill_len: int = field(init=False)  # the request's
+    draws_on_host: bool = field(init=False)  # only the host can run its options
 
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_token_ids)
+        self.prefill_len = self.request.prefill_len
+        self.draws_on_host = self.params.logits_processor is not None
 
     @property
     def is_prefilling(self) -> bool:
         """Whether the cache still lacks prompt tokens; afterwards the row gets a token a step."""
-        return self.num_cached < self.request.prefill_len
+        return self.num_cached < self.prefill_len
 
     @property
     def scores_prompt(self) -> bool:
         """Whether this row's logits give the request its prompt_logprobs: the first sample's do."""
         return self.index == 0 and self.request.prompt_logprobs is not None
-
-    @property
-    def draws_on_host(self) -> bool:
-        """Whether only the host can run its options."""
-        return self.params.logits_processor is not None
 
     @property
     def prompt_keys(self) -> list[Key]:

@@ -16,6 +16,8 @@ MOST_URGENT, LEAST_URGENT = -1000, 1000
 
 def check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
     """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
+    if set(map(type, token_ids)) == {int} and 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+        return  # nearly always, and much faster than one by one
     for token_id in token_ids:
         if not is_integer(token_id):
             raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")

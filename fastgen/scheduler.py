@@ -62,15 +62,18 @@ class Admission:
 
 @dataclass(slots=True)
 class StepPlan:
+    """A step: its batch, and whose it is: first the rows that decode, then those that prefill."""
+
     batch: StepBatch
     entries: list[Entry]
+    num_decoding: int
 
 
 @dataclass(slots=True)
 class _Budget:
     tokens: int
     logits: int
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry]
 
     def add(self, entry: Entry) -> None:
         self.entries.append(entry)
@@ -92,6 +95,7 @@ class Scheduler:
         self._free_seats = list(range(limits.num_seats))[::-1]
         width = blocks_for(limits.max_seq_len)
         self._tables: Ints = np.zeros((limits.num_seats, width), np.int32)
+        self._numbers: Ints = np.arange(limits.num_seats + 1, dtype=np.int32)
 
     @property
     def num_unfinished(self) -> int:
@@ -119,16 +123,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, at most max_tokens tokens and max_logits logits; None if no row runs."""
-        budget = _Budget(self.limits.max_tokens, self.limits.max_logits)
-        for row in self.running:
-            if not row.is_prefilling:
-                budget.add(Entry(row, row.num_cached, 1, draws=True))
-        prefilling = [row for row in self.running if row.is_prefilling]
-        for row in sorted(prefilling, key=lambda row: row.turn):
-            _add_prefill(row, budget)
-        if not budget.entries:
-            return None
-        return StepPlan(self._batch(budget.entries), budget.entries)
+        decoding = [row for row in self.running if row.num_cached >= row.prefill_len]
+        entries = [Entry(row, row.num_cached, 1, True) for row in decoding]
+        if len(decoding) == len(self.running):
+            batch = self._decode_batch(decoding) if decoding else None
+        else:
+            self._add_prefills(entries)
+            batch = self._batch(entries) if entries else None
+        return None if batch is None else StepPlan(batch, entries, len(decoding))
 
     def advance(self, entry: Entry) -> None:
         """Its step has run: the tokens are in the cache, and their blocks can be found."""
@@ -195,7 +197,7 @@ class Scheduler:
         Returns the copy, if any, that puts a found, partly used block into the row's own.
         """
         total = blocks_needed(row.max_len)
-        last = row.request.prefill_len - 1  # computed in any case: it gives the logits, or the end
+        last = row.prefill_len - 1  # computed in any case: it gives the logits, or the end
         num_cached = min(len(found) * BLOCK_SIZE, last)
         num_shared = num_cached // BLOCK_SIZE
         shared, tail = found[:num_shared], found[num_shared:]  # a tail: found, and written again
@@ -233,7 +235,7 @@ class Scheduler:
         """Tell rows with the same beginning that this one is computing it."""
         for index, key in enumerate(row.prompt_keys):
             end = min((index + 1) * BLOCK_SIZE, row.prompt_len)
-            if row.num_cached < end <= row.request.prefill_len:
+            if row.num_cached < end <= row.prefill_len:
                 self.pool.register(key, row.blocks[index], pending=True)
 
     def _register_full_blocks(self, row: Row) -> None:
@@ -242,6 +244,33 @@ class Scheduler:
                 row.add_key(index)
             self.pool.register(row.keys[index], row.blocks[index])
         row.num_registered = row.num_cached // BLOCK_SIZE
+
+    def _add_prefills(self, entries: list[Entry]) -> None:
+        """Prompt tokens for what the decoding rows leave of the step."""
+        room = (self.limits.max_tokens - len(entries), self.limits.max_logits - len(entries))
+        budget = _Budget(*room, entries)
+        prefilling = [row for row in self.running if row.is_prefilling]
+        for row in sorted(prefilling, key=lambda row: row.turn):
+            _add_prefill(row, budget)
+
+    def _decode_batch(self, rows: list[Row]) -> StepBatch:
+        """What _batch makes of one new token for each row; nearly all steps are such."""
+        count = len(rows)
+        cache_lens = np.array([row.num_cached for row in rows], np.int32)
+        seats = np.array([row.seat for row in rows], np.int32)
+        tables = self._tables[seats]
+        on_host = [row.draws_on_host for row in rows]
+        if True in on_host:
+            seats[on_host] = -1
+        return StepBatch(
+            token_ids=np.array([row.token_ids[-1] for row in rows], np.int32),
+            positions=cache_lens,
+            row_starts=self._numbers[: count + 1],
+            cache_lens=cache_lens,
+            block_tables=tables,
+            logits_at=self._numbers[:count],
+            seats=seats,
+        )
 
     def _batch(self, entries: list[Entry]) -> StepBatch:
         counts = np.array([entry.count for entry in entries], np.int32)
@@ -275,7 +304,7 @@ class Scheduler:
 
 def _add_prefill(row: Row, budget: _Budget) -> None:
     """As many of the row's next prompt tokens as the budget has room for."""
-    start, end = row.num_cached, row.request.prefill_len
+    start, end = row.num_cached, row.prefill_len
     scored = row.scores_prompt
     draws_at_end = row.request.params.max_new_tokens > 0
     count = min(end - start, budget.tokens)

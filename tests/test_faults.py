@@ -217,7 +217,7 @@ def emit(scene: Scene) -> None:
     accept = Row.accept
 
     def accept_none(row: Row, draw: Draw, eos_ids: frozenset[int]) -> None:
-        accept(row, replace(draw, ok=False), eos_ids)
+        accept(row, draw._replace(ok=False), eos_ids)
 
     struck = scene.faulty(accept, accept_none, lambda row, *args: row is scene.row)
     scene.patch.setattr(Row, "accept", lambda *args: struck(*args))

@@ -51,6 +51,7 @@ class CpuDecoder:
         num_threads: int,
     ) -> None:
         self.limits, self._memory = limits, memory
+        self._no_drafts = np.full(limits.max_logits, -1, np.int32)
         self._native = native.CpuDecoder(shape, limits.num_blocks, num_threads)
         _Loader(checkpoint, self._native, quantized=shape["weights"] == "int8").load()
         self._sampler = NativeSampler(
@@ -69,13 +70,16 @@ class CpuDecoder:
     def step(self, batch: StepBatch) -> CpuStep:
         check_batch(batch, self.limits)
         seats, logits_at = batch.seats, batch.logits_at
-        drawing = seats >= 0
-        if not drawing.all():  # rows of logits for the host stand behind those of the draws
+        if len(seats) and seats.min() < 0:  # rows of logits for the host stand behind the draws'
+            drawing = seats >= 0
             seats = seats[drawing]
             logits_at = np.concatenate([logits_at[drawing], logits_at[~drawing]])
         if not len(seats):
             return CpuStep([], self._native.forward(*self._rows(batch), logits_at))
-        drafts = batch.drafts_behind(logits_at[: len(seats)])
+        if len(batch.token_ids) == len(batch.cache_lens):  # one a row: none can be a draft
+            drafts = self._no_drafts[: len(seats)]
+        else:
+            drafts = batch.drafts_behind(logits_at[: len(seats)])
         max_top = self._sampler.max_top(seats)
         found, logits = self._native.step(
             *self._rows(batch), logits_at, self._sampler.native, seats, drafts, max_top

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,7 @@ class DecoderLimits:
     batch_invariant: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """One drawn token. Where the logits were NaN or infinite, `ok` is false and `token_id` 0."""
 
     seat: int

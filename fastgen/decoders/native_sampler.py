@@ -39,6 +39,7 @@ class NativeSampler:
     ) -> None:
         self.last_drawn = np.zeros(num_seats, np.int64)
         self._num_logprobs = np.full(num_seats, -1)
+        self._scored: set[int] = set()  # seats that want log-probabilities
         self._eos_ids, self._vocab_size = frozenset(eos_ids), vocab_size
         self.native = native.Sampler(num_seats, vocab_size, max_seq_len, num_threads)
 
@@ -53,7 +54,10 @@ class NativeSampler:
         options["seed"] = params.seed or 0
         options["ending_ids"] = sorted(params.ending_ids(self._eos_ids))
         self.native.bind(seat, token_ids, options)
-        self._num_logprobs[seat] = -1 if params.logprobs is None else params.logprobs
+        self.release(seat)
+        if params.logprobs is not None:
+            self._num_logprobs[seat] = params.logprobs
+            self._scored.add(seat)
 
     def observe(self, seat: int, token_id: int) -> None:
         self.native.observe(seat, token_id)
@@ -61,6 +65,7 @@ class NativeSampler:
 
     def release(self, seat: int) -> None:
         self._num_logprobs[seat] = -1
+        self._scored.discard(seat)
 
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
         self.native.set_mask(seat, allowed)
@@ -83,6 +88,8 @@ class NativeSampler:
 
     def max_top(self, seats: NDArray[np.int32]) -> int:
         """Log-probabilities beside the drawn one that some draw of `seats` wants."""
+        if not self._scored:
+            return 0
         return min(max(0, int(self._num_logprobs[seats].max())), self._vocab_size)
 
     def taken(
@@ -93,14 +100,14 @@ class NativeSampler:
         *scores: NDArray[Any],
     ) -> list[Draw]:
         """What C++ drew at `seats`, as `draw` returns it; the seats remember it."""
-        kept = np.flatnonzero(statuses != _SKIPPED)
-        self.last_drawn[seats[kept]] = ids[kept]  # of several draws of a seat, the last
-        wanted = self._num_logprobs[seats]
-        if (wanted < 0).all():
-            drawn = zip(
-                seats[kept].tolist(), ids[kept].tolist(), statuses[kept].tolist(), strict=True
-            )
+        found = statuses.tolist()
+        if not self._scored and _SKIPPED not in found:
+            self.last_drawn[seats] = ids  # of several draws of a seat, the last
+            drawn = zip(seats.tolist(), ids.tolist(), found, strict=True)
             return [Draw(seat, token_id, status == _DRAWN) for seat, token_id, status in drawn]
+        kept = np.flatnonzero(statuses != _SKIPPED)
+        self.last_drawn[seats[kept]] = ids[kept]
+        wanted = self._num_logprobs[seats]
         return [
             Draw(
                 int(seats[at]),
