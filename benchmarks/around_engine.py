@@ -2,7 +2,8 @@
 
 Engine: whole calls of `generate`, less the decoder's own steps, over the number of steps: queueing,
 admission, binding, scheduling and handing out, and with text the tokenizer. A line is fitted
-through what it is at 1, 8 and 32 rows.
+through what it is at 1, 8 and 32 rows. Once more without a decoder: what a step leaves of the
+caches is part of what the engine costs.
 
 Sampling: 96 decode steps of the decoder alone, with one set of options after the other in turns.
 """
@@ -18,7 +19,7 @@ import harness
 import numpy as np
 from models import NEW, PRECISIONS, PROMPT, random_prompts
 from rows import Rows
-from timed_decoder import TimedDecoder
+from timed_decoder import InstantDecoder, TimedDecoder
 
 import fastgen
 
@@ -59,13 +60,17 @@ def engine_overhead(tiny: Path, load: Options, rounds: int) -> list[Record]:
     with fastgen.load(tiny, **load) as model, fastgen.load(**load) as bundled:
         cases: dict[str, tuple[fastgen.Generator, Prompts, Options]] = {
             "ids": (model, ids, {}),
+            "ids, no decoder": (model, ids, {}),
             "text": (bundled, texts, {}),
             "text with a stop string": (bundled, texts, {"stop": "\n\n\n"}),
         }
+        kinds = {"ids, no decoder": InstantDecoder}
         measures = {}
         for case, (generator, prompts, options) in cases.items():
             for rows in ROWS:
-                measures[f"{case}/{rows}"] = _overhead(generator, prompts, rows, options)
+                measures[f"{case}/{rows}"] = _overhead(
+                    generator, prompts, rows, options, kinds.get(case, TimedDecoder)
+                )
         seconds = harness.take_turns(measures, rounds=rounds, warmups=2)
     return [_fitted(case, [seconds[f"{case}/{rows}"] for rows in ROWS]) for case in cases]
 
@@ -90,14 +95,18 @@ def sampling_cost(folder: Path, dtype: str, load: Options, rounds: int) -> Itera
 
 
 def _overhead(
-    generator: fastgen.Generator, prompts: Prompts, rows: int, options: Options
+    generator: fastgen.Generator,
+    prompts: Prompts,
+    rows: int,
+    options: Options,
+    kind: type[TimedDecoder],
 ) -> harness.Measure:
     """Seconds a step of a call of `generate`, without the decoder's."""
 
     def measure() -> float:
         many = prompts(rows)
         decoder = generator.engine.decoder
-        timed = TimedDecoder(decoder)
+        timed = kind(decoder)
         generator.engine.decoder = timed
         try:
             start = time.perf_counter()

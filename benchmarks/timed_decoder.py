@@ -1,4 +1,4 @@
-"""A decoder whose steps are timed, so that what the engine adds to them can be told apart."""
+"""Decoders whose steps are timed, so that what the engine adds to them can be told apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.decoders.interface import Decoder, Draw, PendingStep, StepBatch
+from fastgen.decoders.interface import Decoder, Draw, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +17,10 @@ class FinishedStep:
     """A PendingStep that was waited for."""
 
     draws: list[Draw]
-    step: PendingStep
+    logits: NDArray[np.float32]
 
     def wait(self) -> list[Draw]:
         return self.draws
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        return self.step.logits
 
 
 class TimedDecoder:
@@ -36,11 +32,22 @@ class TimedDecoder:
 
     def step(self, batch: StepBatch) -> FinishedStep:
         start = time.perf_counter()
-        step = self._decoder.step(batch)
-        draws = step.wait()
+        finished = self._finished(batch)
         self.seconds += time.perf_counter() - start
         self.steps += 1
-        return FinishedStep(draws, step)
+        return finished
+
+    def _finished(self, batch: StepBatch) -> FinishedStep:
+        step = self._decoder.step(batch)
+        return FinishedStep(step.wait(), step.logits)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
+
+
+class InstantDecoder(TimedDecoder):
+    """Draws id 0 at once, so that nothing drives the engine out of the processor's caches."""
+
+    def _finished(self, batch: StepBatch) -> FinishedStep:
+        draws = [Draw(seat, 0) for seat in batch.seats.tolist()]
+        return FinishedStep(draws, np.empty((0, 0), np.float32))
