@@ -85,10 +85,12 @@ def _has_gpu() -> bool:
 def _why(options: LoadOptions) -> str:
     """The reason for the torch decoder."""
     if options.decoder == "torch":
-        return "it was asked for"
+        return "the torch decoder was asked for"
     if native is None:
         return "the C++ extension was not built"
-    return "the model is to run on a GPU" if options.device == "auto" else "of the device asked for"
+    if options.device == "auto":
+        return "the model is to run on a GPU"
+    return f"device={options.device!r} was asked for"
 
 
 def _package(name: str, hint: str) -> Backend:

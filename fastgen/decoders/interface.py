@@ -23,7 +23,7 @@ Logits = Any  # float32 (L, V), an array or tensor in the decoder's own buffer
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """R rows with N new tokens in all, packed without padding; every array is int32.
+    """R rows with N new tokens in all, at least one each, without padding; every array is int32.
 
     Attributes:
         token_ids: (N,) row after row; -1 - s stands for the token that seat s drew last.
