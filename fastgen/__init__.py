@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastgen.decoders.choice import Backend, backends
     from fastgen.errors import CheckpointError, EngineError
     from fastgen.generator import Generator, load
+    from fastgen.hf.model import GPT2LMHeadModel, accelerate
     from fastgen.limits import Limits
     from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
     from fastgen.sampling_params import SamplingParams
@@ -28,6 +29,7 @@ _MODULES = {
     "CheckpointError": "errors",
     "Completion": "results",
     "EngineError": "errors",
+    "GPT2LMHeadModel": "hf.model",
     "Generation": "results",
     "Generator": "generator",
     "Limits": "limits",
@@ -37,6 +39,7 @@ _MODULES = {
     "Stream": "stream",
     "Timings": "results",
     "TokenLogprobs": "results",
+    "accelerate": "hf.model",
     "backends": "decoders.choice",
     "load": "generator",
 }
@@ -46,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "EngineError",
+    "GPT2LMHeadModel",
     "Generation",
     "Generator",
     "Limits",
@@ -56,6 +60,7 @@ __all__ = [
     "Timings",
     "TokenLogprobs",
     "__version__",
+    "accelerate",
     "backends",
     "load",
 ]

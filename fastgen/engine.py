@@ -13,7 +13,6 @@ import heapq
 import math
 import os
 import secrets
-import threading
 import time
 import weakref
 from collections import deque
@@ -24,6 +23,7 @@ from typing import Any
 
 from fastgen.checks import real
 from fastgen.decoders.interface import Decoder, Draw
+from fastgen.driver_place import DriverPlace
 from fastgen.errors import EngineError, NothingToDrawError
 from fastgen.host_logits import Outcome, outcomes_of
 from fastgen.interrupts import deferred_interrupts
@@ -76,8 +76,8 @@ class Engine:
         self._arrivals: deque[Row] = deque()
         self._cancelled: deque[Request] = deque()
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
-        self._progress = threading.Condition()  # guards all of these
-        self._driver: int | None = None  # the thread that runs a step
+        self._place = DriverPlace()
+        self._progress = self._place.changed  # guards all of these
         self._closed = False
         self.pid = os.getpid()
         _engines.add(self)
@@ -162,7 +162,7 @@ class Engine:
                 return bool(interrupted) or until()
 
             while not over():
-                with self._drive(wait=True, until=over) as driving:
+                with self._place.held(wait=True, until=over) as driving:
                     if driving and not over():
                         self._step()
             self._sweep_if_idle()  # what was cancelled while the last step ran
@@ -173,41 +173,33 @@ class Engine:
         A step under way is waited for; if that takes `timeout` seconds, nothing is freed.
         """
         with self._progress:
-            self._refuse_in_own_step()
+            self._place.refuse_in_own_step()
             self._closed = True  # the next step of whoever drives ends every row
-            if not self._progress.wait_for(lambda: self._driver is None, timeout):
+            if not self._progress.wait_for(lambda: self._place.driver is None, timeout):
                 return
-        with self._drive(wait=True):
+        with self._place.held(wait=True):
             self._sweep()
             self.decoder.close()
 
     @contextmanager
-    def _drive(self, *, wait: bool, until: Callable[[], bool] = lambda: False) -> Iterator[bool]:
-        """Hold the driver's place, if it is free or becomes free before `until()` is true."""
-        driving = False
-        try:
-            with self._progress:
-                while self._driver is not None and wait and not until():
-                    self._refuse_in_own_step()
-                    self._progress.wait()
-                driving = self._driver is None
-                if driving:
-                    self._driver = threading.get_ident()
-            yield driving
-        finally:
-            if driving:
-                with self._progress:
-                    self._driver = None
-                    self._progress.notify_all()
+    def between_steps(self) -> Iterator[Scheduler]:
+        """Nobody steps meanwhile, and every row that is not running waits in the scheduler: for a
+        forward of one's own in blocks of its pool, and to make the decoder grow.
 
-    def _refuse_in_own_step(self) -> None:
-        if self._driver == threading.get_ident():
-            raise EngineError("a step cannot wait for the engine that runs it")
+        Raises:
+            EngineError: the engine is closed.
+        """
+        with self._place.claimed():
+            if self._closed:
+                raise EngineError("this model has been closed")
+            self._sweep()
+            yield self._scheduler
+        self._sweep_if_idle()  # what was cancelled meanwhile
 
     def _sweep_if_idle(self) -> None:
         """Whoever drives sees what was cancelled; if nobody does, end it now."""
         while self._cancelled:
-            with self._drive(wait=False) as driving:
+            with self._place.held(wait=False) as driving:
                 if not driving:
                     return  # its driver looks once more after it has left
                 self._sweep()

@@ -80,6 +80,12 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
 
+    def grow(self, num_blocks: int) -> None:
+        """Have at least so many blocks; those that are new are free."""
+        for block in range(self.num_blocks, num_blocks):
+            self._ref_counts.append(0)
+            self._free[block] = None
+
     def find(self, key: Key) -> int | None:
         """The block with this content, if there is one and it is filled."""
         return None if key in self._pending else self._block_by_key.get(key)

@@ -92,14 +92,19 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Row] = []
         self.num_reused_tokens = 0  # prompt tokens found in the cache
-        self._free_seats = list(range(limits.num_seats))[::-1]
-        width = blocks_for(limits.max_seq_len)
-        self._tables: Ints = np.zeros((limits.num_seats, width), np.int32)
-        self._numbers: Ints = np.arange(limits.num_seats + 1, dtype=np.int32)
+        self._free_seats: list[int] = []
+        self._tables: Ints = np.zeros((0, blocks_for(limits.max_seq_len)), np.int32)
+        self._add_seats(limits.num_seats)
 
     @property
     def num_unfinished(self) -> int:
         return len(self.waiting) + len(self.running)
+
+    def grow(self, limits: DecoderLimits) -> None:
+        """The decoder has more blocks or seats now; rows that run keep theirs."""
+        self.pool.grow(limits.num_blocks)
+        self._add_seats(limits.num_seats)
+        self.limits = limits
 
     def admit(self) -> list[Admission]:
         """Let waiting rows run, in the order of their turns, as far as seats and blocks go.
@@ -217,6 +222,13 @@ class Scheduler:
         self._announce(row)
         self.num_reused_tokens += num_cached
         return [(tail[0], row.blocks[num_shared])] if num_cached % BLOCK_SIZE else []
+
+    def _add_seats(self, num_seats: int) -> None:
+        """The lowest free seat is taken first."""
+        old, width = self._tables.shape
+        self._tables = np.vstack([self._tables, np.zeros((num_seats - old, width), np.int32)])
+        self._numbers: Ints = np.arange(num_seats + 1, dtype=np.int32)
+        self._free_seats[:0] = reversed(range(old, num_seats))
 
     def _take_seat(self, row: Row) -> None:
         seat = self._free_seats[-1]

@@ -22,7 +22,7 @@ MAX_LINES = 400
 # From low to high: a module may import those of lower layers only, not its neighbours.
 LAYERS = (
     "__init__ checks decoders errors interrupts machine native results text_sink",
-    "config kv_cache philox safetensors_files sampling_params",
+    "config driver_place kv_cache philox safetensors_files sampling_params",
     "checkpoint filters limits memory processors quantization ranking tokenizer",
     "sampler",
     "model_tensors decoders.interface",

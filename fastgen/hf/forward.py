@@ -1,0 +1,237 @@
+"""GPT2LMHeadModel.forward on fastgen's decoder.
+
+Shapes: B rows, T new tokens, S tokens in the cache, K tokens whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+from fastgen.hf.cache import BlockCache, Bools
+from fastgen.hf.kv_rows import Ints
+from fastgen.hf.packing import PackedModel
+from fastgen.hf.unfit import Unfit
+
+OwnForward = Callable[..., Any]
+
+_KNOWN = {
+    *("input_ids", "past_key_values", "attention_mask", "position_ids", "labels", "use_cache"),
+    *("logits_to_keep", "return_dict", "num_items_in_batch", "cache_position", "shift_labels"),
+}
+
+
+@dataclass(slots=True)
+class ForwardCall:
+    """The arguments of one call, checked and on the host."""
+
+    token_ids: Ints  # (B, T)
+    mask: Bools | None  # (B, S + T)
+    positions: Ints  # (B, T)
+    columns: Ints  # (K,) of the T
+    cache: BlockCache
+    use_cache: bool
+
+    @property
+    def num_computed(self) -> int:
+        """Of the last T tokens, those whose logits are computed."""
+        return int(self.token_ids.shape[1] - self.columns.min())
+
+
+def fast_forward(
+    model: Any, packed: PackedModel, own: OwnForward, arguments: Mapping[str, Any]
+) -> CausalLMOutputWithCrossAttentions:
+    """What transformers' forward returns for these arguments.
+
+    Raises:
+        Unfit: that forward has to do it; no argument has changed.
+        IndexError: a token or position is not in the model's tables, as transformers raises.
+    """
+    call = _call(model, own, arguments)
+    kv = packed.kv_rows(model)
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    if needs_grad and model.training:
+        raise Unfit("training with gradients")
+    computed = call.cache.extend(
+        kv, call.token_ids, call.mask, call.positions, call.num_computed
+    )  # (B, n, V)
+    logits = torch.from_numpy(computed)
+    first = call.token_ids.shape[1] - call.num_computed
+    if len(call.columns) != call.num_computed:
+        logits = logits[:, torch.from_numpy(call.columns - first)]
+    logits = logits.to(device=model.device, dtype=model.dtype)  # (B, K, V)
+    if needs_grad:
+        logits = _differentiable(model, own, call, logits)
+    loss, labels = None, arguments.get("labels")
+    if labels is not None:
+        extra = {key: arguments[key] for key in ("num_items_in_batch", "shift_labels") if key in arguments}
+        loss = model.loss_function(logits, labels, vocab_size=model.config.vocab_size, **extra)
+    return CausalLMOutputWithCrossAttentions(
+        loss=loss, logits=logits, past_key_values=call.cache if call.use_cache else None
+    )
+
+
+def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardCall:
+    input_ids = arguments.get("input_ids")
+    for key, value in arguments.items():
+        if key not in _KNOWN and value is not None and value is not False:
+            raise Unfit(f"{key} was given")
+    for key in ("output_attentions", "output_hidden_states"):
+        if getattr(model.config, key, False):
+            raise Unfit(f"config.{key} is set")
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        raise Unfit("it is being traced")
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        raise Unfit("input_ids is not a tensor (B, T)")
+    if input_ids.is_floating_point():
+        raise Unfit("input_ids are not integers")
+    cache = arguments.get("past_key_values")
+    use_cache = arguments.get("use_cache")
+    use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
+    if cache is None:
+        cache = new_cache(model, own)
+    elif not isinstance(cache, BlockCache) or cache.has_tensors:
+        raise Unfit("past_key_values is another kind of cache")
+    past, (batch_size, length) = cache.get_seq_length(), input_ids.shape
+    if past == 0:
+        model.transformer.warn_if_padding_and_no_attention_mask(
+            input_ids, arguments.get("attention_mask")
+        )
+    mask = _mask(arguments.get("attention_mask"), batch_size, past + length)
+    columns = _columns(arguments.get("logits_to_keep", 0), length)
+    if mask is not None and not mask[:, past:][:, columns.min() :].all():
+        raise Unfit("logits of padding are wanted")
+    call = ForwardCall(
+        token_ids=input_ids.cpu().numpy().astype(np.int64),
+        mask=mask,
+        positions=_positions(arguments.get("position_ids"), batch_size, past, length),
+        columns=columns,
+        cache=cache,
+        use_cache=use_cache,
+    )
+    check_tokens(call.token_ids, model.config.vocab_size)
+    check_positions(call.positions, model.config.n_positions)
+    return call
+
+
+def new_cache(model: Any, own: OwnForward) -> BlockCache:
+    """An empty one, whose tensors, if wanted, are made by transformers' own forward."""
+
+    def compute(token_ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
+        from transformers import DynamicCache
+
+        tensors = DynamicCache(config=model.config)
+        if token_ids.numel():
+            ids, mask, positions = (each.to(model.device) for each in (token_ids, mask, positions))
+            with torch.no_grad():
+                own(
+                    input_ids=ids,
+                    attention_mask=mask.long(),
+                    position_ids=positions,
+                    past_key_values=tensors,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        return tensors
+
+    return BlockCache(compute)
+
+
+def check_tokens(token_ids: Ints, vocab_size: int) -> None:
+    """Raise what the embedding would."""
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        wrong = token_ids[(token_ids < 0) | (token_ids >= vocab_size)].flat[0]
+        raise IndexError(
+            f"index out of range in self: token id {wrong}, of a vocabulary of {vocab_size}"
+        )
+
+
+def check_positions(positions: Ints, num_positions: int) -> None:
+    """Raise what the position embedding would."""
+    if positions.min() < 0 or positions.max() >= num_positions:
+        wrong = positions.max() if positions.min() >= 0 else positions.min()
+        raise IndexError(
+            f"index out of range in self: position {wrong}, of a model with {num_positions}"
+        )
+
+
+def _mask(mask: Any, batch_size: int, length: int) -> Bools | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise Unfit("attention_mask is not a tensor (B, S + T)")
+    if mask.shape != (batch_size, length):
+        raise Unfit("attention_mask is not as long as cache and input together")
+    attended: Bools = (mask != 0).cpu().numpy()
+    return attended
+
+
+def _columns(logits_to_keep: Any, length: int) -> Ints:
+    if isinstance(logits_to_keep, Tensor):
+        columns = np.arange(length)[logits_to_keep.cpu().numpy()]
+    else:
+        columns = np.arange(length)[-int(logits_to_keep) :]
+    if columns.ndim != 1 or not len(columns):
+        raise Unfit("logits_to_keep keeps nothing, or is not a list")
+    return columns
+
+
+def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> Ints:
+    if position_ids is None:
+        return np.broadcast_to(np.arange(past, past + length), (batch_size, length))
+    if not isinstance(position_ids, Tensor) or position_ids.shape not in (
+        (length,),
+        (1, length),
+        (batch_size, length),
+    ):
+        raise Unfit("position_ids are not (B, T)")
+    return np.broadcast_to(position_ids.cpu().numpy().astype(np.int64), (batch_size, length))
+
+
+def _differentiable(model: Any, own: OwnForward, call: ForwardCall, logits: Tensor) -> Tensor:
+    """The logits with a backward that computes them again, by transformers' own forward."""
+    cache, device = call.cache, model.device
+    ids, mask, positions = (
+        torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        for array in (cache.token_ids, cache.mask, cache.positions)
+    )
+    columns = torch.from_numpy(call.columns).to(device) + ids.shape[1] - call.token_ids.shape[1]
+
+    def again() -> Tensor:
+        output = own(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=columns,
+        )
+        tensor: Tensor = output.logits
+        return tensor
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recomputed: Tensor = _Recomputed.apply(logits, again, *parameters)  # type: ignore[no-untyped-call]
+    return recomputed
+
+
+class _Recomputed(torch.autograd.Function):
+    """Identity of logits that were made without a graph; backward makes the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, again: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(*parameters)  # so that backward refuses weights changed since
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            logits = ctx.again()
+        grads = torch.autograd.grad(logits, parameters, grad, allow_unused=True)
+        return None, None, *grads

@@ -1,0 +1,154 @@
+"""GPT2LMHeadModel: transformers' own class, with fastgen's decoder and engine inside."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.utils.generic import can_return_tuple
+
+from fastgen.hf.forward import fast_forward, new_cache
+from fastgen.hf.packing import PackedModel
+from fastgen.hf.sampling import generate_natively, native_call
+from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_errors
+from fastgen.hf.unfit import Unfit
+
+_Own = transformers.GPT2LMHeadModel
+_FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
+_GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
+
+
+class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
+    """Use it as transformers' class of this name: the same calls, results, warnings and errors.
+
+    It holds two copies of the weights: PyTorch's, and one packed for the decoder, made before the
+    first call and again when weights have changed. KV blocks are added for as many rows as run at
+    the same time. docs/transformers.md says which calls go which way.
+
+    Attributes:
+        last_path: which way the last call of `generate` or `forward` went: "native" (fastgen's
+            engine), "forward" (transformers' loop on fastgen's decoder, or one forward of that), or
+            "transformers" (its own forward).
+        last_reason: why it did not go a faster way; "" if it did.
+    """
+
+    @property
+    def last_path(self) -> str:
+        return self._packed.last_path
+
+    @property
+    def last_reason(self) -> str:
+        return self._packed.last_reason
+
+    @can_return_tuple
+    @functools.wraps(_Own.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
+        try:
+            output = fast_forward(self, self._packed, self._own_forward, arguments)
+        except Unfit as unfit:
+            self._packed.note("transformers", unfit)
+            return super().forward(**arguments)
+        self._packed.note("forward")
+        return output
+
+    @functools.wraps(_Own.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(_GENERATE, args, strict=False)), **kwargs}
+        if arguments.get("streamer") is not None:
+            arguments["streamer"] = as_streamer(arguments["streamer"])
+        with readers_told_of_errors(arguments.get("streamer")):
+            return super().generate(**arguments)
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        if isinstance(streamer, RowStreamers) and generation_config._eos_token_tensor is not None:
+            streamer.eos_ids = frozenset(generation_config._eos_token_tensor.flatten().tolist())
+        try:
+            if synced_gpus or self._forward_hooks or self._forward_pre_hooks:
+                raise Unfit("each forward has to be seen from outside")
+            call = native_call(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+                model_kwargs,
+            )
+            kv = self._packed.kv_rows(self)
+            output = generate_natively(self, kv, call)
+        except Unfit as unfit:
+            reason = str(unfit)
+        else:
+            self._packed.note("native")
+            return output
+        output = super()._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+        if self.last_path == "forward":
+            self._packed.note("forward", reason)
+        return output
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' choice; where that is the plain cache, and is new, blocks instead."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is not None or type(made) is not DynamicCache or made.offloading:
+            return
+        needs_tensors = any(
+            model_kwargs.get(key) is not None for key in ("inputs_embeds", "token_type_ids")
+        )
+        if not (
+            needs_tensors
+            or generation_config.output_attentions
+            or generation_config.output_hidden_states
+        ):
+            model_kwargs["past_key_values"] = new_cache(self, self._own_forward)
+
+    def _own_forward(self, **kwargs: Any) -> Any:
+        return super().forward(**kwargs)
+
+    @property
+    def _packed(self) -> PackedModel:
+        packed: PackedModel = self.__dict__.setdefault("_fastgen", PackedModel())
+        return packed
+
+
+def accelerate(model: Any) -> GPT2LMHeadModel:
+    """The fastgen model of a transformers GPT2LMHeadModel in memory: the same modules and weights.
+
+    `model` itself stays what it is; what is loaded or trained into either is in both.
+
+    Raises:
+        TypeError: it is another kind of model.
+    """
+    if isinstance(model, GPT2LMHeadModel):
+        return model
+    if type(model) is not _Own:
+        raise TypeError(
+            f"accelerate takes a transformers GPT2LMHeadModel, not {type(model).__name__}"
+        )
+    twin = GPT2LMHeadModel.__new__(GPT2LMHeadModel)
+    twin.__dict__.update(model.__dict__)
+    return twin

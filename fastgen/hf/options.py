@@ -1,0 +1,275 @@
+"""transformers' resolved processors and stopping criteria, as fastgen's own options.
+
+transformers has made them from its defaults, files and keywords; here they are only read. What has
+no exact counterpart raises Unfit, with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers.generation import logits_process as processors
+from transformers.generation import stopping_criteria as criteria
+
+from fastgen.hf.unfit import Unfit
+from fastgen.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class Prompts:
+    """The prompts of a call: (B, T) ids, of which row r begins at starts[r] behind its padding."""
+
+    token_ids: Any  # int64 (B, T)
+    starts: Any  # int64 (B,)
+
+    @property
+    def length(self) -> int:
+        return int(self.token_ids.shape[1])
+
+    @property
+    def are_padded(self) -> bool:
+        return bool(self.starts.any())
+
+    def padding(self) -> set[int]:
+        """Ids that stand in the padding."""
+        ids: set[int] = set()
+        for row, start in zip(self.token_ids, self.starts, strict=True):
+            ids.update(row[:start].tolist())
+        return ids
+
+
+@dataclass(slots=True)
+class NativeOptions:
+    """What the engine and the loop around it are told.
+
+    Attributes:
+        params: SamplingParams' options, without a seed.
+        max_length: tokens of a row, padding included.
+        eos_ids: they end a row, and the row is padded from there on.
+        forced_eos: what the last token is, if the row comes so far.
+        stop_strings: the criterion that ends rows by their text.
+        deadline: time.time() after which all rows end.
+    """
+
+    params: dict[str, Any] = field(default_factory=dict)
+    max_length: int = 0
+    eos_ids: tuple[int, ...] | None = None
+    forced_eos: int | None = None
+    stop_strings: criteria.StopStringCriteria | None = None
+    deadline: float | None = None
+    num_warpers: int = 0  # options that only a sampled call has
+
+    def sampling_params(self, num_new: int) -> SamplingParams:
+        """Of rows with up to `num_new` new tokens."""
+        options = {**self.params, "max_new_tokens": num_new, "stop_token_ids": self.eos_ids or ()}
+        options["min_new_tokens"] = min(num_new, options.get("min_new_tokens", 0))
+        try:
+            return SamplingParams(**options)
+        except (TypeError, ValueError) as error:
+            raise Unfit(str(error)) from error
+
+
+def native_options(
+    prompts: Prompts, processor_list: Iterable[Any], criteria_list: Iterable[Any], *, sampled: bool
+) -> NativeOptions:
+    """Raises Unfit for a processor or criterion that the engine does not know."""
+    options = NativeOptions()
+    for criterion in criteria_list:
+        _of(_CRITERIA, criterion, "stopping criterion")(options, criterion)
+    if not options.max_length:
+        raise Unfit("there is no bound of the length")
+    order = list(_PROCESSORS)
+    last = -1
+    for processor in processor_list:
+        read = _of(_PROCESSORS, processor, "logits processor")
+        rank = order.index(type(processor))
+        if rank <= last:
+            raise Unfit(f"{type(processor).__name__} stands in an order of its own")
+        last = rank
+        read(options, processor, prompts)
+    options.params.setdefault("temperature", 1.0)
+    if not sampled:
+        if options.num_warpers:
+            raise Unfit("a filter without sampling")
+        options.params["temperature"] = 0.0
+    return options
+
+
+def _of(table: dict[type, Any], item: Any, kind: str) -> Any:
+    if type(item) not in table:
+        raise Unfit(f"{kind} {type(item).__name__}")
+    return table[type(item)]
+
+
+Reader = Callable[[NativeOptions, Any, Prompts], None]
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        return tuple(value.flatten().tolist())
+    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def _same_eos(options: NativeOptions, processor: Any) -> None:
+    if set(_ids(processor.eos_token_id)) != set(options.eos_ids or ()):
+        raise Unfit(f"{type(processor).__name__} has eos ids of its own")
+
+
+def _bias(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    biases: dict[int, float] = {}
+    for word, bias in dict(processor.sequence_bias).items():
+        if len(word) != 1:
+            raise Unfit("sequence_bias of several tokens")
+        biases[word[0]] = float(bias)
+    options.params["logit_bias"] = biases
+
+
+def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor):
+        ignored = ignored.cpu().numpy()
+    expected = prompts.starts if ignored is not None else 0
+    if prompts.are_padded and ignored is None:
+        raise Unfit("repetition_penalty counts padding")
+    if ignored is not None and (np.asarray(ignored) != expected).any():
+        raise Unfit("repetition_penalty leaves out a part of the prompt")
+    if getattr(processor, "logits_indices", None) is not None:
+        raise Unfit("repetition_penalty of packed rows")
+    options.params["repetition_penalty"] = float(processor.penalty)
+
+
+def _ngrams(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    if prompts.are_padded:
+        raise Unfit("no_repeat_ngram_size counts padding")
+    options.params["no_repeat_ngram_size"] = processor.ngram_size
+
+
+def _bad_words(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    words = [tuple(word) for word in processor.sequence_bias]  # the eos ids are left out of it
+    if any(bias != float("-inf") for bias in processor.sequence_bias.values()):
+        raise Unfit("bad words with a bias of their own")
+    beginnings = {token_id for word in words for token_id in word[:-1]}
+    if prompts.are_padded and beginnings & prompts.padding():
+        raise Unfit("bad words may begin in the padding")
+    alone = {word[0] for word in words if len(word) == 1}
+    if alone & set(options.eos_ids or ()):
+        raise Unfit("bad words hold an eos id")
+    options.params["bad_words"] = words
+
+
+def _min_length(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    _same_eos(options, processor)
+    _at_least(options, processor.min_length - prompts.length)
+
+
+def _min_new(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    _same_eos(options, processor)
+    beyond = processor.prompt_length_to_skip - prompts.length
+    _at_least(options, processor.min_new_tokens + beyond)
+
+
+def _at_least(options: NativeOptions, num_new: int) -> None:
+    options.params["min_new_tokens"] = max(options.params.get("min_new_tokens", 0), num_new, 0)
+
+
+def _forced_bos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    if prompts.length == 1:
+        raise Unfit("forced_bos_token_id behind a prompt of one token")
+
+
+def _forced_eos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    ids = _ids(processor.eos_token_id)
+    if len(ids) != 1 or processor.max_length != options.max_length:
+        raise Unfit("several forced eos ids, or at another length")
+    [options.forced_eos] = ids
+
+
+def _length_penalty(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    _same_eos(options, processor)
+    start = processor.regulation_start - prompts.length
+    factor = float(processor.regulation_factor)
+    options.params["exponential_decay_length_penalty"] = (start, factor)
+
+
+def _suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    options.params["suppress_tokens"] = _ids(processor.suppress_tokens)
+    if options.forced_eos in options.params["suppress_tokens"]:
+        raise Unfit("a suppressed token is forced")
+
+
+def _begin_suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    if processor.begin_index != prompts.length:
+        raise Unfit("begin_suppress_tokens at another place than the beginning")
+    options.params["begin_suppress_tokens"] = _ids(processor.begin_suppress_tokens)
+
+
+def _warper(name: str, attribute: str) -> Reader:
+    def read(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+        if getattr(processor, "min_tokens_to_keep", 1) != 1:
+            raise Unfit(f"{name} that keeps at least several tokens")
+        if getattr(processor, "filter_value", -np.inf) != -np.inf:
+            raise Unfit(f"{name} with a filter value of its own")
+        value = getattr(processor, attribute)
+        options.params[name] = value.item() if isinstance(value, Tensor) else value
+        options.num_warpers += 1
+
+    return read
+
+
+def _no_change(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    """It changes scores, but not what is drawn."""
+
+
+# In transformers' order; a list in another order means something else.
+_PROCESSORS: dict[type, Reader] = {
+    processors.SequenceBiasLogitsProcessor: _bias,
+    processors.RepetitionPenaltyLogitsProcessor: _repetition,
+    processors.NoRepeatNGramLogitsProcessor: _ngrams,
+    processors.NoBadWordsLogitsProcessor: _bad_words,
+    processors.MinLengthLogitsProcessor: _min_length,
+    processors.MinNewTokensLengthLogitsProcessor: _min_new,
+    processors.ForcedBOSTokenLogitsProcessor: _forced_bos,
+    processors.ForcedEOSTokenLogitsProcessor: _forced_eos,
+    processors.ExponentialDecayLengthPenalty: _length_penalty,
+    processors.SuppressTokensLogitsProcessor: _suppress,
+    processors.SuppressTokensAtBeginLogitsProcessor: _begin_suppress,
+    processors.TemperatureLogitsWarper: _warper("temperature", "temperature"),
+    processors.TopHLogitsWarper: _warper("top_h", "top_h"),
+    processors.TopKLogitsWarper: _warper("top_k", "top_k"),
+    processors.TopPLogitsWarper: _warper("top_p", "top_p"),
+    processors.MinPLogitsWarper: _warper("min_p", "min_p"),
+    processors.TypicalLogitsWarper: _warper("typical_p", "mass"),
+    processors.EpsilonLogitsWarper: _warper("epsilon_cutoff", "epsilon"),
+    processors.EtaLogitsWarper: _warper("eta_cutoff", "epsilon"),
+    processors.LogitNormalization: _no_change,
+}
+
+
+def _max_length(options: NativeOptions, criterion: Any) -> None:
+    options.max_length = int(criterion.max_length)
+
+
+def _max_time(options: NativeOptions, criterion: Any) -> None:
+    options.deadline = criterion.initial_timestamp + criterion.max_time
+
+
+def _stop_strings(options: NativeOptions, criterion: Any) -> None:
+    options.stop_strings = criterion
+
+
+def _eos(options: NativeOptions, criterion: Any) -> None:
+    options.eos_ids = _ids(criterion.eos_token_id)
+
+
+_CRITERIA: dict[type, Callable[[NativeOptions, Any], None]] = {
+    criteria.MaxLengthCriteria: _max_length,
+    criteria.MaxTimeCriteria: _max_time,
+    criteria.StopStringCriteria: _stop_strings,
+    criteria.EosTokenCriteria: _eos,
+}
+
+

@@ -1,0 +1,308 @@
+"""transformers' sampling loop on fastgen's engine: each row of the call is a request.
+
+Shapes: B rows, T tokens of the prompts, padding included, N new tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from fastgen.errors import EngineError, NothingToDrawError
+from fastgen.hf.cache import BlockCache
+from fastgen.hf.forward import check_tokens
+from fastgen.hf.kv_rows import Ints, KvRows
+from fastgen.hf.options import NativeOptions, Prompts, native_options
+from fastgen.hf.stop_strings import StopStringSink
+from fastgen.hf.streamers import RowStreamers
+from fastgen.hf.unfit import Unfit
+from fastgen.philox import sample_seed
+from fastgen.request import Request, Row
+from fastgen.sampling_params import SamplingParams
+
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+@dataclass(slots=True)
+class SamplingCall:
+    """One call of `generate`, as far as it has been decided.
+
+    `num_drawn`: new tokens that are drawn; a forced eos comes behind them.
+    """
+
+    prompts: Prompts
+    options: NativeOptions
+    cache: BlockCache | None
+    sampled: bool
+    returns_dict: bool
+    pad_id: int
+    num_drawn: int
+    streamer: Any = None
+
+
+def native_call(
+    token_ids: Tensor,
+    processors: Sequence[Any],
+    criteria: Sequence[Any],
+    config: Any,
+    streamer: Any,
+    arguments: Mapping[str, Any],
+) -> SamplingCall:
+    """Read a call's options.
+
+    Raises:
+        Unfit: transformers' loop has to run it.
+    """
+    for key, value in arguments.items():
+        if key not in _KNOWN and value is not None and value is not False:
+            raise Unfit(f"{key} was given")
+    for key in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, key):
+            raise Unfit(f"{key} was asked for")
+    if getattr(config, "is_assistant", False):
+        raise Unfit("it drafts for another model")
+    prompts = Prompts(token_ids.cpu().numpy(), _starts(token_ids, arguments))
+    options = native_options(prompts, processors, criteria, sampled=config.do_sample)
+    rows = len(prompts.token_ids)
+    if options.stop_strings is not None and options.eos_ids is None and rows > 1:
+        raise Unfit("rows that a stop string has ended go on without an eos")
+    cache = arguments.get("past_key_values")
+    _check_cache(cache, prompts, config, arguments)
+    num_new = options.max_length - prompts.length
+    pad = config._pad_token_tensor
+    return SamplingCall(
+        prompts=prompts,
+        options=options,
+        cache=cache,
+        sampled=bool(config.do_sample),
+        returns_dict=bool(config.return_dict_in_generate),
+        pad_id=0 if pad is None else int(pad),
+        num_drawn=num_new - (options.forced_eos is not None),
+        streamer=streamer,
+    )
+
+
+def generate_natively(model: Any, kv: KvRows, call: SamplingCall) -> Any:
+    """Run the call's rows to their ends; returns what transformers' loop returns.
+
+    Raises:
+        Unfit: the rows cannot run; nothing has been streamed.
+    """
+    check_tokens(call.prompts.token_ids, kv.vocab_size)
+    rows = _start(kv, call)
+    run = _Run(kv, call, rows)
+    try:
+        run.to_the_end()
+    except BaseException:
+        for row in rows:
+            kv.engine.cancel(row.request)
+        raise
+    new_ids = run.new_ids()  # (B, N)
+    sequences = np.concatenate([call.prompts.token_ids, new_ids], axis=1)
+    if call.cache is not None:
+        _remember(call, sequences)
+    output = torch.from_numpy(sequences).to(model.device)
+    if not call.returns_dict:
+        return output
+    return GenerateDecoderOnlyOutput(sequences=output, past_key_values=call.cache)
+
+
+def _starts(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
+    """Where each row begins behind its padding (B,)."""
+    batch_size, length = token_ids.shape
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    starts = np.zeros(batch_size, np.int64)
+    if mask is not None:
+        attended = (mask != 0).cpu().numpy()
+        if attended.shape != (batch_size, length):
+            raise Unfit("attention_mask is not as long as the input")
+        if not attended[:, -1].all() or (np.diff(attended.astype(np.int8), axis=1) < 0).any():
+            raise Unfit("padding that is not on the left")
+        starts = length - attended.sum(axis=1)
+    if positions is not None:
+        expected = np.maximum(np.arange(length) - starts[:, None], 0)
+        given = positions.cpu().numpy()
+        if given.shape[-1] != length or (given != expected).any():
+            raise Unfit("position_ids of its own")
+    return starts
+
+
+def _check_cache(
+    cache: Any, prompts: Prompts, config: Any, arguments: Mapping[str, Any]
+) -> None:
+    if cache is None:
+        return
+    if not isinstance(cache, BlockCache) or cache.has_tensors:
+        raise Unfit("past_key_values is another kind of cache")
+    past = cache.get_seq_length()
+    if past == 0:
+        return
+    mask = arguments.get("attention_mask")
+    length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
+    attended = np.arange(past) >= prompts.starts[:, None]
+    if length != prompts.length or past >= length:
+        raise Unfit("only what follows the cache was given")
+    if cache.mask.shape != attended.shape or (cache.mask != attended).any():
+        raise Unfit("the cache was made with another mask")
+    same = (cache.token_ids == prompts.token_ids[:, :past]) | ~attended
+    expected = np.arange(past) - prompts.starts[:, None]
+    if not same.all() or ((cache.positions != expected) & attended).any():
+        raise Unfit("the cache was made of other tokens")
+
+
+def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
+    """Add each row to the engine."""
+    prompts = [
+        ids[start:].tolist()
+        for ids, start in zip(call.prompts.token_ids, call.prompts.starts, strict=True)
+    ]
+    longest = max(map(len, prompts)) + call.num_drawn
+    if longest > kv.decoder.limits.max_seq_len:
+        raise Unfit("rows may get longer than the context")
+    if call.num_drawn == 0:
+        return []
+    params = call.options.sampling_params(call.num_drawn)
+    seed = int(torch.randint(2**63 - 1, ())) if call.sampled else 0
+    kv.reserve(len(prompt) + call.num_drawn for prompt in prompts)
+    requests: list[Request] = []
+    try:
+        for index, prompt in enumerate(prompts):
+            requests.append(_add(kv, call, prompt, params.with_seed(sample_seed(seed, index))))
+    except (TypeError, ValueError) as error:
+        for request in requests:
+            kv.engine.cancel(request)
+        raise Unfit(str(error)) from error
+    return [request.rows[0] for request in requests]
+
+
+def _add(kv: KvRows, call: SamplingCall, prompt: list[int], params: SamplingParams) -> Request:
+    stops = call.options.stop_strings
+    sinks = None if stops is None else [StopStringSink(stops, prompt)]
+    return kv.engine.add_request(prompt, params, sinks=sinks)
+
+
+def _remember(call: SamplingCall, sequences: Ints) -> None:
+    """The cache holds all but the last token, as after transformers' loop."""
+    assert call.cache is not None
+    count = sequences.shape[1] - 1
+    starts = call.prompts.starts[:, None]
+    positions = np.maximum(np.arange(count) - starts, 0)
+    call.cache.remember(sequences[:, :count], np.arange(count) >= starts, positions)
+
+
+class _Run:
+    """The rows of a call on their way, and what has been streamed of them."""
+
+    def __init__(self, kv: KvRows, call: SamplingCall, rows: Sequence[Row]) -> None:
+        self._engine, self._call, self._rows = kv.engine, call, rows
+        self._num_streamed = 0
+        self._num_steps: int | None = None  # once that is known
+
+    def to_the_end(self) -> None:
+        while not self._is_over():
+            self._engine.run(self._has_news)
+            self._stream()
+        self._num_steps = self._count_steps()
+        self._stream()
+        if self._call.streamer is not None:
+            self._call.streamer.end()
+
+    def new_ids(self) -> Ints:
+        """(B, N), padded behind each row's end."""
+        assert self._num_steps is not None
+        columns = [self._step(step) for step in range(self._num_steps)]
+        if not columns:
+            return np.zeros((len(self._call.prompts.token_ids), 0), np.int64)
+        return np.stack(columns, axis=1)
+
+    def _has_news(self) -> bool:
+        """Something to stream or to end; asked after each step, with the engine's lock held."""
+        if self._is_over():
+            return True
+        return self._call.streamer is not None and self._num_common() > self._num_streamed
+
+    def _is_over(self) -> bool:
+        """All rows have ended; or the time is up, and each has at least one token."""
+        ended = all(row.finish_reason is not None for row in self._rows)
+        return ended or (self._is_late() and self._num_common() > 0)
+
+    def _is_late(self) -> bool:
+        deadline = self._call.options.deadline
+        return deadline is not None and time.time() > deadline
+
+    def _num_common(self) -> int:
+        """Tokens that every row has, or will never have."""
+        running = [_num_new(row) for row in self._rows if row.finish_reason is None]
+        return min(running, default=max(map(_num_new, self._rows), default=0))
+
+    def _count_steps(self) -> int:
+        """The N of the result; rows that still run are ended."""
+        running = [row for row in self._rows if row.finish_reason is None]
+        if running:
+            count = self._num_common()
+            for row in running:
+                self._engine.cancel(row.request)
+            return count
+        for row in self._rows:
+            _raise_error(row)
+        count = max(map(_num_new, self._rows), default=0)
+        return count + self._forces_eos()
+
+    def _forces_eos(self) -> bool:
+        """Whether some row has come so far that its last token is forced."""
+        if self._call.options.forced_eos is None:
+            return False
+        return any(row.finish_reason == "length" for row in self._rows) or not self._rows
+
+    def _step(self, step: int) -> Ints:
+        """The rows' tokens (B,) of one step."""
+        call = self._call
+        if step == call.num_drawn:  # behind all that is drawn
+            ids = [_forced(row, call) for row in self._rows]
+            return np.array(ids or [call.options.forced_eos] * len(call.prompts.token_ids))
+        return np.array([_token(row, step, call.pad_id) for row in self._rows])
+
+    def _stream(self) -> None:
+        streamer = self._call.streamer
+        if streamer is None:
+            return
+        count = self._num_common() if self._num_steps is None else self._num_steps
+        while self._num_streamed < count:
+            streamer.put(torch.from_numpy(self._step(self._num_streamed)))
+            self._num_streamed += 1
+            if isinstance(streamer, RowStreamers):
+                for at, row in enumerate(self._rows):
+                    if row.finish_reason is not None and _num_new(row) <= self._num_streamed:
+                        streamer.end_row(at)
+
+
+def _num_new(row: Row) -> int:
+    return max(0, len(row.token_ids) - row.prompt_len)  # it has none before it is admitted
+
+
+def _token(row: Row, step: int, pad_id: int) -> int:
+    at = row.prompt_len + step
+    return row.token_ids[at] if at < len(row.token_ids) else pad_id
+
+
+def _forced(row: Row, call: SamplingCall) -> int:
+    forced = call.options.forced_eos
+    return call.pad_id if row.finish_reason == "stop" or forced is None else forced
+
+
+def _raise_error(row: Row) -> None:
+    """What made the row end; where nothing can be drawn, as transformers says it."""
+    error = row.error or row.request.error
+    if isinstance(error, NothingToDrawError):
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    if error is not None:
+        raise error
+    if row.finish_reason in ("error", "cancelled", "timeout"):
+        raise EngineError(f"generation ended: {row.finish_reason}")
