@@ -14,6 +14,7 @@
 
 #include "cpu_decoder.h"
 #include "cpu_features.h"
+#include "default_floats.h"
 #include "sampler_bindings.h"
 
 namespace py = pybind11;
@@ -25,6 +26,8 @@ namespace {
 using Int32s = Array<std::int32_t>;
 using Floats = Array<float>;
 using Held = std::shared_ptr<CpuDecoder>;  // while it is used, also if it is closed meanwhile
+
+constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;  // tokens: ints hold what is made of it
 
 Activation activation_named(const std::string& name) {
   if (name == "gelu" || name == "gelu_python") return Activation::kGelu;
@@ -169,13 +172,14 @@ class CheckedDecoder {
     const float* logits;
     {
       const py::gil_scoped_release released;
+      const DefaultFloats floats;
       const std::lock_guard<std::mutex> lock(mutex_);
       logits = decoder->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
     }
     return view_of(decoder, logits, logits_at.size());
   }
 
-  // forward, then draws at the first len(seats) of `logits_at`; also the logits of those behind.
+  // forward, then draws at the first len(seats) of `logits_at`; also all logits.
   py::tuple step(const Int32s& token_ids, const Int32s& positions, const Int32s& row_starts,
                  const Int32s& cache_lens, const Int32s& block_tables, const Int32s& logits_at,
                  CheckedSampler& sampler, const Int32s& seats, const Int32s& drafts, int max_top) {
@@ -190,13 +194,12 @@ class CheckedDecoder {
     const float* logits;
     {
       const py::gil_scoped_release released;
+      const DefaultFloats floats;
       const std::lock_guard<std::mutex> lock(mutex_);
       logits = decoder->forward(rows, logits_at.data(), static_cast<int>(logits_at.size()));
       sampler.draw_checked(draws.batch(logits, seats.data(), drafts.data()));
     }
-    const auto others = logits + seats.size() * decoder->shape().vocab_size;
-    return py::make_tuple(draws.arrays(),
-                          view_of(decoder, others, logits_at.size() - seats.size()));
+    return py::make_tuple(draws.arrays(), view_of(decoder, logits, logits_at.size()));
   }
 
   void copy_blocks(const Int32s& pairs) {
@@ -209,7 +212,7 @@ class CheckedDecoder {
     const py::gil_scoped_release released;
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks.copy(reinterpret_cast<const std::int32_t (*)[2]>(pairs.data()),
-                static_cast<int>(pairs.shape(0)));
+                static_cast<int>(pairs.shape(0)), decoder->num_threads());
   }
 
   void reserve(int num_blocks) {
@@ -257,6 +260,7 @@ class CheckedDecoder {
       smooth = floats_of(factors, linear.num_inputs, "smoothing");
     }
     const py::gil_scoped_release released;
+    const DefaultFloats floats;
     return linear.pack(source, bias, smooth, decoder.num_threads());
   }
 
@@ -294,7 +298,7 @@ class CheckedDecoder {
     for (py::ssize_t row = 0; row < rows; ++row) {
       const std::int64_t added = std::int64_t{row_starts.data()[row + 1]} - row_starts.data()[row];
       const std::int64_t length = cache_lens.data()[row] + added;
-      if (added < 0 || added > tokens || cache_lens.data()[row] < 0 ||
+      if (added < 0 || added > tokens || cache_lens.data()[row] < 0 || length > kLongestRow ||
           (length + kBlockTokens - 1) / kBlockTokens > width) {
         throw py::index_error("step: a row is longer than its block table");
       }

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "parallel.h"
+
 namespace fastgen {
 
 void KvBlocks::write(int block, int layer, int head, int slot, const float* key,
@@ -49,14 +51,32 @@ void KvBlocks::grow(int num_blocks) {
   num_blocks_ = num_blocks;
 }
 
-void KvBlocks::copy(const std::int32_t (*pairs)[2], int num_pairs) {
+void KvBlocks::copy(const std::int32_t (*pairs)[2], int num_pairs, int num_threads) {
+  std::vector<bool> written(num_blocks_);
+  for (int pair = 0; pair < num_pairs; ++pair) written[pairs[pair][1]] = true;
+  for (int pair = 0; pair < num_pairs; ++pair) {
+    if (written[pairs[pair][0]]) return copy_staged(pairs, num_pairs);
+  }
+  const int layers = shape_.num_layers;
+  const std::size_t bytes = shape_.block_bytes() / layers;
+  parallel_for(num_pairs * layers, num_threads, [&](int begin, int end) {
+    for (int at = begin; at < end; ++at) {
+      const auto& [from, to] = pairs[at / layers];
+      const std::size_t offset = at % layers * bytes;
+      std::memcpy(block(to) + offset, block(from) + offset, bytes);
+    }
+  });
+}
+
+// For pairs of which one reads what another writes.
+void KvBlocks::copy_staged(const std::int32_t (*pairs)[2], int num_pairs) {
   const std::size_t bytes = shape_.block_bytes();
   std::vector<char> read(bytes * num_pairs);
   for (int pair = 0; pair < num_pairs; ++pair) {
-    std::memcpy(read.data() + pair * bytes, arena_.data() + pairs[pair][0] * bytes, bytes);
+    std::memcpy(read.data() + pair * bytes, block(pairs[pair][0]), bytes);
   }
   for (int pair = 0; pair < num_pairs; ++pair) {
-    std::memcpy(arena_.data() + pairs[pair][1] * bytes, read.data() + pair * bytes, bytes);
+    std::memcpy(block(pairs[pair][1]), read.data() + pair * bytes, bytes);
   }
 }
 

@@ -40,7 +40,7 @@ class KvBlocks {
   int num_blocks() const { return num_blocks_; }
 
   char* keys(int block, int layer, int head) const {
-    return arena_.data() + block * shape_.block_bytes() +
+    return this->block(block) +
            (static_cast<std::size_t>(layer) * shape_.num_heads + head) * shape_.head_bytes();
   }
   char* values(int block, int layer, int head) const {
@@ -55,9 +55,13 @@ class KvBlocks {
              const std::uint16_t* value) const;
 
   void grow(int num_blocks);
-  void copy(const std::int32_t (*pairs)[2], int num_pairs);  // (from, to): all read, then written
+  // Pairs are (from, to); all are read as they were before any is written.
+  void copy(const std::int32_t (*pairs)[2], int num_pairs, int num_threads);
 
  private:
+  char* block(int index) const { return arena_.data() + index * shape_.block_bytes(); }
+  void copy_staged(const std::int32_t (*pairs)[2], int num_pairs);
+
   KvShape shape_;
   int num_blocks_;
   Arena arena_;

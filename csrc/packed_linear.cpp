@@ -101,14 +101,16 @@ bool write_chunk(const PackedLinear& linear, const Chunk& chunk, int first_input
     return true;
   }
   auto* const pairs = reinterpret_cast<std::uint16_t*>(to);
+  bool overflows = false;
   for (int step = 0; step < steps; ++step) {
     for (int column = 0; column < kPanel; ++column) {
       std::uint16_t* const pair = pairs + (step * kPanel + column) * 2;
       pair[0] = round_to_bfloat16(chunk.values[2 * step][column]);
       pair[1] = round_to_bfloat16(chunk.values[2 * step + 1][column]);
+      overflows |= (pair[0] & 0x7F80) == 0x7F80 || (pair[1] & 0x7F80) == 0x7F80;
     }
   }
-  return true;
+  return !overflows;
 }
 
 // Calls body(chunk, first input, panel) for some neighbouring panels, along the rows of the matrix.
@@ -134,7 +136,7 @@ bool pack_floats(const PackedLinear& linear, const Source& source, int first, in
 }
 
 // Each column has a scale of its own, of its largest weight.
-void pack_int8(const PackedLinear& linear, const Source& source, const float* smoothing, int first,
+bool pack_int8(const PackedLinear& linear, const Source& source, const float* smoothing, int first,
                int last) {
   float largest[kPanelsAtOnce][kPanel] = {}, inverse[kPanelsAtOnce][kPanel];
   std::int32_t sums[kPanelsAtOnce][kPanel] = {};
@@ -152,6 +154,7 @@ void pack_int8(const PackedLinear& linear, const Source& source, const float* sm
   });
   for (int panel = first; panel < last; ++panel) {
     for (int column = 0; column < kPanel; ++column) {
+      if (!std::isfinite(largest[panel - first][column])) return false;
       const float scale = std::max(largest[panel - first][column] / kLargestCode, kLeastScale);
       linear.scales[panel * kPanel + column] = scale;
       inverse[panel - first][column] = 1 / scale;
@@ -174,6 +177,7 @@ void pack_int8(const PackedLinear& linear, const Source& source, const float* sm
     std::copy(sums[panel - first], sums[panel - first] + kPanel,
               linear.column_sums + panel * kPanel);
   }
+  return true;
 }
 
 // A panel's columns, to be read or written.
@@ -290,11 +294,10 @@ bool PackedLinear::pack(const Source& source, const float* own_bias, const float
   parallel_for(groups, num_threads, [&](int begin, int end) {
     for (int group = begin; group < end; ++group) {
       const int first = group * kPanelsAtOnce, last = std::min(first + kPanelsAtOnce, panels);
-      if (arithmetic == Arithmetic::kInt8) {
-        pack_int8(*this, source, smoothing, first, last);
-      } else if (!pack_floats(*this, source, first, last)) {
-        fits = false;
-      }
+      const bool packed = arithmetic == Arithmetic::kInt8
+                              ? pack_int8(*this, source, smoothing, first, last)
+                              : pack_floats(*this, source, first, last);
+      if (!packed) fits = false;
     }
   });
   return fits;

@@ -33,7 +33,7 @@ struct PackedLinear {
   void lay_out(Cursor& cursor, Arithmetic how, int inputs, int columns);
 
   // `bias` (columns) may be null; `smoothing` (inputs) is what weights are multiplied with before
-  // they are quantized, null for 1. False if a weight is too large for float16.
+  // they are quantized, null for 1. False if a weight is too large for the format.
   bool pack(const Source& source, const float* bias, const float* smoothing, int num_threads);
 
   // The weights of one column, (inputs): an embedding that shares them.

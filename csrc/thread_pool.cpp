@@ -10,6 +10,8 @@
 #include <thread>
 #include <utility>
 
+#include "default_floats.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <signal.h>
@@ -238,6 +240,7 @@ bool ThreadPool::start_worker() {
 #if defined(__linux__)
       pthread_setname_np(pthread_self(), "fastgen");
 #endif
+      const DefaultFloats floats;
       serve();
     }).detach();
   } catch (const std::exception&) {

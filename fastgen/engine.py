@@ -39,7 +39,7 @@ from fastgen.request_checks import (
 from fastgen.results import FinishReason
 from fastgen.sampling_params import SamplingParams
 from fastgen.scheduler import Admission, Entry, Scheduler, StepPlan
-from fastgen.text_sink import TextSink
+from fastgen.text_sink import Sink
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -96,10 +96,11 @@ class Engine:
         token_ids: Sequence[int],
         params: SamplingParams,
         *,
-        sinks: Sequence[TextSink] | None = None,
+        sinks: Sequence[Sink] | None = None,
         deadline: float | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        keeps_logits: bool = False,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
 
@@ -111,6 +112,7 @@ class Engine:
             cache_salt: prompts with different salts share no KV blocks.
             priority: -1000 to 1000; rows with a lower one go before those with a higher one that
                 came up to 1000 rows earlier, a level.
+            keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
 
         Raises:
             TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
@@ -125,6 +127,8 @@ class Engine:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         max_len = longest_row(len(prompt), params, self.decoder.limits)
         request.make_rows(seed, max_len, params.ending_ids(self._eos_ids), sinks)
+        for row in request.rows if keeps_logits else ():
+            row.raw_logits = []
         if request.prefill_len == 0:  # nothing to compute, nothing to draw
             for row in request.rows:
                 row.finish("length")

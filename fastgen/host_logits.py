@@ -22,6 +22,7 @@ Outcome = Draw | BaseException | None  # of an entry's step; None: nothing was t
 def outcomes_of(plan: StepPlan, step: PendingStep) -> Sequence[Outcome]:
     """What each entry got of its step; an exception where its own options raised it."""
     drawn = step.wait()
+    _keep_logits(plan, step)
     if len(drawn) == len(plan.entries) == len(plan.batch.seats):
         return drawn  # every entry has drawn, and nothing else was wanted
     outcomes: list[Outcome] = []
@@ -42,6 +43,16 @@ def outcomes_of(plan: StepPlan, step: PendingStep) -> Sequence[Outcome]:
             at += count
         outcomes.append(outcome)
     return outcomes
+
+
+def _keep_logits(plan: StepPlan, step: PendingStep) -> None:
+    """For rows that are to have what they were drawn from."""
+    if all(entry.row.raw_logits is None for entry in plan.entries):
+        return
+    drawing = [e.row for e in plan.entries if e.draws and not e.row.draws_on_host]
+    for row, logits in zip(drawing, step.drawn_logits, strict=True):
+        if row.raw_logits is not None:
+            row.raw_logits.append(logits.copy())
 
 
 def use_logits(entry: Entry, logits: Floats) -> Draw | None:

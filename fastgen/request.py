@@ -6,6 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastgen.decoders.interface import Draw
 from fastgen.errors import NothingToDrawError
 from fastgen.kv_cache import BLOCK_SIZE, Key, block_keys, chain_key, root_key
@@ -13,7 +16,7 @@ from fastgen.philox import sample_seed
 from fastgen.ranking import chooses
 from fastgen.results import FinishReason, Timings, TokenLogprobs
 from fastgen.sampling_params import SamplingParams
-from fastgen.text_sink import TextSink
+from fastgen.text_sink import Sink
 
 
 @dataclass(slots=True, eq=False)
@@ -30,11 +33,14 @@ class Row:
     token_ids: list[int]  # prompt, then what was drawn; empty until the row is admitted
     max_len: int  # the row ends when it has this many tokens
     stop_ids: frozenset[int]
-    sink: TextSink | None
+    sink: Sink | None
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: BaseException | None = None  # why it ended with "error"
+    raw_logits: list[NDArray[np.float32]] | None = (
+        None  # float32 (V,) of each draw, if they are to be kept
+    )
     # the engine's:
     bound: bool = False  # the decoder's sampler has it in its seat
     # the scheduler's:
@@ -196,7 +202,7 @@ class Request:
         return len(self.prompt_token_ids) - (0 if draws else 1)
 
     def make_rows(
-        self, seed: int, max_len: int, stop_ids: frozenset[int], sinks: Sequence[TextSink] | None
+        self, seed: int, max_len: int, stop_ids: frozenset[int], sinks: Sequence[Sink] | None
     ) -> None:
         params = self.params
         if params.logprobs is None and chooses(params):

@@ -9,6 +9,7 @@ from fastgen.engine import Engine
 from fastgen.errors import EngineError, message_of
 from fastgen.request import Request, Row
 from fastgen.results import Piece
+from fastgen.text_sink import TextSink
 
 
 class Stream:
@@ -90,7 +91,7 @@ class Stream:
         ended = self._ended[row.index] = finish_reason is not None
         return Piece(
             index=row.index,
-            text="" if row.sink is None else row.sink.take(),
+            text=row.sink.take() if isinstance(row.sink, TextSink) else "",
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=finish_reason,

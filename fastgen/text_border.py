@@ -107,7 +107,7 @@ class TextBorder:
 
     def _text(self, row: Row) -> str:
         """As a stream would have shown it."""
-        if row.sink is not None:
+        if isinstance(row.sink, TextSink):
             return row.sink.text
         if self._tokenizer is None:
             return ""

@@ -15,6 +15,23 @@ _REPLACEMENT = "\ufffd"
 _MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens will never decode
 
 
+class Sink(Protocol):
+    """What the engine tells of a row's tokens, on the step's thread."""
+
+    @property
+    def stop_reason(self) -> str | None:
+        """The stop string that has ended the row, if one has."""
+        ...
+
+    def push(self, token_id: int) -> bool:
+        """The row has got another token; whether it is to end with it."""
+        ...
+
+    def finish(self) -> None:
+        """The row has ended; called once."""
+        ...
+
+
 class Detokenizer(Protocol):
     """Turns ids into text one by one; text comes as soon as its characters are complete."""
 

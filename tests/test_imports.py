@@ -22,6 +22,7 @@ MAX_LINES = 400
 # From low to high: a module may import those of lower layers only, not its neighbours.
 LAYERS = (
     "__init__ checks decoders errors interrupts machine native results text_sink",
+    "hf hf.streamers hf.unfit",
     "config driver_place kv_cache philox safetensors_files sampling_params",
     "checkpoint filters limits memory processors quantization ranking tokenizer",
     "sampler",
@@ -38,7 +39,12 @@ LAYERS = (
     "host_logits text_border",
     "engine",
     "stream",
-    "generator",
+    "generator hf.kv_rows",
+    "hf.cache hf.options hf.packing hf.stop_strings",
+    "hf.forward",
+    "hf.sampling",
+    "hf.beams",
+    "hf.model",
     "cli",
     "__main__",
 )

@@ -20,7 +20,7 @@ SMALL = {"vocab_size": 211, "n_positions": 96, "n_embd": 32, "n_layer": 3, "n_he
 Edit = Callable[[Path], None]
 
 
-def _random_model(seed: int, **options: Any) -> GPT2LMHeadModel:
+def random_model(seed: int, **options: Any) -> GPT2LMHeadModel:
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**{**SMALL, **options})).eval()
     with torch.no_grad():
@@ -147,7 +147,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Edit | None, torch.dtype]] = {
 
 def save_variant(name: str, folder: Path) -> Path:
     options, edit, dtype = VARIANTS[name]
-    model = _random_model(sum(map(ord, name)), **options).to(dtype)
+    model = random_model(sum(map(ord, name)), **options).to(dtype)
     shards = {"max_shard_size": "30KB"} if name == "sharded" else {}
     model.save_pretrained(folder, **shards)
     if edit is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.checkpoint import EMBEDDING, HEAD, Checkpoint
-from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
+from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch, grown
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.errors import CheckpointError
 from fastgen.memory import MemoryPlan
@@ -33,6 +33,7 @@ class CpuStep:
 
     draws: list[Draw]
     logits: Floats
+    drawn_logits: Floats
 
     def wait(self) -> list[Draw]:
         return self.draws
@@ -75,7 +76,8 @@ class CpuDecoder:
             seats = seats[drawing]
             logits_at = np.concatenate([logits_at[drawing], logits_at[~drawing]])
         if not len(seats):
-            return CpuStep([], self._native.forward(*self._rows(batch), logits_at))
+            logits = self._native.forward(*self._rows(batch), logits_at)
+            return CpuStep([], logits, logits[:0])
         if len(batch.token_ids) == len(batch.cache_lens):  # one a row: none can be a draft
             drafts = self._no_drafts[: len(seats)]
         else:
@@ -84,7 +86,8 @@ class CpuDecoder:
         found, logits = self._native.step(
             *self._rows(batch), logits_at, self._sampler.native, seats, drafts, max_top
         )
-        return CpuStep(self._sampler.taken(seats, *found), logits)
+        draws = self._sampler.taken(seats, *found)
+        return CpuStep(draws, logits[len(seats) :], logits[: len(seats)])
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         self._sampler.bind(seat, params, token_ids)
@@ -102,14 +105,13 @@ class CpuDecoder:
         self._native.copy_blocks(np.array(pairs, dtype=np.int32).reshape(-1, 2))
 
     def reserve(self, blocks: int, seats: int) -> None:
-        limits = self.limits
-        self._native.reserve(blocks)
-        if seats > limits.num_seats:
+        before, limits = self.limits, grown(self.limits, blocks, seats)
+        self._native.reserve(limits.num_blocks)
+        if seats > before.num_seats:
             self._sampler.reserve(seats)
-        block_bytes = self._memory.kv_cache // limits.num_blocks
-        blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
-        self.limits = replace(limits, num_blocks=blocks, num_seats=seats)
-        self._memory = replace(self._memory, num_blocks=blocks, kv_cache=block_bytes * blocks)
+        kv_cache = self._memory.kv_cache // before.num_blocks * limits.num_blocks
+        self.limits = limits
+        self._memory = replace(self._memory, num_blocks=limits.num_blocks, kv_cache=kv_cache)
 
     def memory(self) -> MemoryPlan:
         return self._memory
@@ -195,7 +197,7 @@ class _Loader:
     def _require(self, fits: bool, name: str) -> None:
         if not fits:
             raise CheckpointError(
-                f"{self._checkpoint.name}: tensor {name} holds values too large for float16"
+                f"{self._checkpoint.name}: tensor {name} holds values too large for its format"
             )
 
 

@@ -7,7 +7,7 @@ several speculated tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -86,6 +86,11 @@ class PendingStep(Protocol):
         """float32 (rows with seat -1, V), in order; valid until the decoder's next call."""
         ...
 
+    @property
+    def drawn_logits(self) -> NDArray[np.float32]:
+        """float32 (rows with a seat, V), what was drawn from; valid as long."""
+        ...
+
 
 class Decoder(Protocol):
     """A model on its device. Calls act in the order made; one thread at a time."""
@@ -139,6 +144,18 @@ class Decoder(Protocol):
     def close(self) -> None:
         """Give threads and memory back; the decoder is not used afterwards."""
         ...
+
+
+def grown(limits: DecoderLimits, blocks: int, seats: int) -> DecoderLimits:
+    """The limits of a decoder with at least so many blocks and seats.
+
+    Raises:
+        ValueError: a step has not so many logits: one for each seat.
+    """
+    if seats > limits.max_logits:
+        raise ValueError(f"{seats} seats: a step has {limits.max_logits} logits")
+    blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
+    return replace(limits, num_blocks=blocks, num_seats=seats)
 
 
 def check_batch(batch: StepBatch, limits: DecoderLimits) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgen.config import GPT2Config
-from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch
+from fastgen.decoders.interface import DecoderLimits, Draw, StepBatch, check_batch, grown
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.decoders.torch_attention import AttentionPlan, attend, plan_attention
 from fastgen.decoders.torch_sampler import TorchSampler
@@ -35,6 +35,7 @@ class TorchStep:
 
     draws: list[Draw]
     _logits: Tensor
+    _drawn_logits: Tensor
 
     def wait(self) -> list[Draw]:
         return self.draws
@@ -42,6 +43,11 @@ class TorchStep:
     @property
     def logits(self) -> NDArray[np.float32]:
         host: NDArray[np.float32] = self._logits.cpu().numpy()
+        return host
+
+    @property
+    def drawn_logits(self) -> NDArray[np.float32]:
+        host: NDArray[np.float32] = self._drawn_logits.cpu().numpy()
         return host
 
 
@@ -77,12 +83,12 @@ class TorchDecoder:
         logits = self.forward(batch)
         draws = batch.seats >= 0
         if not draws.any():
-            return TorchStep([], logits)
+            return TorchStep([], logits, logits[:0])
         if draws.all():
-            return TorchStep(self._draw(logits, batch, draws), logits[:0])
-        drawing = self._tensor(np.flatnonzero(draws))
-        others = self._tensor(np.flatnonzero(~draws))
-        return TorchStep(self._draw(logits[drawing], batch, draws), logits[others])
+            return TorchStep(self._draw(logits, batch, draws), logits[:0], logits)
+        drawn = logits[self._tensor(np.flatnonzero(draws))]
+        others = logits[self._tensor(np.flatnonzero(~draws))]
+        return TorchStep(self._draw(drawn, batch, draws), others, drawn)
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         self._sampler.bind(seat, params, token_ids)
@@ -105,17 +111,16 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def reserve(self, blocks: int, seats: int) -> None:
-        limits = self.limits
-        if blocks > limits.num_blocks:
-            more = self._new_blocks(blocks - limits.num_blocks)
+        before, limits = self.limits, grown(self.limits, blocks, seats)
+        if blocks > before.num_blocks:
+            more = self._new_blocks(blocks - before.num_blocks)
             self._kv_cache = torch.cat([self._kv_cache, more], dim=3)
-        if seats > limits.num_seats:
+        if seats > before.num_seats:
             self._sampler.reserve(seats)
-        blocks, seats = max(blocks, limits.num_blocks), max(seats, limits.num_seats)
-        self.limits = replace(limits, num_blocks=blocks, num_seats=seats)
+        self.limits = limits
         self._memory = replace(
             self._memory,
-            num_blocks=blocks,
+            num_blocks=limits.num_blocks,
             kv_cache=self._kv_cache.numel() * self._kv_cache.itemsize,
         )
 

@@ -1,1 +1,2 @@
-"""The drop-in for transformers: GPT2LMHeadModel on fastgen's decoder. Needs torch and transformers."""
+"""The drop-in for transformers: GPT2LMHeadModel on fastgen's decoder. It needs torch and
+transformers."""

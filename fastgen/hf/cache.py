@@ -8,6 +8,7 @@ from then on it is an ordinary DynamicCache.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +18,14 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from fastgen.hf.kv_rows import Ints, KvRow, KvRows, NewTokens
-from fastgen.hf.unfit import Unfit
+from fastgen.hf.unfit import UnfitError
 
 Bools = NDArray[np.bool_]
 # (token_ids, mask, positions) -> a DynamicCache that holds them
 Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], DynamicCache]
 
 
-class BlockCache(DynamicCache):
+class BlockCache(DynamicCache):  # type: ignore[misc]
     """Shapes: B rows, S tokens each, padding included; masked tokens have no keys and values.
 
     Attributes:
@@ -44,7 +45,9 @@ class BlockCache(DynamicCache):
     def layers(self) -> list[Any]:
         """transformers' layers, with tensors."""
         if self._tensors is None:
-            ids, mask, positions = map(torch.from_numpy, (self.token_ids, self.mask, self.positions))
+            ids, mask, positions = map(
+                torch.from_numpy, (self.token_ids, self.mask, self.positions)
+            )
             self._tensors = self._compute(ids, mask, positions).layers
             self._drop_rows()
         return self._tensors
@@ -80,7 +83,7 @@ class BlockCache(DynamicCache):
             float32 (B, num_wanted, V).
 
         Raises:
-            Unfit: the rows cannot hold what is asked; nothing has changed then.
+            UnfitError: the rows cannot hold what is asked; nothing has changed then.
         """
         self._attach(kv)
         past = self.get_seq_length()
@@ -103,12 +106,13 @@ class BlockCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         if self._tensors is not None:
-            return super().get_seq_length(layer_idx)
-        return self.token_ids.shape[1]
+            return int(super().get_seq_length(layer_idx))
+        return int(self.token_ids.shape[1])
 
     def get_mask_sizes(self, query_length: Any, layer_idx: int) -> tuple[int, int]:
         if self._tensors is not None:
-            return super().get_mask_sizes(query_length, layer_idx)
+            length, offset = super().get_mask_sizes(query_length, layer_idx)
+            return length, offset
         return self.get_seq_length() + int(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -147,7 +151,7 @@ class BlockCache(DynamicCache):
                 "Please use a negative integer to remove that number of tokens instead."
             )
         kept = min(length, tokens_to_remove) if tokens_to_remove > 0 else length + tokens_to_remove
-        self._set(*(array[:, : max(0, kept)] for array in self._arrays))
+        self._map_arrays(lambda array: array[:, : max(0, kept)])
         for row, count in zip(self._rows, self.mask.sum(axis=1).tolist(), strict=True):
             self._release_blocks(row.cut(count))
 
@@ -156,7 +160,7 @@ class BlockCache(DynamicCache):
             super().reset()
             return
         self._drop_rows()
-        self._set(*(array[:0, :0] for array in self._arrays))
+        self._map_arrays(lambda array: array[:0, :0])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self._tensors is not None:
@@ -186,10 +190,8 @@ class BlockCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockCache:
         twin = BlockCache(self._compute)
         if self._tensors is not None:
-            import copy
-
             twin._tensors = copy.deepcopy(self._tensors, memo)
-        twin._set(*(array.copy() for array in self._arrays))
+        twin._set(self.token_ids.copy(), self.mask.copy(), self.positions.copy())
         twin._kv = self._kv
         twin._rows = self._copies(self._rows)
         return twin
@@ -206,9 +208,8 @@ class BlockCache(DynamicCache):
     def __del__(self) -> None:
         self._drop_rows()
 
-    @property
-    def _arrays(self) -> tuple[Ints, Bools, Ints]:
-        return self.token_ids, self.mask, self.positions
+    def _map_arrays(self, change: Callable[[Any], Any]) -> None:
+        self._set(*map(change, (self.token_ids, self.mask, self.positions)))
 
     def _set(self, token_ids: Ints, mask: Bools, positions: Ints) -> None:
         self.token_ids, self.mask, self.positions = token_ids, mask, positions
@@ -222,24 +223,23 @@ class BlockCache(DynamicCache):
 
     def _check(self, token_ids: Ints, mask: Bools) -> None:
         if len(token_ids) != len(self._rows):
-            raise Unfit("the cache has another number of rows")
+            raise UnfitError("the cache has another number of rows")
         if mask.shape != (len(token_ids), self.get_seq_length() + token_ids.shape[1]):
-            raise Unfit("the attention mask is not as long as cache and input together")
+            raise UnfitError("the attention mask is not as long as cache and input together")
         for row, old, new in zip(self._rows, self.mask, mask, strict=True):
             # what is in the cache already: the first tokens that were attended
             cached = len(row.token_ids)
             seen = int(np.flatnonzero(old)[cached - 1]) + 1 if cached else 0
             if (old[:seen] != new[:seen]).any():
-                raise Unfit("the attention mask of cached tokens has changed")
+                raise UnfitError("the attention mask of cached tokens has changed")
 
     def _computed(self, kv: KvRows, num_wanted: int) -> NDArray[np.float32]:
         """Compute what is not in the cache yet, equal new rows once."""
         leaders = self._leaders()
         work = [self._new_tokens(kv, at, num_wanted) for at in sorted(set(leaders))]
         vocab_size = kv.vocab_size
-        logits = np.empty((len(work) * num_wanted, vocab_size), np.float32)
-        kv.forward(work, logits)
-        logits = logits.reshape(len(work), num_wanted, vocab_size)
+        logits = np.empty((len(work), num_wanted, vocab_size), np.float32)
+        kv.forward(work, logits.reshape(-1, vocab_size))
         if len(work) == len(self._rows):
             return logits
         order = {leader: at for at, leader in enumerate(sorted(set(leaders)))}
@@ -257,7 +257,8 @@ class BlockCache(DynamicCache):
             if row.token_ids:
                 leaders.append(at)
             else:
-                content = tuple(array[at].tobytes() for array in self._arrays)
+                rows = self.token_ids[at], self.mask[at], self.positions[at]
+                content = tuple(row.tobytes() for row in rows)
                 leaders.append(first.setdefault(content, at))
         return leaders
 
@@ -284,7 +285,7 @@ class BlockCache(DynamicCache):
         if self._kv is not None:
             self._kv.release(left.values())
         self._rows = rows
-        self._set(*(array[list(indices)] for array in self._arrays))
+        self._map_arrays(lambda array: array[list(indices)])
 
     def _copies(self, rows: Sequence[KvRow]) -> list[KvRow]:
         if self._kv is None or not any(row.blocks for row in rows):

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from fastgen.hf.cache import BlockCache, Bools
 from fastgen.hf.kv_rows import Ints
 from fastgen.hf.packing import PackedModel
-from fastgen.hf.unfit import Unfit
+from fastgen.hf.unfit import UnfitError
 
 OwnForward = Callable[..., Any]
 
@@ -50,14 +50,14 @@ def fast_forward(
     """What transformers' forward returns for these arguments.
 
     Raises:
-        Unfit: that forward has to do it; no argument has changed.
+        UnfitError: that forward has to do it; no argument has changed.
         IndexError: a token or position is not in the model's tables, as transformers raises.
     """
     call = _call(model, own, arguments)
     kv = packed.kv_rows(model)
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if needs_grad and model.training:
-        raise Unfit("training with gradients")
+        raise UnfitError("training with gradients")
     computed = call.cache.extend(
         kv, call.token_ids, call.mask, call.positions, call.num_computed
     )  # (B, n, V)
@@ -70,7 +70,11 @@ def fast_forward(
         logits = _differentiable(model, own, call, logits)
     loss, labels = None, arguments.get("labels")
     if labels is not None:
-        extra = {key: arguments[key] for key in ("num_items_in_batch", "shift_labels") if key in arguments}
+        extra = {
+            key: arguments[key]
+            for key in ("num_items_in_batch", "shift_labels")
+            if key in arguments
+        }
         loss = model.loss_function(logits, labels, vocab_size=model.config.vocab_size, **extra)
     return CausalLMOutputWithCrossAttentions(
         loss=loss, logits=logits, past_key_values=call.cache if call.use_cache else None
@@ -81,23 +85,23 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     input_ids = arguments.get("input_ids")
     for key, value in arguments.items():
         if key not in _KNOWN and value is not None and value is not False:
-            raise Unfit(f"{key} was given")
+            raise UnfitError(f"{key} was given")
     for key in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, key, False):
-            raise Unfit(f"config.{key} is set")
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        raise Unfit("it is being traced")
+            raise UnfitError(f"config.{key} is set")
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        raise UnfitError("it is being traced")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
-        raise Unfit("input_ids is not a tensor (B, T)")
+        raise UnfitError("input_ids is not a tensor (B, T)")
     if input_ids.is_floating_point():
-        raise Unfit("input_ids are not integers")
+        raise UnfitError("input_ids are not integers")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
     if cache is None:
         cache = new_cache(model, own)
     elif not isinstance(cache, BlockCache) or cache.has_tensors:
-        raise Unfit("past_key_values is another kind of cache")
+        raise UnfitError("past_key_values is another kind of cache")
     past, (batch_size, length) = cache.get_seq_length(), input_ids.shape
     if past == 0:
         model.transformer.warn_if_padding_and_no_attention_mask(
@@ -106,7 +110,7 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     mask = _mask(arguments.get("attention_mask"), batch_size, past + length)
     columns = _columns(arguments.get("logits_to_keep", 0), length)
     if mask is not None and not mask[:, past:][:, columns.min() :].all():
-        raise Unfit("logits of padding are wanted")
+        raise UnfitError("logits of padding are wanted")
     call = ForwardCall(
         token_ids=input_ids.cpu().numpy().astype(np.int64),
         mask=mask,
@@ -165,20 +169,20 @@ def _mask(mask: Any, batch_size: int, length: int) -> Bools | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise Unfit("attention_mask is not a tensor (B, S + T)")
+        raise UnfitError("attention_mask is not a tensor (B, S + T)")
     if mask.shape != (batch_size, length):
-        raise Unfit("attention_mask is not as long as cache and input together")
+        raise UnfitError("attention_mask is not as long as cache and input together")
     attended: Bools = (mask != 0).cpu().numpy()
     return attended
 
 
 def _columns(logits_to_keep: Any, length: int) -> Ints:
     if isinstance(logits_to_keep, Tensor):
-        columns = np.arange(length)[logits_to_keep.cpu().numpy()]
+        columns: Ints = np.arange(length)[logits_to_keep.cpu().numpy()]
     else:
         columns = np.arange(length)[-int(logits_to_keep) :]
     if columns.ndim != 1 or not len(columns):
-        raise Unfit("logits_to_keep keeps nothing, or is not a list")
+        raise UnfitError("logits_to_keep keeps nothing, or is not a list")
     return columns
 
 
@@ -190,7 +194,7 @@ def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> In
         (1, length),
         (batch_size, length),
     ):
-        raise Unfit("position_ids are not (B, T)")
+        raise UnfitError("position_ids are not (B, T)")
     return np.broadcast_to(position_ids.cpu().numpy().astype(np.int64), (batch_size, length))
 
 
@@ -223,7 +227,9 @@ class _Recomputed(torch.autograd.Function):
     """Identity of logits that were made without a graph; backward makes the graph."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, again: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, again: Callable[[], Tensor], *parameters: Tensor
+    ) -> Tensor:
         ctx.again = again
         ctx.save_for_backward(*parameters)  # so that backward refuses weights changed since
         return logits.view_as(logits)

@@ -159,13 +159,15 @@ class KvRows:
             yield scheduler
 
     def _make_room(self, scheduler: Scheduler, needs: Sequence[int], extra: int = 0) -> None:
-        """Have room for rows that need so many blocks, those that wait anyway, and `extra` blocks."""
+        """For rows that need so many blocks each, those that wait anyway, and `extra` blocks."""
         limits = self.decoder.limits
         waiting = [blocks_needed(row.max_len) for row in scheduler.waiting]
         num_rows = len(scheduler.running) + len(waiting) + len(needs)
         seats = max(limits.num_seats, min(num_rows, limits.max_logits))
         most = sorted([*waiting, *needs], reverse=True)[: limits.max_logits]
         missing = max(0, sum(most) + extra - scheduler.pool.num_free)
+        if missing and extra:  # rows that grow token by token come again soon
+            missing = max(missing, limits.num_blocks // 2)
         if missing or seats > limits.num_seats:
             self.decoder.reserve(limits.num_blocks + missing, seats)
             scheduler.grow(self.decoder.limits)
@@ -219,7 +221,9 @@ def _batch(pieces: Sequence[_Piece]) -> StepBatch:
     tables = np.zeros((len(pieces), max(len(new.row.blocks) for new, _, _ in pieces)), np.int32)
     for table, (new, _, _) in zip(tables, pieces, strict=True):
         table[: len(new.row.blocks)] = new.row.blocks
-    wanted = [np.arange(at - p.num_wanted, at) for p, at in zip(pieces, row_starts[1:], strict=True)]
+    wanted = [
+        np.arange(at - p.num_wanted, at) for p, at in zip(pieces, row_starts[1:], strict=True)
+    ]
     return StepBatch(
         token_ids=_joined(new.token_ids[start:end] for new, start, end in pieces),
         positions=_joined(new.positions[start:end] for new, start, end in pieces),
@@ -242,3 +246,16 @@ def _register(scheduler: Scheduler, row: KvRow) -> None:
         parent = row.keys[-1] if row.keys else root_key(None)
         row.keys.append(chain_key(parent, row.token_ids[start : start + BLOCK_SIZE], start))
         scheduler.pool.register(row.keys[-1], row.blocks[len(row.keys) - 1])
+
+
+def logits_of(kv: KvRows, token_ids: Ints, num_wanted: int) -> NDArray[np.float32]:
+    """Logits float32 (num_wanted, V) of the last tokens of a row (n,), which is not kept."""
+    row = KvRow()
+    try:
+        kv.find(row, token_ids[:-num_wanted])
+        cached, positions = len(row.token_ids), np.arange(len(token_ids))
+        logits = np.empty((num_wanted, kv.vocab_size), np.float32)
+        kv.forward([NewTokens(row, token_ids[cached:], positions[cached:], num_wanted)], logits)
+    finally:
+        kv.release([row])
+    return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ import transformers
 from transformers import DynamicCache
 from transformers.utils.generic import can_return_tuple
 
+from fastgen.hf.beams import beam_call, search_beams
+from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
 from fastgen.hf.packing import PackedModel
 from fastgen.hf.sampling import generate_natively, native_call
 from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_errors
-from fastgen.hf.unfit import Unfit
+from fastgen.hf.unfit import UnfitError
 
 _Own = transformers.GPT2LMHeadModel
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
@@ -44,13 +47,13 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
     def last_reason(self) -> str:
         return self._packed.last_reason
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(_Own.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
         try:
             output = fast_forward(self, self._packed, self._own_forward, arguments)
-        except Unfit as unfit:
+        except UnfitError as unfit:
             self._packed.note("transformers", unfit)
             return super().forward(**arguments)
         self._packed.note("forward")
@@ -76,33 +79,58 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
     ) -> Any:
         if isinstance(streamer, RowStreamers) and generation_config._eos_token_tensor is not None:
             streamer.eos_ids = frozenset(generation_config._eos_token_tensor.flatten().tolist())
+        options = (logits_processor, stopping_criteria, generation_config)
+
+        def native() -> Any:
+            self._check_unseen(synced_gpus)
+            call = native_call(input_ids, *options, streamer, model_kwargs)
+            return generate_natively(self, self._packed.kv_rows(self), call)
+
+        def theirs() -> Any:
+            _unchunk(generation_config, model_kwargs)
+            own = super(GPT2LMHeadModel, self)._sample
+            return own(input_ids, *options, synced_gpus, streamer, **model_kwargs)
+
+        return self._first_way(native, theirs)
+
+    def _beam_search(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        options = (logits_processor, stopping_criteria, generation_config)
+
+        def native() -> Any:
+            self._check_unseen(synced_gpus)
+            call = beam_call(input_ids, *options, model_kwargs)
+            return search_beams(self, self._packed.kv_rows(self), call)
+
+        def theirs() -> Any:
+            _unchunk(generation_config, model_kwargs)
+            own = super(GPT2LMHeadModel, self)._beam_search
+            return own(input_ids, *options, synced_gpus, **model_kwargs)
+
+        return self._first_way(native, theirs)
+
+    def _check_unseen(self, synced_gpus: bool) -> None:
+        """fastgen's loops do not call the model: nobody may count on seeing each call."""
+        if synced_gpus or self._forward_hooks or self._forward_pre_hooks:
+            raise UnfitError("each forward has to be seen from outside")
+
+    def _first_way(self, native: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+        """fastgen's loop, or transformers' where that is not for this call."""
         try:
-            if synced_gpus or self._forward_hooks or self._forward_pre_hooks:
-                raise Unfit("each forward has to be seen from outside")
-            call = native_call(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                model_kwargs,
-            )
-            kv = self._packed.kv_rows(self)
-            output = generate_natively(self, kv, call)
-        except Unfit as unfit:
+            output = native()
+        except UnfitError as unfit:
             reason = str(unfit)
         else:
             self._packed.note("native")
             return output
-        output = super()._sample(
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **model_kwargs,
-        )
+        output = theirs()
         if self.last_path == "forward":
             self._packed.note("forward", reason)
         return output
@@ -113,7 +141,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         """transformers' choice; where that is the plain cache, and is new, blocks instead."""
         given = model_kwargs.get("past_key_values")
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
+        made: Any = model_kwargs.get("past_key_values")
         if given is not None or type(made) is not DynamicCache or made.offloading:
             return
         needs_tensors = any(
@@ -133,6 +161,12 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
     def _packed(self) -> PackedModel:
         packed: PackedModel = self.__dict__.setdefault("_fastgen", PackedModel())
         return packed
+
+
+def _unchunk(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """The decoder cuts prompts itself; transformers' pieces may be padding in some rows."""
+    if isinstance(model_kwargs.get("past_key_values"), BlockCache):
+        generation_config.prefill_chunk_size = None
 
 
 def accelerate(model: Any) -> GPT2LMHeadModel:

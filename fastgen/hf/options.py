@@ -1,12 +1,12 @@
 """transformers' resolved processors and stopping criteria, as fastgen's own options.
 
 transformers has made them from its defaults, files and keywords; here they are only read. What has
-no exact counterpart raises Unfit, with its name.
+no exact counterpart raises UnfitError, with its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
-from fastgen.hf.unfit import Unfit
+from fastgen.hf.unfit import UnfitError
 from fastgen.sampling_params import SamplingParams
 
 
@@ -39,6 +39,13 @@ class Prompts:
         ids: set[int] = set()
         for row, start in zip(self.token_ids, self.starts, strict=True):
             ids.update(row[:start].tolist())
+        return ids
+
+    def seen(self) -> set[int]:
+        """Ids that stand behind it."""
+        ids: set[int] = set()
+        for row, start in zip(self.token_ids, self.starts, strict=True):
+            ids.update(row[start:].tolist())
         return ids
 
 
@@ -70,38 +77,38 @@ class NativeOptions:
         try:
             return SamplingParams(**options)
         except (TypeError, ValueError) as error:
-            raise Unfit(str(error)) from error
+            raise UnfitError(str(error)) from error
 
 
 def native_options(
     prompts: Prompts, processor_list: Iterable[Any], criteria_list: Iterable[Any], *, sampled: bool
 ) -> NativeOptions:
-    """Raises Unfit for a processor or criterion that the engine does not know."""
+    """Raises UnfitError for a processor or criterion that the engine does not know."""
     options = NativeOptions()
     for criterion in criteria_list:
         _of(_CRITERIA, criterion, "stopping criterion")(options, criterion)
     if not options.max_length:
-        raise Unfit("there is no bound of the length")
+        raise UnfitError("there is no bound of the length")
     order = list(_PROCESSORS)
     last = -1
     for processor in processor_list:
         read = _of(_PROCESSORS, processor, "logits processor")
         rank = order.index(type(processor))
         if rank <= last:
-            raise Unfit(f"{type(processor).__name__} stands in an order of its own")
+            raise UnfitError(f"{type(processor).__name__} stands in an order of its own")
         last = rank
         read(options, processor, prompts)
     options.params.setdefault("temperature", 1.0)
     if not sampled:
         if options.num_warpers:
-            raise Unfit("a filter without sampling")
+            raise UnfitError("a filter without sampling")
         options.params["temperature"] = 0.0
     return options
 
 
 def _of(table: dict[type, Any], item: Any, kind: str) -> Any:
     if type(item) not in table:
-        raise Unfit(f"{kind} {type(item).__name__}")
+        raise UnfitError(f"{kind} {type(item).__name__}")
     return table[type(item)]
 
 
@@ -116,14 +123,14 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 def _same_eos(options: NativeOptions, processor: Any) -> None:
     if set(_ids(processor.eos_token_id)) != set(options.eos_ids or ()):
-        raise Unfit(f"{type(processor).__name__} has eos ids of its own")
+        raise UnfitError(f"{type(processor).__name__} has eos ids of its own")
 
 
 def _bias(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     biases: dict[int, float] = {}
     for word, bias in dict(processor.sequence_bias).items():
         if len(word) != 1:
-            raise Unfit("sequence_bias of several tokens")
+            raise UnfitError("sequence_bias of several tokens")
         biases[word[0]] = float(bias)
     options.params["logit_bias"] = biases
 
@@ -134,30 +141,33 @@ def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> Non
         ignored = ignored.cpu().numpy()
     expected = prompts.starts if ignored is not None else 0
     if prompts.are_padded and ignored is None:
-        raise Unfit("repetition_penalty counts padding")
+        raise UnfitError("repetition_penalty counts padding")
     if ignored is not None and (np.asarray(ignored) != expected).any():
-        raise Unfit("repetition_penalty leaves out a part of the prompt")
+        raise UnfitError("repetition_penalty leaves out a part of the prompt")
     if getattr(processor, "logits_indices", None) is not None:
-        raise Unfit("repetition_penalty of packed rows")
+        raise UnfitError("repetition_penalty of packed rows")
     options.params["repetition_penalty"] = float(processor.penalty)
 
 
 def _ngrams(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    if prompts.are_padded:
-        raise Unfit("no_repeat_ngram_size counts padding")
+    padding = prompts.padding()
+    if processor.ngram_size == 1:  # transformers counts what is in the padding as seen
+        options.params["suppress_tokens"] = tuple(padding)
+    elif not padding <= set(options.eos_ids or ()) or padding & prompts.seen():
+        raise UnfitError("no_repeat_ngram_size with n-grams that begin in the padding")
     options.params["no_repeat_ngram_size"] = processor.ngram_size
 
 
 def _bad_words(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     words = [tuple(word) for word in processor.sequence_bias]  # the eos ids are left out of it
     if any(bias != float("-inf") for bias in processor.sequence_bias.values()):
-        raise Unfit("bad words with a bias of their own")
+        raise UnfitError("bad words with a bias of their own")
     beginnings = {token_id for word in words for token_id in word[:-1]}
     if prompts.are_padded and beginnings & prompts.padding():
-        raise Unfit("bad words may begin in the padding")
+        raise UnfitError("bad words may begin in the padding")
     alone = {word[0] for word in words if len(word) == 1}
     if alone & set(options.eos_ids or ()):
-        raise Unfit("bad words hold an eos id")
+        raise UnfitError("bad words hold an eos id")
     options.params["bad_words"] = words
 
 
@@ -178,13 +188,13 @@ def _at_least(options: NativeOptions, num_new: int) -> None:
 
 def _forced_bos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if prompts.length == 1:
-        raise Unfit("forced_bos_token_id behind a prompt of one token")
+        raise UnfitError("forced_bos_token_id behind a prompt of one token")
 
 
 def _forced_eos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     ids = _ids(processor.eos_token_id)
     if len(ids) != 1 or processor.max_length != options.max_length:
-        raise Unfit("several forced eos ids, or at another length")
+        raise UnfitError("several forced eos ids, or at another length")
     [options.forced_eos] = ids
 
 
@@ -196,23 +206,24 @@ def _length_penalty(options: NativeOptions, processor: Any, prompts: Prompts) ->
 
 
 def _suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    options.params["suppress_tokens"] = _ids(processor.suppress_tokens)
+    also = options.params.get("suppress_tokens", ())
+    options.params["suppress_tokens"] = (*also, *_ids(processor.suppress_tokens))
     if options.forced_eos in options.params["suppress_tokens"]:
-        raise Unfit("a suppressed token is forced")
+        raise UnfitError("a suppressed token is forced")
 
 
 def _begin_suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if processor.begin_index != prompts.length:
-        raise Unfit("begin_suppress_tokens at another place than the beginning")
+        raise UnfitError("begin_suppress_tokens at another place than the beginning")
     options.params["begin_suppress_tokens"] = _ids(processor.begin_suppress_tokens)
 
 
 def _warper(name: str, attribute: str) -> Reader:
     def read(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
-            raise Unfit(f"{name} that keeps at least several tokens")
+            raise UnfitError(f"{name} that keeps at least several tokens")
         if getattr(processor, "filter_value", -np.inf) != -np.inf:
-            raise Unfit(f"{name} with a filter value of its own")
+            raise UnfitError(f"{name} with a filter value of its own")
         value = getattr(processor, attribute)
         options.params[name] = value.item() if isinstance(value, Tensor) else value
         options.num_warpers += 1
@@ -221,7 +232,7 @@ def _warper(name: str, attribute: str) -> Reader:
 
 
 def _no_change(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    """It changes scores, but not what is drawn."""
+    """It changes scores, but not what is drawn; where nothing can be, transformers' loop is run."""
 
 
 # In transformers' order; a list in another order means something else.
@@ -234,6 +245,7 @@ _PROCESSORS: dict[type, Reader] = {
     processors.MinNewTokensLengthLogitsProcessor: _min_new,
     processors.ForcedBOSTokenLogitsProcessor: _forced_bos,
     processors.ForcedEOSTokenLogitsProcessor: _forced_eos,
+    processors.InfNanRemoveLogitsProcessor: _no_change,
     processors.ExponentialDecayLengthPenalty: _length_penalty,
     processors.SuppressTokensLogitsProcessor: _suppress,
     processors.SuppressTokensAtBeginLogitsProcessor: _begin_suppress,
@@ -271,5 +283,3 @@ _CRITERIA: dict[type, Callable[[NativeOptions, Any], None]] = {
     criteria.StopStringCriteria: _stop_strings,
     criteria.EosTokenCriteria: _eos,
 }
-
-

@@ -18,11 +18,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from fastgen.errors import EngineError, NothingToDrawError
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import check_tokens
-from fastgen.hf.kv_rows import Ints, KvRows
+from fastgen.hf.kv_rows import Ints, KvRows, logits_of
 from fastgen.hf.options import NativeOptions, Prompts, native_options
 from fastgen.hf.stop_strings import StopStringSink
 from fastgen.hf.streamers import RowStreamers
-from fastgen.hf.unfit import Unfit
+from fastgen.hf.unfit import UnfitError
 from fastgen.philox import sample_seed
 from fastgen.request import Request, Row
 from fastgen.sampling_params import SamplingParams
@@ -42,14 +42,21 @@ class SamplingCall:
     cache: BlockCache | None
     sampled: bool
     returns_dict: bool
+    gives_scores: bool
+    gives_logits: bool
+    processors: Any
     pad_id: int
     num_drawn: int
     streamer: Any = None
 
+    @property
+    def keeps_logits(self) -> bool:
+        return self.gives_scores or self.gives_logits
+
 
 def native_call(
     token_ids: Tensor,
-    processors: Sequence[Any],
+    processors: Any,
     criteria: Sequence[Any],
     config: Any,
     streamer: Any,
@@ -58,21 +65,15 @@ def native_call(
     """Read a call's options.
 
     Raises:
-        Unfit: transformers' loop has to run it.
+        UnfitError: transformers' loop has to run it.
     """
-    for key, value in arguments.items():
-        if key not in _KNOWN and value is not None and value is not False:
-            raise Unfit(f"{key} was given")
-    for key in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if config.return_dict_in_generate and getattr(config, key):
-            raise Unfit(f"{key} was asked for")
-    if getattr(config, "is_assistant", False):
-        raise Unfit("it drafts for another model")
-    prompts = Prompts(token_ids.cpu().numpy(), _starts(token_ids, arguments))
+    check_arguments(config, arguments)
+    returns_dict = bool(config.return_dict_in_generate)
+    prompts = Prompts(token_ids.cpu().numpy(), starts_of(token_ids, arguments))
     options = native_options(prompts, processors, criteria, sampled=config.do_sample)
     rows = len(prompts.token_ids)
     if options.stop_strings is not None and options.eos_ids is None and rows > 1:
-        raise Unfit("rows that a stop string has ended go on without an eos")
+        raise UnfitError("rows that a stop string has ended go on without an eos")
     cache = arguments.get("past_key_values")
     _check_cache(cache, prompts, config, arguments)
     num_new = options.max_length - prompts.length
@@ -82,7 +83,10 @@ def native_call(
         options=options,
         cache=cache,
         sampled=bool(config.do_sample),
-        returns_dict=bool(config.return_dict_in_generate),
+        returns_dict=returns_dict,
+        gives_scores=returns_dict and bool(config.output_scores),
+        gives_logits=returns_dict and bool(config.output_logits),
+        processors=processors,
         pad_id=0 if pad is None else int(pad),
         num_drawn=num_new - (options.forced_eos is not None),
         streamer=streamer,
@@ -93,7 +97,7 @@ def generate_natively(model: Any, kv: KvRows, call: SamplingCall) -> Any:
     """Run the call's rows to their ends; returns what transformers' loop returns.
 
     Raises:
-        Unfit: the rows cannot run; nothing has been streamed.
+        UnfitError: the rows cannot run; nothing has been streamed.
     """
     check_tokens(call.prompts.token_ids, kv.vocab_size)
     rows = _start(kv, call)
@@ -111,10 +115,29 @@ def generate_natively(model: Any, kv: KvRows, call: SamplingCall) -> Any:
     output = torch.from_numpy(sequences).to(model.device)
     if not call.returns_dict:
         return output
-    return GenerateDecoderOnlyOutput(sequences=output, past_key_values=call.cache)
+    logits = _logits(kv, call, rows, sequences) if call.keeps_logits else ()
+    logits = [step.to(model.device) for step in logits]
+    return GenerateDecoderOnlyOutput(
+        sequences=output,
+        scores=_scores(call, output, logits) if call.gives_scores else None,
+        logits=tuple(logits) if call.gives_logits else None,
+        past_key_values=call.cache,
+    )
 
 
-def _starts(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
+def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise UnfitError for what needs transformers' own forward, or its loop."""
+    for key, value in arguments.items():
+        if key not in _KNOWN and value is not None and value is not False:
+            raise UnfitError(f"{key} was given")
+    for key in ("output_attentions", "output_hidden_states"):
+        if config.return_dict_in_generate and getattr(config, key):
+            raise UnfitError(f"{key} was asked for")
+    if getattr(config, "is_assistant", False):
+        raise UnfitError("it drafts for another model")
+
+
+def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
     """Where each row begins behind its padding (B,)."""
     batch_size, length = token_ids.shape
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
@@ -122,25 +145,23 @@ def _starts(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
     if mask is not None:
         attended = (mask != 0).cpu().numpy()
         if attended.shape != (batch_size, length):
-            raise Unfit("attention_mask is not as long as the input")
+            raise UnfitError("attention_mask is not as long as the input")
         if not attended[:, -1].all() or (np.diff(attended.astype(np.int8), axis=1) < 0).any():
-            raise Unfit("padding that is not on the left")
+            raise UnfitError("padding that is not on the left")
         starts = length - attended.sum(axis=1)
     if positions is not None:
         expected = np.maximum(np.arange(length) - starts[:, None], 0)
         given = positions.cpu().numpy()
         if given.shape[-1] != length or (given != expected).any():
-            raise Unfit("position_ids of its own")
+            raise UnfitError("position_ids of its own")
     return starts
 
 
-def _check_cache(
-    cache: Any, prompts: Prompts, config: Any, arguments: Mapping[str, Any]
-) -> None:
+def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[str, Any]) -> None:
     if cache is None:
         return
     if not isinstance(cache, BlockCache) or cache.has_tensors:
-        raise Unfit("past_key_values is another kind of cache")
+        raise UnfitError("past_key_values is another kind of cache")
     past = cache.get_seq_length()
     if past == 0:
         return
@@ -148,13 +169,13 @@ def _check_cache(
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
     attended = np.arange(past) >= prompts.starts[:, None]
     if length != prompts.length or past >= length:
-        raise Unfit("only what follows the cache was given")
+        raise UnfitError("only what follows the cache was given")
     if cache.mask.shape != attended.shape or (cache.mask != attended).any():
-        raise Unfit("the cache was made with another mask")
+        raise UnfitError("the cache was made with another mask")
     same = (cache.token_ids == prompts.token_ids[:, :past]) | ~attended
     expected = np.arange(past) - prompts.starts[:, None]
     if not same.all() or ((cache.positions != expected) & attended).any():
-        raise Unfit("the cache was made of other tokens")
+        raise UnfitError("the cache was made of other tokens")
 
 
 def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
@@ -165,7 +186,7 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
     ]
     longest = max(map(len, prompts)) + call.num_drawn
     if longest > kv.decoder.limits.max_seq_len:
-        raise Unfit("rows may get longer than the context")
+        raise UnfitError("rows may get longer than the context")
     if call.num_drawn == 0:
         return []
     params = call.options.sampling_params(call.num_drawn)
@@ -178,14 +199,14 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
     except (TypeError, ValueError) as error:
         for request in requests:
             kv.engine.cancel(request)
-        raise Unfit(str(error)) from error
+        raise UnfitError(str(error)) from error
     return [request.rows[0] for request in requests]
 
 
 def _add(kv: KvRows, call: SamplingCall, prompt: list[int], params: SamplingParams) -> Request:
     stops = call.options.stop_strings
     sinks = None if stops is None else [StopStringSink(stops, prompt)]
-    return kv.engine.add_request(prompt, params, sinks=sinks)
+    return kv.engine.add_request(prompt, params, sinks=sinks, keeps_logits=call.keeps_logits)
 
 
 def _remember(call: SamplingCall, sequences: Ints) -> None:
@@ -195,6 +216,29 @@ def _remember(call: SamplingCall, sequences: Ints) -> None:
     starts = call.prompts.starts[:, None]
     positions = np.maximum(np.arange(count) - starts, 0)
     call.cache.remember(sequences[:, :count], np.arange(count) >= starts, positions)
+
+
+def _logits(kv: KvRows, call: SamplingCall, rows: Sequence[Row], sequences: Ints) -> list[Tensor]:
+    """Of each step float32 (B, V). In transformers' loop ended rows go on, with padding: that part
+    is computed here."""
+    length, num_steps = call.prompts.length, sequences.shape[1] - call.prompts.length
+    steps = np.empty((num_steps, len(sequences), kv.vocab_size), np.float32)
+    for at, start in enumerate(call.prompts.starts.tolist()):
+        drawn = (rows[at].raw_logits or [])[:num_steps] if rows else []
+        if drawn:
+            steps[: len(drawn), at] = drawn
+        if missing := num_steps - len(drawn):
+            ids = sequences[at, start : length + num_steps - 1]
+            steps[len(drawn) :, at] = logits_of(kv, ids, missing)
+    return list(torch.from_numpy(steps))
+
+
+def _scores(call: SamplingCall, sequences: Tensor, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What transformers' processors make of each step's logits (B, V)."""
+    length = call.prompts.length
+    return tuple(
+        call.processors(sequences[:, : length + step], raw) for step, raw in enumerate(logits)
+    )
 
 
 class _Run:
@@ -246,12 +290,11 @@ class _Run:
         """The N of the result; rows that still run are ended."""
         running = [row for row in self._rows if row.finish_reason is None]
         if running:
-            count = self._num_common()
             for row in running:
                 self._engine.cancel(row.request)
-            return count
+            return min(map(_num_new, running))
         for row in self._rows:
-            _raise_error(row)
+            _raise_error(row, self._num_streamed)
         count = max(map(_num_new, self._rows), default=0)
         return count + self._forces_eos()
 
@@ -264,9 +307,12 @@ class _Run:
     def _step(self, step: int) -> Ints:
         """The rows' tokens (B,) of one step."""
         call = self._call
-        if step == call.num_drawn:  # behind all that is drawn
-            ids = [_forced(row, call) for row in self._rows]
-            return np.array(ids or [call.options.forced_eos] * len(call.prompts.token_ids))
+        forced = call.options.forced_eos
+        if step == call.num_drawn and forced is not None:  # behind all that is drawn
+            if not self._rows:
+                return np.full(len(call.prompts.token_ids), forced)
+            ended = [row.finish_reason == "stop" for row in self._rows]
+            return np.where(ended, call.pad_id, forced)
         return np.array([_token(row, step, call.pad_id) for row in self._rows])
 
     def _stream(self) -> None:
@@ -292,15 +338,12 @@ def _token(row: Row, step: int, pad_id: int) -> int:
     return row.token_ids[at] if at < len(row.token_ids) else pad_id
 
 
-def _forced(row: Row, call: SamplingCall) -> int:
-    forced = call.options.forced_eos
-    return call.pad_id if row.finish_reason == "stop" or forced is None else forced
-
-
-def _raise_error(row: Row) -> None:
+def _raise_error(row: Row, num_streamed: int) -> None:
     """What made the row end; where nothing can be drawn, as transformers says it."""
     error = row.error or row.request.error
     if isinstance(error, NothingToDrawError):
+        if not num_streamed:
+            raise UnfitError("there was nothing that could be drawn")
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
     if error is not None:
         raise error

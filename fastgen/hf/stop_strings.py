@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 

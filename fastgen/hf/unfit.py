@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """fastgen cannot do this exactly as transformers would; the message says what."""

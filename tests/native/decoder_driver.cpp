@@ -178,7 +178,7 @@ class Runner {
       pairs.push_back(row.blocks[at]);
     }
     decoder_.blocks().copy(reinterpret_cast<const std::int32_t (*)[2]>(pairs.data()),
-                           static_cast<int>(pairs.size() / 2));
+                           static_cast<int>(pairs.size() / 2), decoder_.num_threads());
     row.fed = row.taken = count;
   }
 
