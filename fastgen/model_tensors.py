@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.checkpoint import Checkpoint
+from fastgen.checkpoint import EMBEDDING, HEAD, Checkpoint
 from fastgen.config import GPT2Config
 from fastgen.safetensors_files import NUMPY_DTYPES, TensorInfo
 
@@ -15,10 +14,13 @@ _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF
 
 
 class ModelTensors:
-    """A TensorSource over `state_dict()`; `load` copies to the host, one tensor at a time."""
+    """A TensorSource over `state_dict()`. What `load` gives is read-only: the model's own memory,
+    if that is the host's; else a copy, of one tensor at a time."""
 
     def __init__(self, model: Any) -> None:
-        self._tensors = model.state_dict()
+        self._tensors = dict(model.state_dict())
+        if model.config.tie_word_embeddings and self._is_tied():
+            del self._tensors[HEAD]  # else the two would be compared, byte by byte
         self.infos = {
             key: TensorInfo("state_dict", tuple(t.shape), _DTYPES.get(str(t.dtype), str(t.dtype)))
             for key, t in self._tensors.items()
@@ -27,8 +29,18 @@ class ModelTensors:
     def load(self, key: str) -> NDArray[Any]:
         tensor = self._tensors[key].detach().cpu()
         if self.infos[key].dtype == "BF16":  # NumPy has no bfloat16 of its own
-            return np.array(tensor.contiguous().view(_int16()).numpy()).view(NUMPY_DTYPES["BF16"])
-        return np.array(tensor.numpy())
+            array = tensor.contiguous().view(_int16()).numpy().view(NUMPY_DTYPES["BF16"])
+        else:
+            array = tensor.numpy()
+        array.flags.writeable = False
+        return cast("NDArray[Any]", array)
+
+    def _is_tied(self) -> bool:
+        """Whether head and embedding are one tensor."""
+        head, embedding = self._tensors.get(HEAD), self._tensors.get(f"transformer.{EMBEDDING}")
+        if head is None or embedding is None or head.shape != embedding.shape:
+            return False
+        return bool(head.data_ptr() == embedding.data_ptr() and head.dtype == embedding.dtype)
 
 
 def checkpoint_of_model(model: Any) -> Checkpoint:

@@ -137,6 +137,8 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def _from_numpy(array: NDArray[Any]) -> Tensor:
+    if not array.flags.writeable:  # somebody else's, who may change it
+        array = array.copy()
     if array.dtype == NUMPY_DTYPES["BF16"]:  # PyTorch does not know NumPy's
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

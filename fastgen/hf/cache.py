@@ -201,9 +201,7 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
         """Elsewhere there are no blocks: it is saved as a DynamicCache."""
-        plain = DynamicCache()
-        plain.layers = self.layers
-        return plain.__reduce_ex__(2)
+        return _with_layers, (self.layers,)
 
     def __del__(self) -> None:
         self._drop_rows()
@@ -300,6 +298,12 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
         if self._kv is not None:
             self._kv.release(self._rows)
         self._rows = []
+
+
+def _with_layers(layers: list[Any]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = layers
+    return cache
 
 
 def _keeps_first() -> bool:

@@ -24,6 +24,7 @@ OwnForward = Callable[..., Any]
 _KNOWN = {
     *("input_ids", "past_key_values", "attention_mask", "position_ids", "labels", "use_cache"),
     *("logits_to_keep", "return_dict", "num_items_in_batch", "cache_position", "shift_labels"),
+    *("tokenizer", "assistant_tokenizer"),  # generate passes them on
 }
 
 
@@ -53,11 +54,11 @@ def fast_forward(
         UnfitError: that forward has to do it; no argument has changed.
         IndexError: a token or position is not in the model's tables, as transformers raises.
     """
-    call = _call(model, own, arguments)
-    kv = packed.kv_rows(model)
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if needs_grad and model.training:
         raise UnfitError("training with gradients")
+    call = _call(model, own, arguments)
+    kv = packed.kv_rows(model)
     computed = call.cache.extend(
         kv, call.token_ids, call.mask, call.positions, call.num_computed
     )  # (B, n, V)

@@ -28,6 +28,7 @@ _MODULES = (
     *(Conv1D, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList),
 )
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+_CAPTURING = "transformers.utils.output_capturing"
 # In 16 bits transformers computes in 16 bits. float16 has no fast arithmetic on a CPU: the decoder
 # widens it.
 _DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "auto"}
@@ -116,8 +117,21 @@ def _parts(module: nn.Module) -> tuple[Any, ...]:
     return (
         *map(id, module._modules.values()),
         *map(id, module._parameters.values()),
-        bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__),
+        _is_hooked(module),
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """transformers' own hooks, which look for hidden states, stay once they have been needed."""
+    return bool(
+        module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or any(map(_is_foreign, module._forward_hooks.values()))
+    )
+
+
+def _is_foreign(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") != _CAPTURING
 
 
 def _version(parameter: torch.Tensor) -> tuple[Any, ...]:
@@ -134,7 +148,7 @@ def _why_not(model: Any) -> str:
         kind = type(module)
         if kind not in _MODULES and kind.__module__ not in _ACTIVATIONS:
             return f"{name} is a {kind.__name__}"
-        if _parts(module)[-1]:
+        if _is_hooked(module):
             return f"{name} has a forward hook, or a forward of its own"
     if "forward" in model.__dict__:
         return "the model has a forward of its own"

@@ -27,7 +27,10 @@ from fastgen.philox import sample_seed
 from fastgen.request import Request, Row
 from fastgen.sampling_params import SamplingParams
 
-_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN = {
+    *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"),
+    *("tokenizer", "assistant_tokenizer"),
+}
 
 
 @dataclass(slots=True)

@@ -1,0 +1,241 @@
+"""Weights that change: they are never used stale; gradients are transformers' own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import fastgen
+from conftest import TOLERANCES
+from fastgen.generator import BUNDLED_MODEL
+from hf_models import fresh_pair, generated, random_ids, tolerance
+
+Model = Any
+
+
+def _optimizer_step(model: Model) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ids = torch.arange(20, 60).view(2, 20)
+    model.train()
+    torch.manual_seed(0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def _load_other_weights(model: Model) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.8)
+    model.load_state_dict(other.state_dict())
+
+
+def _replace_a_module(model: Model) -> None:
+    torch.manual_seed(1)
+    new = copy.deepcopy(model.transformer.h[1].mlp)
+    with torch.no_grad():
+        new.c_fc.weight.normal_()
+    model.transformer.h[1].mlp = new
+
+
+def _replace_data(model: Model) -> None:
+    weight = model.transformer.h[0].attn.c_attn.weight
+    weight.data = weight.data * 1.5
+
+
+def _more_tokens(model: Model) -> None:
+    torch.manual_seed(2)
+    model.resize_token_embeddings(230, mean_resizing=False)
+    with torch.no_grad():
+        model.transformer.wte.weight[211:] *= 60  # as large as the others
+
+
+@torch.no_grad()
+def _write_in_place(model: Model) -> None:
+    model.transformer.wpe.weight.mul_(1.2)
+
+
+@torch.inference_mode()
+def _write_in_inference_mode(model: Model) -> None:
+    model.transformer.wpe.weight.mul_(1.3)
+
+
+CHANGES: dict[str, Callable[[Model], Any]] = {
+    "an optimizer's step": _optimizer_step,
+    "load_state_dict": _load_other_weights,
+    "a module replaced": _replace_a_module,
+    "data replaced": _replace_data,
+    "written in place": _write_in_place,
+    "written in inference mode": _write_in_inference_mode,
+    "fewer tokens": lambda model: model.resize_token_embeddings(180),
+    "more tokens": _more_tokens,
+    "init_weights": lambda model: (torch.manual_seed(3), model.apply(model._init_weights)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_used(change: str) -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(0), 2, 9)[:, :8] % 170
+    call = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False}
+    before = generated(ours, **call)
+    with torch.no_grad():
+        logits = ours(ids).logits
+    for model in (theirs, ours):
+        CHANGES[change](model)
+    with torch.no_grad():
+        expected, got = theirs(ids).logits, ours(ids).logits
+    assert got.shape != logits.shape or (got - logits).abs().max() > 1e-3
+    assert (got - expected).abs().max() < tolerance(expected)
+    assert ours.last_path == "forward", ours.last_reason
+    after = generated(ours, **call)
+    assert torch.equal(after, generated(theirs, **call))
+    assert not torch.equal(after, before)
+
+
+def test_a_cache_of_older_weights_is_computed_again() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(1), 2, 9)
+    with torch.no_grad():
+        cache = ours(ids[:, :8]).past_key_values
+        for model in (theirs, ours):
+            model.transformer.wte.weight.mul_(1.2)
+        expected = theirs(ids).logits[:, -1:]
+        got = ours(ids[:, 8:], past_key_values=cache).logits
+    assert (got - expected).abs().max() < tolerance(expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bits(dtype: str) -> None:
+    """Errors against float32 are at most twice transformers' own in that dtype (DESIGN, rule 2)."""
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(2), 3, 40)
+    with torch.no_grad():
+        exact = theirs.to(getattr(torch, dtype)).float()(ids).logits
+        half = theirs.to(getattr(torch, dtype))(ids).logits
+        got = ours.to(getattr(torch, dtype))(ids).logits
+    assert got.dtype == half.dtype and ours.last_path == "forward"
+    own, scale = (half.float() - exact).abs().max(), exact.abs().max()
+    bounds = TOLERANCES[dtype]
+    assert (got.float() - exact).abs().max() <= bounds["ratio"] * own + bounds["slack"] * scale
+    sequences = generated(ours, input_ids=ids, max_new_tokens=5, do_sample=False)
+    assert sequences.shape == (3, 45) and ours.last_path == "native"
+
+
+def test_there_and_back() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(3), 1, 9)
+    with torch.no_grad():
+        ours(ids)
+        ours.half().float()
+        theirs.half().float()
+        expected, got = theirs(ids).logits, ours(ids).logits
+    assert (got - expected).abs().max() < tolerance(expected)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients(mode: str) -> None:
+    """In training they come from transformers' forward; in evaluation the logits are fastgen's, and
+    backward computes the rest."""
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(4), 2, 20)
+    for model in (theirs, ours):
+        getattr(model, mode)()
+        torch.manual_seed(0)
+        loss = model(ids, labels=ids).loss + model(ids, logits_to_keep=2).logits.square().mean()
+        loss.backward()
+    assert ours.last_path == ("transformers" if mode == "train" else "forward")
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        size = float(one.grad.abs().max())
+        assert (one.grad - other.grad).abs().max() <= 1e-4 * size + 1e-6
+
+
+def test_gradients_behind_a_cache() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(5), 2, 12)
+    for model in (theirs, ours):
+        first = model(ids[:, :8])
+        second = model(ids[:, 8:], past_key_values=first.past_key_values)
+        second.logits.square().mean().backward()
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        size = float(one.grad.abs().max())
+        assert (one.grad - other.grad).abs().max() <= 1e-4 * size + 1e-6
+
+
+def test_backward_refuses_weights_changed_since() -> None:
+    _, ours = fresh_pair()
+    loss = ours(torch.tensor([[20, 21, 22]])).logits.sum()
+    with torch.no_grad():
+        ours.transformer.wte.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_frozen_weights_need_no_graph() -> None:
+    _, ours = fresh_pair()
+    ours.requires_grad_(False)
+    assert ours(torch.tensor([[20, 21, 22]])).logits.grad_fn is None
+
+
+def test_a_short_fine_tuning_teaches_it_a_text(tmp_path: Path) -> None:
+    """The script is written for transformers: only the import differs."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BUNDLED_MODEL)
+    model = fastgen.GPT2LMHeadModel.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    batch = tokenizer("To be, or not to be, that is the question.", return_tensors="pt")
+    prompt = batch["input_ids"][:, :4]
+    call = {"input_ids": prompt, "max_new_tokens": batch["input_ids"].shape[1] - 4}
+    before = generated(model, do_sample=False, **call)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.train()
+    losses = []
+    for _ in range(25):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    assert losses[-1] < losses[0] / 4
+    learnt = generated(model, do_sample=False, **call)
+    assert torch.equal(learnt, batch["input_ids"]) and not torch.equal(before, learnt)
+    model.save_pretrained(tmp_path)
+    again = fastgen.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert torch.equal(generated(again, do_sample=False, **call), learnt)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert torch.equal(generated(theirs, do_sample=False, **call), learnt)
+
+
+def test_copies_and_pickles_pack_their_own() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(6), 1, 5)
+    call = {"input_ids": ids, "max_new_tokens": 9, "do_sample": False}
+    expected = generated(ours, **call)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(twin) is fastgen.GPT2LMHeadModel
+        with torch.no_grad():
+            ours.transformer.wte.weight.mul_(1)
+        assert torch.equal(generated(twin, **call), expected)
+        assert twin._packed is not ours._packed
+
+
+def test_accelerate_shares_weights_and_leaves_the_model_alone() -> None:
+    theirs, _ = fresh_pair()
+    ours = fastgen.accelerate(theirs)
+    assert type(theirs) is transformers.GPT2LMHeadModel
+    assert isinstance(ours, transformers.GPT2LMHeadModel)
+    assert fastgen.accelerate(ours) is ours
+    pairs = zip(theirs.parameters(), ours.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+    with pytest.raises(TypeError, match="not Linear"):
+        fastgen.accelerate(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="not GPT2Model"):
+        fastgen.accelerate(theirs.transformer)
