@@ -17,6 +17,28 @@ float product(float left, float right) {
   return static_cast<float>(static_cast<double>(left) * static_cast<double>(right));
 }
 
+// What is added to one logit is summed first.
+void add_biases(const SamplingOptions& options, const RowHistory& row, float* scores) {
+  if (options.sequence_bias.empty()) {
+    for (const BiasedId& biased : options.logit_bias) scores[biased.id] += biased.bias;
+    return;
+  }
+  std::vector<BiasedId> sums = options.logit_bias;
+  for (const BiasedSequence& sequence : options.sequence_bias) {
+    const int before = static_cast<int>(sequence.ids.size()) - 1;
+    if (!row.ends_with(sequence.ids.data(), before)) continue;
+    const std::int32_t last = sequence.ids[before];
+    const auto same = [last](const BiasedId& biased) { return biased.id == last; };
+    const auto found = std::find_if(sums.begin(), sums.end(), same);
+    if (found == sums.end()) {
+      sums.push_back({last, sequence.bias});
+    } else {
+      found->bias += sequence.bias;
+    }
+  }
+  for (const BiasedId& biased : sums) scores[biased.id] += biased.bias;
+}
+
 void penalize(const SamplingOptions& options, const RowHistory& row, float* scores) {
   const auto& ids = row.seen_ids();
   const auto& counts = row.generated_counts();
@@ -95,15 +117,16 @@ void rule_out(const std::vector<std::int32_t>& ids, float* scores) {
 }  // namespace
 
 bool changes_logits(const SamplingOptions& options, const RowHistory& row, const IdSet& mask) {
-  return !options.logit_bias.empty() || options.counts_seen() || options.no_repeat_ngram_size > 0 ||
-         !options.bad_words.empty() || row.num_new() < options.min_new_tokens ||
-         options.allowed.given() || mask.given() || options.length_start >= 0 ||
-         !options.suppress.empty() || (row.num_new() == 0 && !options.begin_suppress.empty());
+  return !options.logit_bias.empty() || !options.sequence_bias.empty() || options.counts_seen() ||
+         options.no_repeat_ngram_size > 0 || !options.bad_words.empty() ||
+         row.num_new() < options.min_new_tokens || options.allowed.given() || mask.given() ||
+         options.length_start >= 0 || !options.suppress.empty() ||
+         (row.num_new() == 0 && !options.begin_suppress.empty());
 }
 
 void process(const SamplingOptions& options, const RowHistory& row, const IdSet& mask,
              float* scores, int vocab_size) {
-  for (const BiasedId& biased : options.logit_bias) scores[biased.id] += biased.bias;
+  add_biases(options, row, scores);
   if (options.counts_seen()) penalize(options, row, scores);
   row.repeated_ngrams([&](std::int32_t id) { return scores[id] == kRuledOut; },
                       [&](std::int32_t id) { scores[id] = kRuledOut; });

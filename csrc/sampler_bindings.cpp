@@ -164,6 +164,10 @@ SamplingOptions CheckedSampler::options_of(const py::dict& given) const {
        given["logit_bias"].cast<std::vector<std::pair<std::int64_t, float>>>()) {
     options.logit_bias.push_back({narrow("logit_bias", {id})[0], bias});
   }
+  for (const auto& [ids, bias] :
+       given["sequence_bias"].cast<std::vector<std::pair<Ids, float>>>()) {
+    if (!ids.empty()) options.sequence_bias.push_back({narrow("sequence_bias", ids), bias});
+  }
   options.repetition_penalty = given["repetition_penalty"].cast<float>();
   options.frequency_penalty = given["frequency_penalty"].cast<float>();
   options.presence_penalty = given["presence_penalty"].cast<float>();

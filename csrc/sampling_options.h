@@ -27,10 +27,16 @@ struct BiasedId {
   float bias;
 };
 
+struct BiasedSequence {
+  std::vector<std::int32_t> ids;  // at least one
+  float bias;
+};
+
 struct SamplingOptions {
   std::uint64_t seed = 0;
 
   std::vector<BiasedId> logit_bias;
+  std::vector<BiasedSequence> sequence_bias;
   float repetition_penalty = 1, frequency_penalty = 0, presence_penalty = 0;
   int no_repeat_ngram_size = 0;
   std::vector<std::vector<std::int32_t>> bad_words;

@@ -104,6 +104,8 @@ _MEASURES: tuple[tuple[str, str, _Measure | None], ...] = (
     ("logprobs", "logprobs", lambda params: params.logprobs or 0),
     ("prompt_logprobs", "prompt_logprobs", lambda params: params.prompt_logprobs or 0),
     ("logit_bias", "ids in logit_bias", lambda params: len(params.logit_bias)),
+    ("logit_bias", "ids in sequence_bias",
+     lambda params: sum(len(ids) for ids, _ in params.sequence_bias)),
     ("logit_bias_value", "a value in logit_bias", lambda params: max(_biases(params), default=0)),
     ("bad_words", "token ids in bad_words", lambda params: sum(map(len, params.bad_words))),
     ("allowed_token_ids", "ids in allowed_token_ids",
@@ -122,4 +124,4 @@ def _sizes(params: SamplingParams) -> list[int]:
 
 
 def _biases(params: SamplingParams) -> list[float]:
-    return [abs(bias) for _, bias in params.logit_bias]
+    return [abs(bias) for _, bias in (*params.logit_bias, *params.sequence_bias)]

@@ -2,9 +2,9 @@
 
 Each means what it means there, in float32, and they act in its order:
 
-    logit_bias, repetition_penalty, [frequency and presence penalty], no_repeat_ngram_size,
-    bad_words, min_new_tokens, allowed_token_ids, exponential_decay_length_penalty,
-    suppress_tokens, begin_suppress_tokens, [logits_processor]
+    logit_bias and sequence_bias, repetition_penalty, [frequency and presence penalty],
+    no_repeat_ngram_size, bad_words, min_new_tokens, allowed_token_ids,
+    exponential_decay_length_penalty, suppress_tokens, begin_suppress_tokens, [logits_processor]
 
 This is the definition: stateless, it looks at the whole row each time. Those in brackets are not
 transformers'. Source: transformers/generation/logits_process.py, 5.23.
@@ -75,8 +75,16 @@ def length_rise(params: SamplingParams, num_new: int) -> np.float32 | None:
 
 
 def _bias(scores: Floats, params: SamplingParams, row: RowState) -> None:
+    if not (params.logit_bias or params.sequence_bias):
+        return
+    biases = np.zeros(len(scores), np.float32)
     for token_id, bias in params.logit_bias:
-        scores[token_id] += np.float32(bias)
+        biases[token_id] = bias
+    for (*before, last), bias in params.sequence_bias:
+        start = len(row.token_ids) - len(before)
+        if start >= 0 and row.token_ids[start:].tolist() == before:
+            biases[last] += np.float32(bias)
+    scores += biases
 
 
 def _repetition(scores: Floats, params: SamplingParams, row: RowState) -> None:

@@ -44,6 +44,8 @@ class SamplingParams:
         min_new_tokens: until there are so many, ending ids are not drawn. Stop strings still end.
 
         logit_bias: {token id: what to add to its logit}.
+        sequence_bias: {(token ids): what to add to the last one's logit where the row ends with the
+            others}. What is added to one logit is summed first.
         repetition_penalty: logits of tokens in the row, prompt included, are divided by it if they
             are positive and multiplied if negative; 1 is off.
         frequency_penalty, presence_penalty: subtracted from the logit of a token for each time that
@@ -88,6 +90,7 @@ class SamplingParams:
     max_new_tokens: int = 128
     min_new_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -168,6 +171,7 @@ class SamplingParams:
         words = [word for word in self.bad_words if not isinstance(word, str)]
         return {
             "logit_bias": [token_id for token_id, _ in self.logit_bias],
+            "sequence_bias": [token_id for ids, _ in self.sequence_bias for token_id in ids],
             "bad_words": [token_id for word in words for token_id in word],
             "allowed_token_ids": self.allowed_token_ids or (),
             "suppress_tokens": self.suppress_tokens,
@@ -189,15 +193,30 @@ def _top_k(name: str, value: Any) -> int:
     return integer(name, value, 0)
 
 
-def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+def _biases(name: str, value: Any, key_of: Callable[[str, Any], Any]) -> tuple[Any, ...]:
     pairs = tuple(value.items()) if isinstance(value, Mapping) else sequence(name, value)
-    biases: dict[int, float] = {}
+    biases: dict[Any, float] = {}
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"{name} must be a mapping of token ids to numbers")
-        token_id = integer(f"a token id in {name}", pair[0], 0)
-        biases[token_id] = real(f"a value in {name}", pair[1], -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        key = key_of(name, pair[0])
+        biases[key] = real(f"a value in {name}", pair[1], -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     return tuple(biases.items())
+
+
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    return _biases(name, value, lambda name, key: integer(f"a token id in {name}", key, 0))
+
+
+def _sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
+    return _biases(name, value, _word)
+
+
+def _word(name: str, value: Any) -> tuple[int, ...]:
+    ids = tuple(integer(name, item, 0) for item in sequence(name, value))
+    if not ids:
+        raise ValueError(f"{name} must not hold an empty word")
+    return ids
 
 
 def _bad_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -208,10 +227,7 @@ def _bad_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
             continue
         if is_integer(word):
             raise TypeError(f"{name} must hold strings or lists of token ids, not an integer")
-        ids = tuple(integer(name, item, 0) for item in sequence(name, word))
-        if not ids:
-            raise ValueError(f"{name} must not hold an empty word")
-        words.append(ids)
+        words.append(_word(name, word))
     return tuple(dict.fromkeys(words))
 
 
@@ -274,6 +290,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_new_tokens": _count(0),
     "min_new_tokens": _count(0),
     "logit_bias": _logit_bias,
+    "sequence_bias": _sequence_bias,
     "repetition_penalty": lambda name, value: real(name, value, 1 / MAX_PENALTY, MAX_PENALTY),
     "frequency_penalty": _penalty,
     "presence_penalty": _penalty,

@@ -138,6 +138,10 @@ def random_processors(rng: np.random.Generator, vocab_size: int, share: float = 
         rng,
         {
             "logit_bias": lambda: {i: float(rng.normal(0, 4)) for i in ids()},
+            "sequence_bias": lambda: {
+                tuple(word): float(rng.normal(0, 4))
+                for word in sorted([ids(2) + ids(3) for _ in range(12)], key=len)
+            },
             "repetition_penalty": lambda: float(rng.choice([0.7, 1.1, 1.3, 2.0])),
             "frequency_penalty": lambda: float(rng.normal()),
             "presence_penalty": lambda: float(rng.normal()),

@@ -6,6 +6,9 @@ test_invariance.py has its bits, test_native_decoder.py what needs no PyTorch.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -259,6 +262,37 @@ def test_weights_too_large_for_float16_are_named(name: str, tmp_path: Path) -> N
         write_checkpoint(tmp_path, tensors)
         with pytest.raises(fastgen.CheckpointError, match=rf"{key} .*float16"):
             fastgen.load(folder, decoder="cpu", dtype="float16", max_batch_size=1)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=str)
+def test_weights_that_overflow_are_named(options: dict[str, str], tmp_path: Path) -> None:
+    """Finite in the file; but rounded to bfloat16, or smoothed for int8, they are not."""
+    tensors = random_tensors()
+    tensors["h.0.ln_1.weight"][:] = 1
+    tensors["h.0.ln_1.weight"][0] = 64  # smoothing multiplies this input's weights
+    tensors["h.0.attn.c_attn.weight"][0, 5] = 3.4e38
+    folder = write_checkpoint(tmp_path, tensors)
+    with pytest.raises(fastgen.CheckpointError, match=r"c_attn.weight .* too large for (bf|int8)"):
+        fastgen.load(folder, decoder="cpu", max_batch_size=1, **options)
+
+
+def test_the_callers_floating_point_settings_do_not_matter(variant: Folder) -> None:
+    """Other threads do parts of the same work, with settings of their own."""
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    rows = random_rows("no_prefix", vocab_size_of("no_prefix"), (40, 3))
+    upwards = 0x800 if platform.machine() == "x86_64" else 0x400000
+    before = libm.fegetround()
+    for arithmetic in ("float32", "bfloat16", "int8"):
+        with cpu_decoder(variant("no_prefix"), arithmetic) as decoder:
+            expected = all_logits(decoder, rows, [16])
+            assert libm.fesetround(upwards) == 0
+            try:
+                found = all_logits(decoder, rows, [16])
+                assert libm.fegetround() == upwards
+            finally:
+                libm.fesetround(before)
+        for one, other in zip(expected, found, strict=True):
+            assert np.array_equal(one, other)
 
 
 def test_int8_of_weights_of_every_size(tmp_path: Path, variant: Folder) -> None:

@@ -104,6 +104,8 @@ def test_greedy_calls(name: str) -> None:
             assert type(got) is type(expected) and str(got) == str(expected), call
             continue
         assert not isinstance(got, Exception), (got, call)
+        if any(scores.isnan().any() for scores in expected.scores):
+            continue  # until 5.17 transformers adds infinities of both signs
         paths.append(ours.last_path)
         excused += _assert_same_greedy(expected, got.sequences, call)
         if torch.equal(expected.sequences, got.sequences):
@@ -113,7 +115,7 @@ def test_greedy_calls(name: str) -> None:
         short = generated(ours, **_plain(call))
         assert torch.equal(short, got.sequences), call
     assert excused <= len(paths) // 20
-    assert paths.count("native") > len(paths) // 3
+    assert len(paths) > CALLS * 3 // 4 and paths.count("native") > len(paths) // 3
     assert "transformers" not in paths
 
 
@@ -148,6 +150,8 @@ def test_calls_with_beams(name: str) -> None:
             assert type(got) is type(expected) and str(got) == str(expected), call
             continue
         assert not isinstance(got, Exception), (got, call)
+        if any(scores.isnan().any() for scores in expected.scores):
+            continue  # until 5.17 transformers adds infinities of both signs
         paths.append(ours.last_path)
         if torch.equal(expected.sequences, got.sequences):
             assert torch.allclose(expected.sequences_scores, got.sequences_scores, atol=1e-3)
@@ -156,7 +160,7 @@ def test_calls_with_beams(name: str) -> None:
             different += 1
             _assert_beams_were_close(expected, got, call)
     assert different <= len(paths) // 20
-    assert "transformers" not in paths
+    assert len(paths) > CALLS * 3 // 4 and set(paths) == {"native", "forward"}
 
 
 def _assert_beams_were_close(expected: Any, got: Any, call: Options) -> None:

@@ -21,7 +21,10 @@ CASES: dict[str, list[tuple[float, dict[str, Any], dict[str, Any], str]]] = {
     "stop_token_ids": [(1, {"stop_token_ids": [1]}, {"stop_token_ids": [1, 2]}, "token_ids: 2")],
     "logprobs": [(2, {"logprobs": 2}, {"logprobs": 3}, "logprobs: 3")],
     "prompt_logprobs": [(2, {"prompt_logprobs": 2}, {"prompt_logprobs": 3}, "prompt_logprobs: 3")],
-    "logit_bias": [(1, {"logit_bias": {3: 1}}, {"logit_bias": {3: 1, 4: 1}}, "logit_bias: 2")],
+    "logit_bias": [
+        (1, {"logit_bias": {3: 1}}, {"logit_bias": {3: 1, 4: 1}}, "logit_bias: 2"),
+        (2, {"sequence_bias": {(3, 4): 1}}, {"sequence_bias": {(3, 4, 5): 1}}, "sequence_bias: 3"),
+    ],
     "logit_bias_value": [
         (10, {"logit_bias": {3: -10}}, {"logit_bias": {3: 1, 4: -10.5}}, "logit_bias: 10.5"),
     ],

@@ -33,6 +33,13 @@ class OpenAIPenalties(hf.LogitsProcessor):
         return scores - counts * self.frequency - (counts > 0) * self.presence
 
 
+def biases(row: DefinedRow) -> hf.LogitsProcessor:
+    """transformers has one option for biases of tokens and of sequences."""
+    params = row.params
+    single = {(token_id,): bias for token_id, bias in params.logit_bias}
+    return hf.SequenceBiasLogitsProcessor({**single, **dict(params.sequence_bias)})
+
+
 def bad_words(row: DefinedRow) -> hf.LogitsProcessor | None:
     ending, words = row.ending_ids, [list(word) for word in row.params.bad_words]
     if all(len(word) == 1 and word[0] in ending for word in words):
@@ -46,7 +53,8 @@ def ending(row: DefinedRow) -> torch.Tensor:
 
 # transformers' processors for a row, in its order: option -> what it makes of its value
 THEIRS: dict[str, Callable[[DefinedRow, Any], Any]] = {
-    "logit_bias": lambda row, bias: hf.SequenceBiasLogitsProcessor({(i,): b for i, b in bias}),
+    "logit_bias": lambda row, bias: biases(row),
+    "sequence_bias": lambda row, bias: None if row.params.logit_bias else biases(row),
     "repetition_penalty": lambda row, value: hf.RepetitionPenaltyLogitsProcessor(value),
     "frequency_penalty": lambda row, value: OpenAIPenalties(value, 0.0, row.prompt_len),
     "presence_penalty": lambda row, value: OpenAIPenalties(0.0, value, row.prompt_len),

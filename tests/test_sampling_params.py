@@ -43,6 +43,11 @@ WRONG = {
         *({1: "1"}, {1: None}, {1: True}, {1: math.nan}, {1: math.inf}, {1: -math.inf}),
         *({1: 1e11}, {1: 10**400}, [1, 2], [(1,)], [(1, 2, 3)], "12", 5, [[1, 2.0]]),
     ],
+    "sequence_bias": [
+        *({(-1,): 1.0}, {(1.0,): 1.0}, {("1",): 1.0}, {1: 1.0}, {(): 1.0}, {((1,),): 1.0}),
+        *({(1, 2): "1"}, {(1,): None}, {(1,): math.nan}, {(1,): -math.inf}, {(1,): 1e11}),
+        *([1, 2], [((1,),)], "12", 5, [[(1,), 2.0]]),
+    ],
     "exponential_decay_length_penalty": [
         *((1,), (1, 2, 3), 1.5, "ab", (-1, 1.1), (1.5, 1.1), (True, 1.1), (1, 0), (1, -1.0)),
         *((1, math.nan), (1, math.inf), (1, "1"), (1, None), (1, 1e9), [[1, 1.1]], {}),
@@ -88,6 +93,8 @@ def test_values_are_normalized_to_plain_python() -> None:
         stop_token_ids=[3, 3, np.int32(4)],
     )
     assert (type(params.n), type(params.temperature), type(params.top_p)) == (int, float, float)
+    words = SamplingParams(sequence_bias={(np.int64(3), 4): 1, (5,): -2.5})
+    assert words.sequence_bias == (((3, 4), 1.0), ((5,), -2.5))
     assert SamplingParams(logit_bias={np.int64(3): 1, 4: -2}).logit_bias == ((3, 1.0), (4, -2.0))
     assert SamplingParams(bad_words=["a", [1, 2], (1, 2)]).bad_words == ("a", (1, 2))
     assert SamplingParams(bad_words="a").bad_words == ("a",)

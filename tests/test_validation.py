@@ -33,6 +33,7 @@ BAD: dict[str, list[Any]] = {
         3, "1", [1], [(1,)], [(1, 2, 3)], {"1": 2}, {1.0: 2}, {True: 1}, {-1: 1}, {1: math.nan},
         {1: math.inf}, {1: "2"}, {1: 1e11}, {2**40: 1},
     ],
+    "sequence_bias": [3, "1", [1], [((1,),)], {1: 2}, {(): 1}, {(-1,): 1}, {(1,): math.inf}],
     "repetition_penalty": [*NOT_NUMBERS, 0, -1, 1e7],
     "frequency_penalty": [*NOT_NUMBERS, 1e7, -1e7],
     "presence_penalty": [*NOT_NUMBERS, 1e7, -1e7],
@@ -68,6 +69,7 @@ def beyond(vocab_size: int) -> dict[str, list[Any]]:
     ids = [[vocab_size], [1, 2**31 - 1]]
     return {
         "logit_bias": [{vocab_size: 1}, {1: 1, 2**31 - 1: 1}],
+        "sequence_bias": [{(vocab_size,): 1}, {(1, vocab_size, 2): 1}],
         "bad_words": [[[vocab_size]], [[1], [2, vocab_size]]],
         "allowed_token_ids": ids,
         "suppress_tokens": ids,

@@ -54,7 +54,7 @@ class CpuDecoder:
         self.limits, self._memory = limits, memory
         self._no_drafts = np.full(limits.max_logits, -1, np.int32)
         self._native = native.CpuDecoder(shape, limits.num_blocks, num_threads)
-        _Loader(checkpoint, self._native, quantized=shape["weights"] == "int8").load()
+        _Loader(checkpoint, self._native, shape["weights"]).load()
         self._sampler = NativeSampler(
             limits.num_seats,
             checkpoint.config.vocab_size,
@@ -134,8 +134,9 @@ class CpuDecoder:
 class _Loader:
     """Reads a checkpoint's tensors and gives them to the C++ decoder, one or two at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, decoder: Any, *, quantized: bool) -> None:
-        self._checkpoint, self._native, self._quantized = checkpoint, decoder, quantized
+    def __init__(self, checkpoint: Checkpoint, decoder: Any, weights: str) -> None:
+        self._checkpoint, self._native, self._weights = checkpoint, decoder, weights
+        self._quantized = weights == "int8"
 
     def load(self) -> None:
         checkpoint = self._checkpoint
@@ -197,7 +198,7 @@ class _Loader:
     def _require(self, fits: bool, name: str) -> None:
         if not fits:
             raise CheckpointError(
-                f"{self._checkpoint.name}: tensor {name} holds values too large for its format"
+                f"{self._checkpoint.name}: tensor {name} holds values too large for {self._weights}"
             )
 
 

@@ -17,7 +17,8 @@ from fastgen.results import TokenLogprobs
 from fastgen.sampling_params import SamplingParams
 
 _OPTIONS = (
-    *("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *("logit_bias", "sequence_bias", "repetition_penalty"),
+    *("frequency_penalty", "presence_penalty"),
     *("no_repeat_ngram_size", "bad_words", "min_new_tokens", "allowed_token_ids"),
     *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
     *("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),

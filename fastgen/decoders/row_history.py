@@ -6,6 +6,7 @@ token once. Arrays of ids are int64; what a method returns is valid until the ne
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastgen.sampling_params import SamplingParams
 Ids = NDArray[np.int64]
 _CHANGING_LOGITS = (
     "logit_bias",
+    "sequence_bias",
     "repetition_penalty",
     "frequency_penalty",
     "presence_penalty",
@@ -50,8 +52,9 @@ class RowHistory:
             return
         self._params, self._num_new = params, 0
         self._ending_ids = _ids(sorted(params.ending_ids(eos_ids)))
-        self._bias_ids = _ids([token_id for token_id, _ in params.logit_bias])
-        self._biases = np.array([bias for _, bias in params.logit_bias], np.float32)
+        self._biases = {token_id: np.float32(bias) for token_id, bias in params.logit_bias}
+        longest = max((len(ids) for ids, _ in params.sequence_bias), default=1) - 1
+        self._tail = deque(token_ids, maxlen=longest)
         self._suppressed = _ids(params.suppress_tokens)
         self._suppressed_first = _ids([*params.suppress_tokens, *params.begin_suppress_tokens])
         self._seen = _TokenCounts(token_ids) if params.repetition_penalty != 1 else None
@@ -65,12 +68,19 @@ class RowHistory:
         if self.is_plain:
             return
         self._num_new += 1
+        self._tail.append(token_id)
         for part in (self._seen, self._generated, self._bans):
             if part is not None:
                 part.add(token_id)
 
     def biases(self) -> tuple[Ids, Floats]:
-        return self._bias_ids, self._biases
+        biases, tail = self._biases, tuple(self._tail)
+        if self._params.sequence_bias:
+            biases = dict(biases)
+            for (*before, last), bias in self._params.sequence_bias:
+                if len(before) <= len(tail) and tail[len(tail) - len(before) :] == tuple(before):
+                    biases[last] = biases.get(last, np.float32(0)) + np.float32(bias)
+        return _ids(biases), np.array(list(biases.values()), np.float32)
 
     def repeated(self) -> tuple[Ids, Floats]:
         """And by what their logits are divided, or multiplied."""

@@ -127,12 +127,19 @@ def _same_eos(options: NativeOptions, processor: Any) -> None:
 
 
 def _bias(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    biases: dict[int, float] = {}
-    for word, bias in dict(processor.sequence_bias).items():
-        if len(word) != 1:
-            raise UnfitError("sequence_bias of several tokens")
-        biases[word[0]] = float(bias)
-    options.params["logit_bias"] = biases
+    words = {tuple(word): float(bias) for word, bias in processor.sequence_bias.items()}
+    _check_beginnings(words, prompts, "sequence_bias")
+    lengths = list(dict.fromkeys(map(len, words)))  # transformers adds length by length
+    words = dict(sorted(words.items(), key=lambda item: lengths.index(len(item[0]))))
+    options.params["logit_bias"] = {w[0]: bias for w, bias in words.items() if len(w) == 1}
+    options.params["sequence_bias"] = {w: bias for w, bias in words.items() if len(w) > 1}
+
+
+def _check_beginnings(words: Iterable[tuple[int, ...]], prompts: Prompts, name: str) -> None:
+    """Where prompts are padded, transformers takes the padding for a part of them."""
+    beginnings = {token_id for word in words for token_id in word[:-1]}
+    if prompts.are_padded and beginnings & prompts.padding():
+        raise UnfitError(f"{name} may begin in the padding")
 
 
 def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
@@ -162,9 +169,7 @@ def _bad_words(options: NativeOptions, processor: Any, prompts: Prompts) -> None
     words = [tuple(word) for word in processor.sequence_bias]  # the eos ids are left out of it
     if any(bias != float("-inf") for bias in processor.sequence_bias.values()):
         raise UnfitError("bad words with a bias of their own")
-    beginnings = {token_id for word in words for token_id in word[:-1]}
-    if prompts.are_padded and beginnings & prompts.padding():
-        raise UnfitError("bad words may begin in the padding")
+    _check_beginnings(words, prompts, "bad_words_ids")
     alone = {word[0] for word in words if len(word) == 1}
     if alone & set(options.eos_ids or ()):
         raise UnfitError("bad words hold an eos id")

@@ -86,6 +86,10 @@ SamplingOptions some_options(Bytes& bytes, int vocab_size) {
       options.logit_bias.push_back({id, bytes.maybe(2) ? 1e10f : -3.5f});
     }
   }
+  for (int words = bytes.maybe(3) ? bytes.below(5) : 0; words > 0; --words) {
+    const auto word = some_ids(bytes, vocab_size, 4);
+    if (!word.empty()) options.sequence_bias.push_back({word, bytes.maybe(2) ? -1e10f : 2.5f});
+  }
   if (bytes.maybe(5)) {
     options.allowed.assign(vocab_size, false);
     options.allowed.add(bytes.below(vocab_size));
