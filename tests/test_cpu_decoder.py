@@ -270,6 +270,7 @@ def test_weights_that_overflow_are_named(options: dict[str, str], tmp_path: Path
     tensors = random_tensors()
     tensors["h.0.ln_1.weight"][:] = 1
     tensors["h.0.ln_1.weight"][0] = 64  # smoothing multiplies this input's weights
+    tensors["h.0.attn.c_attn.weight"][:] = 1e38
     tensors["h.0.attn.c_attn.weight"][0, 5] = 3.4e38
     folder = write_checkpoint(tmp_path, tensors)
     with pytest.raises(fastgen.CheckpointError, match=r"c_attn.weight .* too large for (bf|int8)"):
