@@ -176,7 +176,7 @@ class _Search:
         if self._mask.shape[1] < self._length:
             self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=True)
         logits = call.cache.extend(self._kv, ids, self._mask, positions, 1)[:, 0]
-        return torch.from_numpy(logits).to(self._model.device, self._model.dtype).float()
+        return torch.from_numpy(logits).to(self._rows.device, self._model.dtype).float()
 
     def _candidates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of the K candidates the summed log-probabilities, the beams they continue, and their ids,

@@ -84,7 +84,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         def native() -> Any:
             self._check_unseen(synced_gpus)
             call = native_call(input_ids, *options, streamer, model_kwargs)
-            return generate_natively(self, self._packed.kv_rows(self), call)
+            return generate_natively(self._packed.kv_rows(self), call)
 
         def theirs() -> Any:
             _unchunk(generation_config, model_kwargs)

@@ -72,7 +72,8 @@ class NativeOptions:
 
     def sampling_params(self, num_new: int) -> SamplingParams:
         """Of rows with up to `num_new` new tokens."""
-        options = {**self.params, "max_new_tokens": num_new, "stop_token_ids": self.eos_ids or ()}
+        options = {**self.params, "max_new_tokens": num_new}
+        options |= {"stop_token_ids": self.eos_ids or (), "ignore_eos": True}  # the call's, alone
         options["min_new_tokens"] = min(num_new, options.get("min_new_tokens", 0))
         try:
             return SamplingParams(**options)

@@ -50,6 +50,7 @@ class SamplingCall:
     processors: Any
     pad_id: int
     num_drawn: int
+    device: torch.device
     streamer: Any = None
 
     @property
@@ -92,11 +93,12 @@ def native_call(
         processors=processors,
         pad_id=0 if pad is None else int(pad),
         num_drawn=num_new - (options.forced_eos is not None),
+        device=token_ids.device,
         streamer=streamer,
     )
 
 
-def generate_natively(model: Any, kv: KvRows, call: SamplingCall) -> Any:
+def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
     """Run the call's rows to their ends; returns what transformers' loop returns.
 
     Raises:
@@ -115,11 +117,11 @@ def generate_natively(model: Any, kv: KvRows, call: SamplingCall) -> Any:
     sequences = np.concatenate([call.prompts.token_ids, new_ids], axis=1)
     if call.cache is not None:
         _remember(call, sequences)
-    output = torch.from_numpy(sequences).to(model.device)
+    output = torch.from_numpy(sequences).to(call.device)
     if not call.returns_dict:
         return output
     logits = _logits(kv, call, rows, sequences) if call.keeps_logits else ()
-    logits = [step.to(model.device) for step in logits]
+    logits = [step.to(call.device) for step in logits]
     return GenerateDecoderOnlyOutput(
         sequences=output,
         scores=_scores(call, output, logits) if call.gives_scores else None,
@@ -263,11 +265,15 @@ class _Run:
 
     def new_ids(self) -> Ints:
         """(B, N), padded behind each row's end."""
-        assert self._num_steps is not None
-        columns = [self._step(step) for step in range(self._num_steps)]
-        if not columns:
-            return np.zeros((len(self._call.prompts.token_ids), 0), np.int64)
-        return np.stack(columns, axis=1)
+        call, count = self._call, self._num_steps
+        assert count is not None
+        ids = np.full((len(call.prompts.token_ids), count), call.pad_id, np.int64)
+        for at, row in enumerate(self._rows):
+            new = row.token_ids[row.prompt_len : row.prompt_len + count]
+            ids[at, : len(new)] = new
+        if count > call.num_drawn:
+            ids[:, -1] = self._step(call.num_drawn)
+        return ids
 
     def _has_news(self) -> bool:
         """Something to stream or to end; asked after each step, with the engine's lock held."""
