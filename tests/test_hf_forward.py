@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -28,6 +29,7 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def num_used_blocks(model: Any) -> int:
+    gc.collect()
     kv = model._packed.kv_rows(model)
     kv.forward([], np.empty((0, 1), np.float32))  # blocks of caches that have gone are taken back
     return int(kv.decoder.limits.num_blocks - kv.engine.num_free_blocks)
@@ -58,6 +60,9 @@ def test_more_rows_and_logits_than_a_step_takes() -> None:
         {"logits_to_keep": 1},
         {"logits_to_keep": 3},
         {"logits_to_keep": torch.tensor([4, 1, 5])},
+        {"logits_to_keep": torch.tensor([6, 5])},
+        {"logits_to_keep": torch.tensor([6, 6])},
+        {"logits_to_keep": torch.arange(6, -1, -1)},
         {"position_ids": torch.tensor([[3, 4, 5, 9, 9, 2, 0]])},
         {"position_ids": torch.arange(14).view(2, 7)},
         {"attention_mask": torch.ones(2, 7, dtype=torch.long)},
@@ -236,7 +241,6 @@ def test_random_changes_of_a_cache(seed: int) -> None:
         ]
         assert ours.last_path == "forward", ours.last_reason
         assert_near(logits[1], logits[0])
-        assert num_used_blocks(ours) > 0
     kv = ours._packed.kv_rows(ours)
     with kv.engine.between_steps() as scheduler:
         scheduler.pool.check()
@@ -257,7 +261,7 @@ def test_a_copy_keeps_its_tokens_while_the_other_goes_on() -> None:
 
 
 def test_equal_rows_are_computed_once() -> None:
-    theirs, ours = pair()
+    theirs, ours = fresh_pair()
     ids = random_ids(theirs, np.random.default_rng(7), 1, 40).repeat(5, 1)
     output = ours(ids, logits_to_keep=1)
     assert num_used_blocks(ours) == 2
@@ -318,3 +322,43 @@ def test_a_model_that_cannot_be_run_is_left_to_transformers() -> None:
     with pytest.warns(UserWarning, match="activation_function"):
         output = model.generate(torch.tensor([[1, 2]]), max_new_tokens=3, eos_token_id=None)
     assert output.shape == (1, 5) and model.last_path == "transformers"
+
+
+def test_autocast_traces_and_models_without_memory() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(12), 2, 6)
+    compiled = torch.compile(ours, backend="eager")  # before anything has been packed
+    assert_near(compiled(ids).logits, theirs(ids).logits)
+    assert_near(ours(ids).logits, theirs(ids).logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(ids).logits.dtype == theirs(ids).logits.dtype == torch.bfloat16
+    weights = dict(ours.named_parameters())
+    got = torch.func.functional_call(ours, weights, (ids,)).logits
+    assert_near(got, theirs(ids).logits)
+    assert copy.deepcopy(ours).to("meta")(ids.to("meta")).logits.shape == (2, 6, 211)
+
+
+def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was() -> None:
+    theirs, ours = fresh_pair()
+    rng = np.random.default_rng(13)
+    ids, more = random_ids(theirs, rng, 3, 40), random_ids(theirs, rng, 3, 50)
+    cache = ours(ids).past_key_values
+    decoder = ours._packed.kv_rows(ours).decoder
+    forward, calls = decoder.forward, []
+
+    def interrupted(batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(batch)
+
+    decoder.forward = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        ours(more, past_key_values=cache)
+    decoder.forward = forward
+    assert cache.get_seq_length() == 40 and num_used_blocks(ours) == 6
+    expected = theirs(torch.cat([ids, more], 1)).logits[:, -50:]
+    assert_near(ours(more, past_key_values=copy.deepcopy(cache)).logits, expected)
+    assert_near(ours(more, past_key_values=cache).logits, expected)
+    del cache
+    assert num_used_blocks(ours) == 0

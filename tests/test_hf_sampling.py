@@ -248,3 +248,11 @@ def test_up_to_the_last_position_and_beyond() -> None:
     for model in (theirs, ours):
         error = generated(model, **call, max_new_tokens=8)
         assert isinstance(error, IndexError) and "index out of range" in str(error)
+
+
+def test_an_eos_outside_the_vocabulary_never_comes() -> None:
+    theirs, ours = pair()
+    call = {"input_ids": torch.tensor([[20, 30]]), "do_sample": False, "max_new_tokens": 9}
+    for eos in (50256, [50256, 7]):
+        outputs = [generated(m, **call, eos_token_id=eos, pad_token_id=3) for m in (theirs, ours)]
+        assert torch.equal(*outputs) and ours.last_path == "native"

@@ -105,3 +105,51 @@ def test_caches_that_go_while_others_generate() -> None:
     kv = ours._packed.kv_rows(ours)
     with kv.engine.between_steps() as scheduler:
         scheduler.pool.check()
+
+
+def test_weights_written_while_others_generate() -> None:
+    """Calls under way end with the weights that they began with; none fails."""
+    _, ours = fresh_pair()
+    expected = [_call(ours, number) for number in range(12)]
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            with torch.no_grad():
+                ours.transformer.ln_f.bias.add_(0.0)
+                ours(torch.tensor([[20, 30]]))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda number: _call(ours, number % 12), range(48)))
+    finally:
+        over.set()
+        writer.join()
+    for number, other in enumerate(found):
+        assert torch.equal(expected[number % 12], other)
+
+
+def test_blocks_reserved_for_rows_are_not_taken_by_forwards() -> None:
+    _, ours = fresh_pair()
+    kept: list[Any] = []
+
+    def fill(number: int) -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                ids = random_ids(ours, np.random.default_rng(number), 2, 60)
+                kept.append(ours(ids).past_key_values)
+
+    def generate(number: int) -> Any:
+        ids = random_ids(ours, np.random.default_rng(number), 2, 3)
+        call = {"do_sample": False, "max_new_tokens": 90, "eos_token_id": None, "pad_token_id": 7}
+        return [generated(ours, input_ids=ids, **call) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as threads:
+        fillers = [threads.submit(fill, number) for number in range(2)]
+        outputs = [threads.submit(generate, number) for number in range(2)]
+        results = [output for future in outputs for output in future.result()]
+        for future in fillers:
+            future.result()
+    assert all(isinstance(output, torch.Tensor) for output in results), results

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
 
 import fastgen
 from conftest import TOLERANCES
@@ -64,6 +68,19 @@ def _write_in_place(model: Model) -> None:
     model.transformer.wpe.weight.mul_(1.2)
 
 
+def _write_through_data(model: Model) -> None:
+    """As running averages of weights, and merged adapters, are put in place."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+
+
+def _change_epsilon(model: Model) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 0.5
+    model.config.layer_norm_epsilon = 0.5
+
+
 @torch.inference_mode()
 def _write_in_inference_mode(model: Model) -> None:
     model.transformer.wpe.weight.mul_(1.3)
@@ -76,6 +93,8 @@ CHANGES: dict[str, Callable[[Model], Any]] = {
     "data replaced": _replace_data,
     "written in place": _write_in_place,
     "written in inference mode": _write_in_inference_mode,
+    "written through data": _write_through_data,
+    "another epsilon": _change_epsilon,
     "fewer tokens": lambda model: model.resize_token_embeddings(180),
     "more tokens": _more_tokens,
     "init_weights": lambda model: (torch.manual_seed(3), model.apply(model._init_weights)),
@@ -239,3 +258,122 @@ def test_accelerate_shares_weights_and_leaves_the_model_alone() -> None:
         fastgen.accelerate(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="not GPT2Model"):
         fastgen.accelerate(theirs.transformer)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: setattr(m.transformer.h[0].mlp, "act", torch.nn.ReLU()), "mlp.act is a ReLU"),
+        (lambda m: setattr(m.transformer.ln_f, "eps", 0.3), "another epsilon"),
+        (lambda m: setattr(m.transformer.h[1].attn, "scale_attn_weights", False), "attn is not"),
+        (lambda m: setattr(m.config, "_attn_implementation", "mine"), "attention is 'mine'"),
+    ],
+    ids=str,
+)
+def test_modules_that_are_not_the_configs_are_left_alone(change: Any, why: str) -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(7), 1, 8)
+    with torch.no_grad():
+        ours(ids)
+        for model in (theirs, ours):
+            change(model)
+        if why.endswith("'mine'"):
+            register_attention(theirs.config)
+        with pytest.warns(UserWarning, match=why):
+            got = ours(ids).logits
+        assert torch.equal(got, theirs(ids).logits) and ours.last_path == "transformers"
+
+
+def register_attention(config: Any) -> None:
+    from transformers import AttentionInterface
+    from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+
+    AttentionInterface.register("mine", eager_attention_forward)
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(8), 1, 8)
+    ours(ids)
+    for model in (theirs, ours):
+        model.transformer.h[0].attn.c_attn.weight.mul_(1.5)
+    expected = theirs(ids).logits
+    assert (ours(ids).logits - expected).abs().max() < tolerance(expected)
+
+
+def test_the_old_weights_go_when_new_ones_are_packed() -> None:
+    """Unless somebody is using them: then his call ends with what it began with."""
+    _, ours = fresh_pair()
+    ids = torch.tensor([[20, 30, 40]])
+    with torch.no_grad():
+        cache = ours(ids).past_key_values
+        old = weakref.ref(ours._packed.kv_rows(ours).decoder)
+        ours.transformer.wte.weight.mul_(1.1)
+        ours(ids)
+        gc.collect()
+        assert old() is None
+        twin = copy.deepcopy(cache)
+        twin.batch_repeat_interleave(2)
+        twin.crop(-1)
+        again = ours(torch.tensor([[50], [60]]), past_key_values=twin).logits
+        assert again.shape == (2, 1, 211) and cache.get_seq_length() == 3
+
+
+def test_weights_that_change_while_a_call_runs() -> None:
+    _, ours = fresh_pair()
+    call = {"input_ids": torch.tensor([[20, 30]]), "do_sample": False, "max_new_tokens": 12}
+
+    class Writing(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            with torch.no_grad():
+                ours.transformer.wpe.weight.mul_(1.0)
+            ours(torch.tensor([[20, 30]]))
+
+        def end(self) -> None:
+            pass
+
+    expected = generated(ours, **call)
+    assert torch.equal(generated(ours, **call, streamer=Writing()), expected)
+    assert isinstance(
+        generated(ours, **call, num_beams=2, logits_processor=LogitsProcessorList([_write(ours)])),
+        torch.Tensor,
+    )
+
+
+def _write(model: Model) -> Callable[[Any, Any], Any]:
+    def processor(ids: Any, scores: Any) -> Any:
+        with torch.no_grad():
+            model.transformer.wpe.weight.mul_(1.0)
+            model(torch.tensor([[20, 30]]))
+        return scores
+
+    return processor
+
+
+def test_a_prefix_without_gradients_is_a_constant() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(9), 2, 12)
+    for model in (theirs, ours):
+        with torch.no_grad():
+            cache = model(ids[:, :8]).past_key_values
+        model(ids[:, 8:], past_key_values=cache).logits.square().mean().backward()
+    assert ours.last_path == "forward"
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() <= 1e-4 * float(one.grad.abs().max()) + 1e-6
+
+
+def test_gradients_of_gradients() -> None:
+    theirs, ours = fresh_pair()
+    ids = random_ids(theirs, np.random.default_rng(10), 1, 8)
+    penalties = []
+    for model in (theirs, ours):
+        model.set_attn_implementation("eager")  # the only one that can be differentiated twice
+        weight = model.transformer.h[0].mlp.c_fc.weight
+        loss = model(ids).logits.square().mean()
+        [grad] = torch.autograd.grad(loss, [weight], create_graph=True)
+        model.zero_grad()
+        (10 * grad.square().sum()).backward()
+        penalties.append(weight.grad)
+    size = float(penalties[0].abs().max())
+    assert size > 1e-4 and (penalties[0] - penalties[1]).abs().max() < 1e-3 * size

@@ -87,14 +87,16 @@ class _Search:
         self._length, self._max_length = self._prompt_len, int(config.max_length)
         self._rows = ids  # (R, length)
         shape = (self._batch_size, self._num_beams)
-        self._running = ids.new_full((*shape, self._max_length), self._fill_value())
+        self._running = torch.full(
+            (*shape, self._max_length), self._fill_value(), dtype=torch.int64, device=ids.device
+        )
         self._running[:, :, : self._length] = ids.view(*shape, -1)
-        self._running_scores = torch.zeros(shape, device=ids.device)
+        self._running_scores = torch.zeros(shape, dtype=torch.float32, device=ids.device)
         self._running_scores[:, 1:] = _NOT_CHOSEN  # at first all beams of a prompt are the same
         num_new = self._max_length - self._length
         self._running_indices = ids.new_full((*shape, num_new), -1, dtype=torch.int32)
         self._finished = self._running.clone()
-        self._finished_scores = torch.full(shape, _NOT_CHOSEN, device=ids.device)
+        self._finished_scores = torch.full_like(self._running_scores, _NOT_CHOSEN)
         self._finished_indices = self._running_indices.clone()
         self._is_finished = torch.zeros(shape, dtype=torch.bool, device=ids.device)
         self._may_improve = torch.ones((shape[0], 1), dtype=torch.bool, device=ids.device)

@@ -9,6 +9,7 @@ from then on it is an ordinary DynamicCache.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,12 +32,14 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
     Attributes:
         token_ids, positions: int64 (B, S).
         mask: bool (B, S), which of them are attended.
+        num_constant: of the S, the first that were added without gradients.
     """
 
     def __init__(self, compute: Compute) -> None:
         self._compute = compute
         self._tensors: list[Any] | None = None  # the layers, once somebody asked for them
-        self._kv: KvRows | None = None
+        self._kv_ref: weakref.ref[KvRows] | None = None  # weights replaced since take it with them
+        self.num_constant = 0
         self._rows: list[KvRow] = []
         self._set(np.zeros((0, 0), np.int64), np.zeros((0, 0), bool), np.zeros((0, 0), np.int64))
         super().__init__()
@@ -65,10 +68,11 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
 
     def remember(self, token_ids: Ints, mask: Bools, positions: Ints) -> None:
         """Take over tokens (B, S), whose first ones may be those it has; nothing is computed."""
-        if len(self._rows) != len(token_ids):
+        if len(self._live_rows()) != len(token_ids):
             self._drop_rows()
             self._rows = [KvRow() for _ in token_ids]
         self._set(token_ids, mask, positions)
+        self.num_constant = token_ids.shape[1]
 
     def extend(
         self, kv: KvRows, token_ids: Ints, mask: Bools | None, positions: Ints, num_wanted: int
@@ -102,6 +106,7 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
             return self._computed(kv, num_wanted)
         except BaseException:
             self._set(*before)
+            self._cut_rows()
             raise
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -152,14 +157,15 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
             )
         kept = min(length, tokens_to_remove) if tokens_to_remove > 0 else length + tokens_to_remove
         self._map_arrays(lambda array: array[:, : max(0, kept)])
-        for row, count in zip(self._rows, self.mask.sum(axis=1).tolist(), strict=True):
-            self._release_blocks(row.cut(count))
+        self.num_constant = min(self.num_constant, self.get_seq_length())
+        self._cut_rows()
 
     def reset(self) -> None:
         if self._tensors is not None:
             super().reset()
             return
         self._drop_rows()
+        self.num_constant = 0
         self._map_arrays(lambda array: array[:0, :0])
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -192,8 +198,8 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
         if self._tensors is not None:
             twin._tensors = copy.deepcopy(self._tensors, memo)
         twin._set(self.token_ids.copy(), self.mask.copy(), self.positions.copy())
-        twin._kv = self._kv
-        twin._rows = self._copies(self._rows)
+        twin._rows = self._copies(self._live_rows())
+        twin._kv_ref, twin.num_constant = self._kv_ref, self.num_constant
         return twin
 
     def __copy__(self) -> BlockCache:
@@ -204,7 +210,8 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
         return _with_layers, (self.layers,)
 
     def __del__(self) -> None:
-        self._drop_rows()
+        if "_rows" in self.__dict__:  # it has been made to the end
+            self._drop_rows()
 
     def _map_arrays(self, change: Callable[[Any], Any]) -> None:
         self._set(*map(change, (self.token_ids, self.mask, self.positions)))
@@ -212,12 +219,29 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
     def _set(self, token_ids: Ints, mask: Bools, positions: Ints) -> None:
         self.token_ids, self.mask, self.positions = token_ids, mask, positions
 
+    @property
+    def _kv(self) -> KvRows | None:
+        return None if self._kv_ref is None else self._kv_ref()
+
     def _attach(self, kv: KvRows) -> None:
         """Blocks of weights that have been replaced since are worth nothing."""
         if self._kv is not kv:
             self._drop_rows()
-            self._kv = kv
+            self._kv_ref = weakref.ref(kv)
             self._rows = [KvRow() for _ in self.token_ids]
+
+    def _live_rows(self) -> list[KvRow]:
+        """The rows; empty ones if their blocks have gone with the weights."""
+        if self._kv is None:
+            self._rows = [KvRow() for _ in self.token_ids]
+        return self._rows
+
+    def _cut_rows(self) -> None:
+        """Let rows have no more than the tokens that are attended."""
+        kv = self._kv
+        for row, count in zip(self._live_rows(), self.mask.sum(axis=1).tolist(), strict=True):
+            if (spare := row.cut(count)) and kv is not None:
+                kv.release_blocks(spare)
 
     def _check(self, token_ids: Ints, mask: Bools) -> None:
         if len(token_ids) != len(self._rows):
@@ -276,27 +300,25 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
 
     def _select(self, indices: Sequence[int]) -> None:
         """Row i becomes what row indices[i] was; the first to take a row over takes its blocks."""
-        left: dict[int, KvRow] = dict(enumerate(self._rows))
+        kv, rows = self._kv, self._live_rows()
+        left: dict[int, KvRow] = dict(enumerate(rows))
         again = [at for i, at in enumerate(indices) if at in indices[:i]]
-        copies = iter(self._copies([self._rows[at] for at in again]))
-        rows = [left.pop(at) if at in left else next(copies) for at in indices]
-        if self._kv is not None:
-            self._kv.release(left.values())
-        self._rows = rows
+        copies = iter(self._copies([rows[at] for at in again]))
+        self._rows = [left.pop(at) if at in left else next(copies) for at in indices]
+        if kv is not None:
+            kv.release(left.values())
         self._map_arrays(lambda array: array[list(indices)])
 
     def _copies(self, rows: Sequence[KvRow]) -> list[KvRow]:
-        if self._kv is None or not any(row.blocks for row in rows):
+        kv = self._kv
+        if kv is None or not any(row.blocks for row in rows):
             return [row.copy() for row in rows]
-        return self._kv.copies(rows)
-
-    def _release_blocks(self, blocks: list[int]) -> None:
-        if blocks and self._kv is not None:
-            self._kv.release_blocks(blocks)
+        return kv.copies(rows)
 
     def _drop_rows(self) -> None:
-        if self._kv is not None:
-            self._kv.release(self._rows)
+        kv = self._kv
+        if kv is not None:
+            kv.release(self._rows)
         self._rows = []
 
 

@@ -5,16 +5,18 @@ Shapes: B rows, T new tokens, S tokens in the cache, K tokens whose logits are w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
-from fastgen.hf.cache import BlockCache, Bools
+from fastgen.hf.cache import BlockCache, Bools, Compute
 from fastgen.hf.kv_rows import Ints
 from fastgen.hf.packing import PackedModel
 from fastgen.hf.unfit import UnfitError
@@ -56,17 +58,23 @@ def fast_forward(
     """
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if needs_grad and model.training:
+        packed.forget()
         raise UnfitError("training with gradients")
+    if torch._C._is_tracing():
+        raise UnfitError("it is being traced")
     call = _call(model, own, arguments)
     kv = packed.kv_rows(model)
+    past = call.cache.get_seq_length()
     computed = call.cache.extend(
         kv, call.token_ids, call.mask, call.positions, call.num_computed
     )  # (B, n, V)
     logits = torch.from_numpy(computed)
     first = call.token_ids.shape[1] - call.num_computed
-    if len(call.columns) != call.num_computed:
+    if call.columns.tolist() != list(range(first, call.token_ids.shape[1])):
         logits = logits[:, torch.from_numpy(call.columns - first)]
-    logits = logits.to(device=model.device, dtype=model.dtype)  # (B, K, V)
+    logits = logits.to(device=model.device, dtype=_output_dtype(model))  # (B, K, V)
+    if not needs_grad and call.cache.num_constant >= past:
+        call.cache.num_constant = call.cache.get_seq_length()
     if needs_grad:
         logits = _differentiable(model, own, call, logits)
     loss, labels = None, arguments.get("labels")
@@ -82,6 +90,14 @@ def fast_forward(
     )
 
 
+def _output_dtype(model: Any) -> torch.dtype:
+    kind = model.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    dtype: torch.dtype = model.dtype
+    return dtype
+
+
 def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardCall:
     input_ids = arguments.get("input_ids")
     for key, value in arguments.items():
@@ -90,12 +106,10 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     for key in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, key, False):
             raise UnfitError(f"config.{key} is set")
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        raise UnfitError("it is being traced")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise UnfitError("input_ids is not a tensor (B, T)")
-    if input_ids.is_floating_point():
-        raise UnfitError("input_ids are not integers")
+    if input_ids.is_floating_point() or input_ids.is_meta:
+        raise UnfitError("input_ids are not integers, or have no memory")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
@@ -127,10 +141,13 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
 
 def new_cache(model: Any, own: OwnForward) -> BlockCache:
     """An empty one, whose tensors, if wanted, are made by transformers' own forward."""
+    return BlockCache(computing_cache(model, own))
+
+
+def computing_cache(model: Any, own: OwnForward) -> Compute:
+    """A function that makes transformers' own cache of tokens, without gradients."""
 
     def compute(token_ids: Tensor, mask: Tensor, positions: Tensor) -> Any:
-        from transformers import DynamicCache
-
         tensors = DynamicCache(config=model.config)
         if token_ids.numel():
             ids, mask, positions = (each.to(model.device) for each in (token_ids, mask, positions))
@@ -145,7 +162,7 @@ def new_cache(model: Any, own: OwnForward) -> BlockCache:
                 )
         return tensors
 
-    return BlockCache(compute)
+    return compute
 
 
 def check_tokens(token_ids: Ints, vocab_size: int) -> None:
@@ -201,27 +218,44 @@ def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> In
 
 def _differentiable(model: Any, own: OwnForward, call: ForwardCall, logits: Tensor) -> Tensor:
     """The logits with a backward that computes them again, by transformers' own forward."""
-    cache, device = call.cache, model.device
+    cache, device, constant = call.cache, model.device, call.cache.num_constant
     ids, mask, positions = (
         torch.from_numpy(np.ascontiguousarray(array)).to(device)
         for array in (cache.token_ids, cache.mask, cache.positions)
     )
     columns = torch.from_numpy(call.columns).to(device) + ids.shape[1] - call.token_ids.shape[1]
+    compute = computing_cache(model, own)
 
     def again() -> Tensor:
-        output = own(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=columns,
-        )
-        tensor: Tensor = output.logits
+        beginning = (array[:, :constant] for array in (ids, mask, positions))
+        with _evaluating(model):
+            output = own(
+                input_ids=ids[:, constant:],
+                attention_mask=mask.long(),
+                position_ids=positions[:, constant:],
+                past_key_values=compute(*beginning) if constant else None,
+                use_cache=constant > 0,
+                logits_to_keep=columns - constant,
+            )
+        tensor: Tensor = output.logits.to(logits.dtype)
         return tensor
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     recomputed: Tensor = _Recomputed.apply(logits, again, *parameters)  # type: ignore[no-untyped-call]
     return recomputed
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """As the model was when the logits were made: without dropout."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class _Recomputed(torch.autograd.Function):
@@ -237,8 +271,10 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = ctx.saved_tensors
+        parameters, was_enabled = ctx.saved_tensors, torch.is_grad_enabled()
         with torch.enable_grad():
             logits = ctx.again()
-        grads = torch.autograd.grad(logits, parameters, grad, allow_unused=True)
+            grads = torch.autograd.grad(
+                logits, parameters, grad, allow_unused=True, create_graph=was_enabled
+            )
         return None, None, *grads

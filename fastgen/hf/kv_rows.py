@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fastgen.decoders.interface import Decoder, Logits, StepBatch
 from fastgen.engine import Engine
+from fastgen.interrupts import deferred_interrupts
 from fastgen.kv_cache import (
     BLOCK_SIZE,
     Key,
@@ -91,14 +92,16 @@ class KvRows:
     def decoder(self) -> Decoder:
         return self.engine.decoder
 
-    def reserve(self, max_lens: Iterable[int]) -> None:
-        """Let requests of rows that get so many tokens run at once, as many as a step has logits.
+    @contextmanager
+    def room_for(self, max_lens: Iterable[int]) -> Iterator[None]:
+        """Make room for rows that get so many tokens, as many at once as a step has logits.
 
-        The engine must get them before somebody else takes the blocks; else they wait.
+        They are added to the engine inside, before anybody else can take the blocks.
         """
         needs = [blocks_needed(max_len) for max_len in max_lens]
         with self._between_steps() as scheduler:
             self._make_room(scheduler, needs)
+            yield
 
     def release(self, rows: Iterable[KvRow]) -> None:
         """Give the rows' blocks back, before the next forward. From any thread, at any time."""
@@ -138,22 +141,30 @@ class KvRows:
         Raises:
             ValueError, MemoryError: there is no memory for the blocks; nothing has changed then.
         """
+        before = [len(new.row.token_ids) for new in work]
         with self._between_steps() as scheduler:
-            self._take_blocks(scheduler, work)
-            at = 0
-            for pieces in self._steps(work):
-                count = sum(piece.num_wanted for piece in pieces)
-                logits = self.decoder.forward(_batch(pieces))
-                out[at : at + count] = logits
-                at += count
-                for piece in pieces:
-                    piece.new.row.token_ids += piece.new.token_ids[piece.start : piece.end].tolist()
+            try:
+                self._take_blocks(scheduler, work)
+                self._compute(work, out)
+            except BaseException:
+                for new, count in zip(work, before, strict=True):
+                    self.release_blocks(new.row.cut(count))
+                raise
             for new in work:
                 _register(scheduler, new.row)
 
+    def _compute(self, work: Sequence[NewTokens], out: Logits) -> None:
+        at = 0
+        for pieces in self._steps(work):
+            count = sum(piece.num_wanted for piece in pieces)
+            out[at : at + count] = self.decoder.forward(_batch(pieces))
+            at += count
+            for new, start, end in pieces:
+                new.row.token_ids += new.token_ids[start:end].tolist()
+
     @contextmanager
     def _between_steps(self) -> Iterator[Scheduler]:
-        with self.engine.between_steps() as scheduler:
+        with deferred_interrupts(), self.engine.between_steps() as scheduler:
             while self._released:
                 scheduler.pool.release(self._released.popleft())
             yield scheduler
@@ -176,7 +187,7 @@ class KvRows:
         """Blocks for the new tokens; a partly filled one that others own is copied first."""
         pool = scheduler.pool
         most = sum(blocks_for(len(new.token_ids)) + 1 for new in work)
-        if most > pool.num_free:
+        if most > pool.num_free or scheduler.waiting:
             self._make_room(scheduler, [], extra=most)
         copies: list[tuple[int, int]] = []
         for row, token_ids, _, _ in work:

@@ -15,13 +15,18 @@ from transformers.utils.generic import can_return_tuple
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
-from fastgen.hf.packing import PackedModel
+from fastgen.hf.packing import PackedModel, has_global_hooks
 from fastgen.hf.sampling import generate_natively, native_call
 from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_errors
 from fastgen.hf.unfit import UnfitError
 
 _Own = transformers.GPT2LMHeadModel
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
+# What transformers' loops call in each step: somebody may have put something else in its place.
+_EACH_STEP = (
+    *("__call__", "forward", "prepare_inputs_for_generation", "_prefill"),
+    *("_update_model_kwargs_for_generation", "_get_top_k_continuations"),
+)
 _GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
 
 
@@ -50,6 +55,8 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
     @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(_Own.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # whoever traces this wants transformers' operations
+            return super().forward(*args, **kwargs)
         arguments = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
         try:
             output = fast_forward(self, self._packed, self._own_forward, arguments)
@@ -118,7 +125,12 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""
-        if synced_gpus or self._forward_hooks or self._forward_pre_hooks:
+        hooked = self._forward_hooks or self._forward_pre_hooks or has_global_hooks()
+        changed = any(
+            name in self.__dict__ or getattr(type(self), name) is not getattr(GPT2LMHeadModel, name)
+            for name in _EACH_STEP
+        )
+        if synced_gpus or hooked or changed:
             raise UnfitError("each forward has to be seen from outside")
 
     def _first_way(self, native: Callable[[], Any], theirs: Callable[[], Any]) -> Any:

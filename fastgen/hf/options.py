@@ -34,12 +34,14 @@ class Prompts:
     def are_padded(self) -> bool:
         return bool(self.starts.any())
 
+    def paddings(self) -> list[set[int]]:
+        """The ids that stand in each row's padding."""
+        rows = zip(self.token_ids, self.starts, strict=True)
+        return [set(row[:start].tolist()) for row, start in rows]
+
     def padding(self) -> set[int]:
-        """Ids that stand in the padding."""
-        ids: set[int] = set()
-        for row, start in zip(self.token_ids, self.starts, strict=True):
-            ids.update(row[:start].tolist())
-        return ids
+        """Ids that stand in the padding of some row."""
+        return set().union(*self.paddings())
 
     def seen(self) -> set[int]:
         """Ids that stand behind it."""
@@ -69,11 +71,20 @@ class NativeOptions:
     stop_strings: criteria.StopStringCriteria | None = None
     deadline: float | None = None
     num_warpers: int = 0  # options that only a sampled call has
+    removes_invalid: bool = False
+    row_bans: list[tuple[int, ...]] = field(default_factory=list)  # more suppressed ids, row by row
 
-    def sampling_params(self, num_new: int) -> SamplingParams:
-        """Of rows with up to `num_new` new tokens."""
+    def sampling_params(self, num_new: int, vocab_size: int, row: int) -> SamplingParams:
+        """Of a row with up to `num_new` new tokens; eos ids outside the vocabulary never come."""
+        eos_ids = [token_id for token_id in self.eos_ids or () if 0 <= token_id < vocab_size]
+        ends = self.forced_eos is not None and self.forced_eos >= vocab_size
+        if ends or ("exponential_decay_length_penalty" in self.params and not eos_ids):
+            raise UnfitError("an eos id that is needed is outside the vocabulary")
         options = {**self.params, "max_new_tokens": num_new}
-        options |= {"stop_token_ids": self.eos_ids or (), "ignore_eos": True}  # the call's, alone
+        options |= {"stop_token_ids": eos_ids, "ignore_eos": True}  # the call's, alone
+        if self.row_bans:
+            always = options.get("suppress_tokens", ())
+            options["suppress_tokens"] = (*always, *self.row_bans[row])
         options["min_new_tokens"] = min(num_new, options.get("min_new_tokens", 0))
         try:
             return SamplingParams(**options)
@@ -86,10 +97,14 @@ def native_options(
 ) -> NativeOptions:
     """Raises UnfitError for a processor or criterion that the engine does not know."""
     options = NativeOptions()
+    kinds: set[type] = set()
     for criterion in criteria_list:
         _of(_CRITERIA, criterion, "stopping criterion")(options, criterion)
-    if not options.max_length:
-        raise UnfitError("there is no bound of the length")
+        if type(criterion) in kinds:
+            raise UnfitError(f"two criteria of the kind {type(criterion).__name__}")
+        kinds.add(type(criterion))
+    if options.max_length <= prompts.length:
+        raise UnfitError("there is no bound of the length, or it has been reached")
     order = list(_PROCESSORS)
     last = -1
     for processor in processor_list:
@@ -99,6 +114,8 @@ def native_options(
             raise UnfitError(f"{type(processor).__name__} stands in an order of its own")
         last = rank
         read(options, processor, prompts)
+    if options.removes_invalid and "exponential_decay_length_penalty" in options.params:
+        raise UnfitError("remove_invalid_values before a penalty that raises eos ids")
     options.params.setdefault("temperature", 1.0)
     if not sampled:
         if options.num_warpers:
@@ -160,7 +177,7 @@ def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> Non
 def _ngrams(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     padding = prompts.padding()
     if processor.ngram_size == 1:  # transformers counts what is in the padding as seen
-        options.params["suppress_tokens"] = tuple(padding)
+        options.row_bans = [tuple(ids) for ids in prompts.paddings()]
     elif not padding <= set(options.eos_ids or ()) or padding & prompts.seen():
         raise UnfitError("no_repeat_ngram_size with n-grams that begin in the padding")
     options.params["no_repeat_ngram_size"] = processor.ngram_size
@@ -212,8 +229,7 @@ def _length_penalty(options: NativeOptions, processor: Any, prompts: Prompts) ->
 
 
 def _suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    also = options.params.get("suppress_tokens", ())
-    options.params["suppress_tokens"] = (*also, *_ids(processor.suppress_tokens))
+    options.params["suppress_tokens"] = _ids(processor.suppress_tokens)
     if options.forced_eos in options.params["suppress_tokens"]:
         raise UnfitError("a suppressed token is forced")
 
@@ -222,6 +238,8 @@ def _begin_suppress(options: NativeOptions, processor: Any, prompts: Prompts) ->
     if processor.begin_index != prompts.length:
         raise UnfitError("begin_suppress_tokens at another place than the beginning")
     options.params["begin_suppress_tokens"] = _ids(processor.begin_suppress_tokens)
+    if options.forced_eos in options.params["begin_suppress_tokens"]:
+        raise UnfitError("a suppressed token is forced")
 
 
 def _warper(name: str, attribute: str) -> Reader:
@@ -237,8 +255,14 @@ def _warper(name: str, attribute: str) -> Reader:
     return read
 
 
+def _invalid(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
+    """Bans become the lowest finite score: the same is drawn; where nothing can be, transformers'
+    loop is run."""
+    options.removes_invalid = True
+
+
 def _no_change(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
-    """It changes scores, but not what is drawn; where nothing can be, transformers' loop is run."""
+    """It changes scores, but not what is drawn."""
 
 
 # In transformers' order; a list in another order means something else.
@@ -251,7 +275,7 @@ _PROCESSORS: dict[type, Reader] = {
     processors.MinNewTokensLengthLogitsProcessor: _min_new,
     processors.ForcedBOSTokenLogitsProcessor: _forced_bos,
     processors.ForcedEOSTokenLogitsProcessor: _forced_eos,
-    processors.InfNanRemoveLogitsProcessor: _no_change,
+    processors.InfNanRemoveLogitsProcessor: _invalid,
     processors.ExponentialDecayLengthPenalty: _length_penalty,
     processors.SuppressTokensLogitsProcessor: _suppress,
     processors.SuppressTokensAtBeginLogitsProcessor: _begin_suppress,

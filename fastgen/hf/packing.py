@@ -27,7 +27,11 @@ _MODULES = (
     modeling_gpt2.GPT2MLP,
     *(Conv1D, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList),
 )
-_ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
+# All of them compute the same; others may have been registered.
+_ATTENTION = (
+    *(None, "eager", "sdpa", "flex_attention"),
+    *("flash_attention_2", "flash_attention_3", "flash_attention_4"),
+)
 _CAPTURING = "transformers.utils.output_capturing"
 # In 16 bits transformers computes in 16 bits. float16 has no fast arithmetic on a CPU: the decoder
 # widens it.
@@ -56,11 +60,18 @@ class PackedModel:
             UnfitError: these are not the modules, or not weights, that fastgen computes exactly.
         """
         with self._lock:
-            if self._state is None or not self._state.holds():
-                self._pack(model)
+            try:
+                if self._state is None or not self._state.holds():
+                    self._pack(model)
+            except RuntimeError as error:  # of tensors without memory, as torch.func has them
+                raise UnfitError(str(error)) from error
             if self._kv is None:
                 raise UnfitError(self._refused)
             return self._kv
+
+    def forget(self) -> None:
+        """The weights are being trained: pack them again before they are used."""
+        self._state = None
 
     def note(self, path: str, reason: object = "") -> None:
         self.last_path, self.last_reason = path, str(reason)
@@ -72,53 +83,81 @@ class PackedModel:
         return PackedModel, ()
 
     def _pack(self, model: nn.Module) -> None:
-        self._state = None
-        if self._kv is not None:  # two packed copies at a time would be one too many
-            self._kv.engine.close()
-            self._kv = None
-        state = _State(model)
-        self._refused = _why_not(model)
-        if not self._refused:
+        # Calls that run have their own reference, and end with the weights they began with. If
+        # there are none, this frees the memory first: two packed copies would be one too many.
+        self._state = self._kv = None
+        refused = _why_not(model)
+        if not refused:
             try:
                 self._kv = _packed(model)
             except (CheckpointError, ValueError) as error:
-                self._refused = str(error)
-        if self._refused:
-            warnings.warn(
-                f"fastgen leaves this model to transformers: {self._refused}", stacklevel=2
-            )
-        self._state = state
+                refused = str(error)
+        if refused and refused != self._refused:
+            warnings.warn(f"fastgen leaves this model to transformers: {refused}", stacklevel=2)
+        self._refused = refused
+        self._state = _State(model)
 
 
 class _State:
-    """What a model was made of: modules, parameters, and how often these had been written.
+    """What a model was made of: modules, parameters, how often these had been written, and samples
+    of them, for what is written past PyTorch's counters.
 
-    Asked before every forward, so it is made to be compared fast: about 0.1 ms for 12 layers.
+    Asked before every forward, so it is made to be compared fast: about 0.3 ms for 12 layers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
+        self._config, self._attention = model.config, model.config._attn_implementation
         self._modules = list(model.modules())
         self._parts = [_parts(module) for module in self._modules]
         self._parameters = list(model.parameters())
         self._versions = [_version(parameter) for parameter in self._parameters]
+        self._places = [_places(parameter) for parameter in self._parameters]
+        self._samples = self._sampled()
 
     def holds(self) -> bool:
-        """Nothing has changed since; weights written through `.data` cannot be seen."""
-        return self._parts == [_parts(module) for module in self._modules] and self._versions == [
-            _version(parameter) for parameter in self._parameters
-        ]
+        """Nothing has changed since."""
+        return (
+            self._attention == self._config._attn_implementation
+            and self._parts == [_parts(module) for module in self._modules]
+            and self._versions == [_version(parameter) for parameter in self._parameters]
+            and torch.equal(self._samples, self._sampled())
+        )
+
+    @torch.no_grad()
+    def _sampled(self) -> torch.Tensor:
+        return torch.cat(self._places).view(torch.uint8)
+
+
+_SAMPLES = 16  # of each parameter
+
+
+def _places(parameter: torch.Tensor) -> torch.Tensor:
+    """A view of a few of its values, from all over."""
+    step = max(1, parameter.numel() // _SAMPLES)
+    flat = parameter.detach()
+    return flat.view(-1)[::step] if flat.is_contiguous() else flat[..., :1].reshape(-1)[:0]
 
 
 def _parts(module: nn.Module) -> tuple[Any, ...]:
-    """A module's children and parameters, by identity, and whether it has hooks.
+    """What a module computes with beside its parameters' values: children and parameters by
+    identity, numbers, hooks.
 
     `_State` keeps what it saw alive, so that no other object can have the same id.
     """
+    own = module.__dict__
     return (
         *map(id, module._modules.values()),
         *map(id, module._parameters.values()),
+        *(own[name] for name in _NUMBERS if name in own),
         _is_hooked(module),
     )
+
+
+# Of nn.LayerNorm and GPT2Attention.
+_NUMBERS = (
+    *("eps", "scaling", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+    *("reorder_and_upcast_attn", "layer_idx", "num_heads", "head_dim", "is_cross_attention"),
+)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -134,6 +173,12 @@ def _is_foreign(hook: Any) -> bool:
     return getattr(hook, "__module__", "") != _CAPTURING
 
 
+def has_global_hooks() -> bool:
+    """Hooks that PyTorch calls for every module there is."""
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
 def _version(parameter: torch.Tensor) -> tuple[Any, ...]:
     """Changes when the parameter does. Those made in inference mode do not count writes."""
     written = -1 if parameter.is_inference() else parameter._version
@@ -142,24 +187,55 @@ def _version(parameter: torch.Tensor) -> tuple[Any, ...]:
 
 def _why_not(model: Any) -> str:
     """What makes this model something else than a GPT-2 with a head; "" if nothing does."""
+    fresh = _fresh_block(model.config)
     for name, module in model.named_modules():
         if module is model:
             continue
         kind = type(module)
-        if kind not in _MODULES and kind.__module__ not in _ACTIVATIONS:
+        if kind not in _MODULES and kind is not type(fresh.mlp.act):
             return f"{name} is a {kind.__name__}"
         if _is_hooked(module):
             return f"{name} has a forward hook, or a forward of its own"
+        if isinstance(module, nn.LayerNorm) and module.eps != model.config.layer_norm_epsilon:
+            return f"{name} has another epsilon than config.layer_norm_epsilon"
+        if isinstance(module, modeling_gpt2.GPT2Attention) and _differs(module, fresh.attn):
+            return f"{name} is not what the config says"
+    if has_global_hooks():
+        return "there are hooks on all modules"
+    if model.config.scale_attn_by_inverse_layer_idx and any(
+        block.attn.layer_idx != at for at, block in enumerate(model.transformer.h)
+    ):
+        return "its layers stand in another order than their scales"
     if "forward" in model.__dict__:
         return "the model has a forward of its own"
     if model.lm_head.bias is not None:
         return "lm_head has a bias"
+    return _why_not_weights(model)
+
+
+def _differs(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two attentions compute with other numbers, but for what depends on the layer."""
+    names = [name for name in _NUMBERS if name not in ("layer_idx", "scaling")]
+    return any(getattr(one, name, None) != getattr(other, name, None) for name in names)
+
+
+def _fresh_block(config: Any) -> Any:
+    """A block as transformers makes it of the config now, without memory."""
+    with torch.device("meta"):
+        return modeling_gpt2.GPT2Block(config, layer_idx=0)
+
+
+def _why_not_weights(model: Any) -> str:
     devices = {parameter.device for parameter in model.parameters()}
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(devices) != 1 or len(dtypes) != 1:
         return "its parameters are on several devices, or of several dtypes"
+    if model.device.type == "meta":
+        return "its weights are on no device"
     if str(model.dtype) not in _DTYPES:
         return f"its weights are {model.dtype}"
+    if model.config._attn_implementation not in _ATTENTION:
+        return f"its attention is {model.config._attn_implementation!r}"
     return ""
 
 

@@ -82,6 +82,8 @@ def native_call(
     _check_cache(cache, prompts, config, arguments)
     num_new = options.max_length - prompts.length
     pad = config._pad_token_tensor
+    if pad is None and options.eos_ids is not None:
+        raise UnfitError("there is an eos, but nothing to pad with")
     return SamplingCall(
         prompts=prompts,
         options=options,
@@ -157,7 +159,8 @@ def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
     if positions is not None:
         expected = np.maximum(np.arange(length) - starts[:, None], 0)
         given = positions.cpu().numpy()
-        if given.shape[-1] != length or (given != expected).any():
+        shapes = ((1, length), (batch_size, length))
+        if given.shape not in shapes or (given != expected).any():
             raise UnfitError("position_ids of its own")
     return starts
 
@@ -194,23 +197,28 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
         raise UnfitError("rows may get longer than the context")
     if call.num_drawn == 0:
         return []
-    params = call.options.sampling_params(call.num_drawn)
     seed = int(torch.randint(2**63 - 1, ())) if call.sampled else 0
-    kv.reserve(len(prompt) + call.num_drawn for prompt in prompts)
     requests: list[Request] = []
     try:
-        for index, prompt in enumerate(prompts):
-            requests.append(_add(kv, call, prompt, params.with_seed(sample_seed(seed, index))))
-    except (TypeError, ValueError) as error:
+        with kv.room_for(len(prompt) + call.num_drawn for prompt in prompts):
+            for row, prompt in enumerate(prompts):
+                params = call.options.sampling_params(call.num_drawn, kv.vocab_size, row)
+                params = params.with_seed(sample_seed(seed, row))
+                requests.append(_add(kv, call, row, prompt, params))
+    except BaseException as error:
         for request in requests:
             kv.engine.cancel(request)
-        raise UnfitError(str(error)) from error
+        if isinstance(error, (TypeError, ValueError)):
+            raise UnfitError(str(error)) from error
+        raise
     return [request.rows[0] for request in requests]
 
 
-def _add(kv: KvRows, call: SamplingCall, prompt: list[int], params: SamplingParams) -> Request:
-    stops = call.options.stop_strings
-    sinks = None if stops is None else [StopStringSink(stops, prompt)]
+def _add(
+    kv: KvRows, call: SamplingCall, row: int, prompt: list[int], params: SamplingParams
+) -> Request:
+    stops, padded = call.options.stop_strings, call.prompts.token_ids[row].tolist()
+    sinks = None if stops is None else [StopStringSink(stops, padded)]
     return kv.engine.add_request(prompt, params, sinks=sinks, keeps_logits=call.keeps_logits)
 
 

@@ -51,6 +51,8 @@ def as_streamer(streamer: Any) -> Any:
 @contextmanager
 def readers_told_of_errors(streamer: Any) -> Iterator[None]:
     """What is raised inside also reaches those who read from queues, so that nobody waits on."""
+    for each in _each(streamer):
+        _forget_failures(each)
     try:
         yield
     except BaseException as error:
@@ -78,6 +80,16 @@ class _Failure:
         raise self._error
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _forget_failures(streamer: Any) -> None:
+    """Of an earlier call, that nobody has read."""
+    texts = getattr(streamer, "text_queue", None)
+    if isinstance(texts, queue.Queue):
+        with texts.mutex:
+            kept = [text for text in texts.queue if not isinstance(text, _Failure)]
+            texts.queue.clear()
+            texts.queue.extend(kept)
 
 
 def _tell(streamer: Any, error: BaseException) -> None:
