@@ -69,7 +69,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fastgen.{_MODULES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"fastgen.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if not _MODULES[name].startswith("hf.") or error.name not in ("torch", "transformers"):
+            raise
+        message = f"{name} needs {error.name}: pip install 'fastgen[hf]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
     globals()[name] = value
     return value
 

@@ -64,6 +64,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "forward",
         {"max_new_tokens": 1, "forced_eos_token_id": 9, "begin_suppress_tokens": [9]},
     ),
+    "a length that is not whole": ("native", {"max_new_tokens": 5.5}),
+    "ids of a dtype that no embedding takes": ("error", {"input_ids": IDS.short()}),
+    "ids that are booleans": ("error", {"input_ids": IDS.bool()}),
+    "no rows": ("error", {"input_ids": IDS[:0]}),
     "a forced eos, and nothing else": (
         "native",
         {"max_new_tokens": 1, "forced_eos_token_id": 9},

@@ -172,6 +172,14 @@ def test_stop_strings() -> None:
             call = {**batch, "max_new_tokens": 30, "do_sample": False, "stop_strings": stops}
             expected, got = (generated(m, **call, tokenizer=tokenizer) for m in (theirs, ours))
             assert torch.equal(expected, got) and ours.last_path == "native"
+    call = {
+        **batch,
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "stop_strings": "",
+        "tokenizer": tokenizer,
+    }
+    assert torch.equal(generated(theirs, **call), generated(ours, **call))
     without = generated(ours, **batch, max_new_tokens=3, stop_strings=["x"])
     assert isinstance(without, ValueError) and "tokenizer" in str(without)
 

@@ -129,6 +129,13 @@ def test_importing_is_cheap(code: str, unwanted: str, tmp_path: Path) -> None:
     assert process.stdout.strip() == "[]"
 
 
+def test_what_the_drop_in_needs_is_named(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['transformers'] = None; from fastgen import GPT2LMHeadModel"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "GPT2LMHeadModel needs transformers: pip install 'fastgen[hf]'" in process.stderr
+
+
 def test_exports() -> None:
     assert fastgen.__all__ == sorted(fastgen.__all__)
     assert set(fastgen.__all__) == {"__version__", *fastgen._MODULES}

@@ -23,6 +23,7 @@ from fastgen.hf.unfit import UnfitError
 
 OwnForward = Callable[..., Any]
 
+ID_DTYPES = (torch.int64, torch.int32)  # what an embedding takes
 _KNOWN = {
     *("input_ids", "past_key_values", "attention_mask", "position_ids", "labels", "use_cache"),
     *("logits_to_keep", "return_dict", "num_items_in_batch", "cache_position", "shift_labels"),
@@ -108,8 +109,8 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
             raise UnfitError(f"config.{key} is set")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise UnfitError("input_ids is not a tensor (B, T)")
-    if input_ids.is_floating_point() or input_ids.is_meta:
-        raise UnfitError("input_ids are not integers, or have no memory")
+    if input_ids.dtype not in ID_DTYPES or input_ids.is_meta:
+        raise UnfitError("input_ids are no ids, or have no memory")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)

@@ -71,6 +71,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         arguments = {**dict(zip(_GENERATE, args, strict=False)), **kwargs}
         if arguments.get("streamer") is not None:
             arguments["streamer"] = as_streamer(arguments["streamer"])
+        self._packed.note("")
         with readers_told_of_errors(arguments.get("streamer")):
             return super().generate(**arguments)
 
@@ -123,6 +124,13 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
         return self._first_way(native, theirs)
 
+    @functools.wraps(_Own._assisted_decoding)
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._assisted_decoding(*args, **kwargs)
+        if self.last_path == "forward":
+            self._packed.note("forward", "drafts are checked by transformers' loop")
+        return output
+
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""
         hooked = self._forward_hooks or self._forward_pre_hooks or has_global_hooks()
@@ -143,8 +151,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
             self._packed.note("native")
             return output
         output = theirs()
-        if self.last_path == "forward":
-            self._packed.note("forward", reason)
+        self._packed.note(self.last_path, reason)
         return output
 
     def _prepare_cache_for_generation(
@@ -171,7 +178,9 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
     @property
     def _packed(self) -> PackedModel:
-        packed: PackedModel = self.__dict__.setdefault("_fastgen", PackedModel())
+        packed: PackedModel | None = self.__dict__.get("_fastgen")
+        if packed is None:  # at first, and after it was unpickled
+            packed = self.__dict__["_fastgen"] = PackedModel()
         return packed
 
 
@@ -182,19 +191,19 @@ def _unchunk(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
 
 
 def accelerate(model: Any) -> GPT2LMHeadModel:
-    """The fastgen model of a transformers GPT2LMHeadModel in memory: the same modules and weights.
-
-    `model` itself stays what it is; what is loaded or trained into either is in both.
+    """The fastgen model of a transformers GPT2LMHeadModel in memory: the same modules, weights,
+    settings and mode, now and later. `model` itself stays what it is.
 
     Raises:
-        TypeError: it is another kind of model.
+        TypeError: it is another kind of model, or a subclass, which may compute something else.
     """
     if isinstance(model, GPT2LMHeadModel):
         return model
     if type(model) is not _Own:
         raise TypeError(
-            f"accelerate takes a transformers GPT2LMHeadModel, not {type(model).__name__}"
+            "accelerate takes a model whose class is transformers.GPT2LMHeadModel itself, not "
+            f"{type(model).__name__}"
         )
     twin = GPT2LMHeadModel.__new__(GPT2LMHeadModel)
-    twin.__dict__.update(model.__dict__)
+    object.__setattr__(twin, "__dict__", model.__dict__)  # one and the same
     return twin

@@ -6,6 +6,7 @@ no exact counterpart raises UnfitError, with its name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,7 +293,7 @@ _PROCESSORS: dict[type, Reader] = {
 
 
 def _max_length(options: NativeOptions, criterion: Any) -> None:
-    options.max_length = int(criterion.max_length)
+    options.max_length = math.ceil(criterion.max_length)
 
 
 def _max_time(options: NativeOptions, criterion: Any) -> None:
@@ -300,6 +301,8 @@ def _max_time(options: NativeOptions, criterion: Any) -> None:
 
 
 def _stop_strings(options: NativeOptions, criterion: Any) -> None:
+    if not all(criterion.stop_strings):
+        raise UnfitError("an empty stop string")
     options.stop_strings = criterion
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
@@ -62,11 +64,15 @@ class PackedModel:
         with self._lock:
             try:
                 if self._state is None or not self._state.holds():
+                    if _drops_out(model.modules()):
+                        raise UnfitError("dropout is active")
                     self._pack(model)
             except RuntimeError as error:  # of tensors without memory, as torch.func has them
                 raise UnfitError(str(error)) from error
-            if self._kv is None:
+            if self._kv is None or self._state is None:
                 raise UnfitError(self._refused)
+            if self._state.drops_out():
+                raise UnfitError("dropout is active")
             return self._kv
 
     def forget(self) -> None:
@@ -80,7 +86,8 @@ class PackedModel:
         return PackedModel()
 
     def __reduce__(self) -> Any:
-        return PackedModel, ()
+        """As None: a model's pickle can be read where there is no fastgen."""
+        return type(None), ()
 
     def _pack(self, model: nn.Module) -> None:
         # Calls that run have their own reference, and end with the weights they began with. If
@@ -93,9 +100,23 @@ class PackedModel:
             except (CheckpointError, ValueError) as error:
                 refused = str(error)
         if refused and refused != self._refused:
-            warnings.warn(f"fastgen leaves this model to transformers: {refused}", stacklevel=2)
+            warnings.warn(
+                f"fastgen leaves this model to transformers, as long as {refused}", stacklevel=2
+            )
         self._refused = refused
         self._state = _State(model)
+
+
+def _drops_out(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward is random. Attention asks for its own mode, not for its dropout's."""
+    return any(
+        module.training
+        and (
+            (isinstance(module, nn.Dropout) and module.p > 0)
+            or (isinstance(module, modeling_gpt2.GPT2Attention) and module.attn_dropout.p > 0)
+        )
+        for module in modules
+    )
 
 
 class _State:
@@ -122,6 +143,9 @@ class _State:
             and self._versions == [_version(parameter) for parameter in self._parameters]
             and torch.equal(self._samples, self._sampled())
         )
+
+    def drops_out(self) -> bool:
+        return _drops_out(self._modules)
 
     @torch.no_grad()
     def _sampled(self) -> torch.Tensor:
@@ -153,10 +177,10 @@ def _parts(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-# Of nn.LayerNorm and GPT2Attention.
+# Of nn.LayerNorm, GPT2Attention:
 _NUMBERS = (
     *("eps", "scaling", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
-    *("reorder_and_upcast_attn", "layer_idx", "num_heads", "head_dim", "is_cross_attention"),
+    *("reorder_and_upcast_attn", "layer_idx", "num_heads", "head_dim", "is_causal"),
 )
 
 
@@ -187,18 +211,18 @@ def _version(parameter: torch.Tensor) -> tuple[Any, ...]:
 
 def _why_not(model: Any) -> str:
     """What makes this model something else than a GPT-2 with a head; "" if nothing does."""
-    fresh = _fresh_block(model.config)
+    activation = type(ACT2FN[model.config.activation_function])
     for name, module in model.named_modules():
         if module is model:
             continue
         kind = type(module)
-        if kind not in _MODULES and kind is not type(fresh.mlp.act):
+        if kind not in _MODULES and kind is not activation:
             return f"{name} is a {kind.__name__}"
         if _is_hooked(module):
             return f"{name} has a forward hook, or a forward of its own"
         if isinstance(module, nn.LayerNorm) and module.eps != model.config.layer_norm_epsilon:
             return f"{name} has another epsilon than config.layer_norm_epsilon"
-        if isinstance(module, modeling_gpt2.GPT2Attention) and _differs(module, fresh.attn):
+        if isinstance(module, modeling_gpt2.GPT2Attention) and _differs(module, model.config):
             return f"{name} is not what the config says"
     if has_global_hooks():
         return "there are hooks on all modules"
@@ -213,16 +237,11 @@ def _why_not(model: Any) -> str:
     return _why_not_weights(model)
 
 
-def _differs(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two attentions compute with other numbers, but for what depends on the layer."""
-    names = [name for name in _NUMBERS if name not in ("layer_idx", "scaling")]
-    return any(getattr(one, name, None) != getattr(other, name, None) for name in names)
-
-
-def _fresh_block(config: Any) -> Any:
-    """A block as transformers makes it of the config now, without memory."""
+def _differs(attention: Any, config: Any) -> bool:
+    """Whether it computes with other numbers than one made of the config."""
     with torch.device("meta"):
-        return modeling_gpt2.GPT2Block(config, layer_idx=0)
+        fresh = modeling_gpt2.GPT2Attention(config, layer_idx=attention.layer_idx)
+    return any(getattr(attention, n, None) != getattr(fresh, n, None) for n in _NUMBERS)
 
 
 def _why_not_weights(model: Any) -> str:

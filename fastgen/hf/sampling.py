@@ -17,7 +17,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from fastgen.errors import EngineError, NothingToDrawError
 from fastgen.hf.cache import BlockCache
-from fastgen.hf.forward import check_tokens
+from fastgen.hf.forward import ID_DTYPES, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows, logits_of
 from fastgen.hf.options import NativeOptions, Prompts, native_options
 from fastgen.hf.stop_strings import StopStringSink
@@ -73,7 +73,8 @@ def native_call(
     """
     check_arguments(config, arguments)
     returns_dict = bool(config.return_dict_in_generate)
-    prompts = Prompts(token_ids.cpu().numpy(), starts_of(token_ids, arguments))
+    starts = starts_of(token_ids, arguments)
+    prompts = Prompts(token_ids.cpu().numpy(), starts)
     options = native_options(prompts, processors, criteria, sampled=config.do_sample)
     rows = len(prompts.token_ids)
     if options.stop_strings is not None and options.eos_ids is None and rows > 1:
@@ -146,6 +147,8 @@ def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
 
 def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
     """Where each row begins behind its padding (B,)."""
+    if token_ids.dim() != 2 or not token_ids.numel() or token_ids.dtype not in ID_DTYPES:
+        raise UnfitError("input_ids are not integers (B, T)")
     batch_size, length = token_ids.shape
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     starts = np.zeros(batch_size, np.int64)

@@ -26,7 +26,10 @@ class RowStreamers(BaseStreamer):  # type: ignore[misc]
     def put(self, value: Tensor) -> None:
         """The prompts (B, T), then the tokens (B,) of a step."""
         if len(value) != len(self.streamers):
-            raise ValueError(f"{len(self.streamers)} streamers were given for {len(value)} rows")
+            raise ValueError(
+                f"{len(self.streamers)} streamers were given for {len(value)} rows: it takes one "
+                "for each prompt and each of its num_return_sequences"
+            )
         for at, streamer in enumerate(self.streamers):
             if self._open[at]:
                 streamer.put(value[at : at + 1])
