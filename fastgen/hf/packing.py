@@ -123,7 +123,7 @@ class _State:
     """What a model was made of: modules, parameters, how often these had been written, and samples
     of them, for what is written past PyTorch's counters.
 
-    Asked before every forward, so it is made to be compared fast: about 0.3 ms for 12 layers.
+    Asked before every forward, so it is made to be compared fast: about 0.5 ms for 12 layers.
     """
 
     def __init__(self, model: Any) -> None:
