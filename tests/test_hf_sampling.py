@@ -59,18 +59,28 @@ def test_kept_tokens_are_transformers(name: str, filters: str) -> None:
         assert scores.gather(1, drawn[:, None]).isfinite()[~ended, 0].all()
         assert (drawn[ended] == 3).all()
         ended |= torch.isin(drawn, eos)
-    # the scores themselves: what transformers makes of the same beginnings
-    ids = got.sequences[:, :-1]
-    mask = padded["attention_mask"].repeat_interleave(3, 0)
-    mask = torch.cat([mask, torch.ones_like(ids[:, 12:])], 1)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
-        logits = theirs(ids, attention_mask=mask, position_ids=positions).logits
-    for step, scores in enumerate(got.scores):
-        kept = scores.isfinite()
-        expected = logits[:, 11 + step] / FILTERS[filters].get("temperature", 1.0)
-        if filters != "penalties":
-            assert (scores - expected)[kept].abs().max() < tolerance(expected)
+    _assert_scores_are_theirs(theirs, got, padded, FILTERS[filters])
+
+
+def _assert_scores_are_theirs(
+    theirs: Any, got: Any, padded: dict[str, torch.Tensor], filters: dict[str, Any]
+) -> None:
+    """Kept tokens and their probabilities, step by step, of transformers' own next step behind the
+    same tokens. A token whose mass ends at a filter's edge may fall on either side of it."""
+    mask, moved = padded["attention_mask"].repeat_interleave(3, 0), 0
+    for step in range(min(4, len(got.scores))):
+        ids = got.sequences[:, : 12 + step]
+        call = {"input_ids": ids, "attention_mask": mask, "do_sample": True, "max_new_tokens": 1}
+        call |= {"return_dict_in_generate": True, "output_scores": True, "pad_token_id": 3}
+        least = {"min_new_tokens": 1} if step < filters.get("min_new_tokens", 0) else {}
+        [expected] = generated(
+            theirs, **{**call, **filters, "min_new_tokens": None, **least}
+        ).scores
+        both = expected.isfinite() & got.scores[step].isfinite()
+        moved += int((expected.isfinite() ^ got.scores[step].isfinite()).sum())
+        assert (expected - got.scores[step])[both].abs().max() < tolerance(expected)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    assert moved <= 1
 
 
 @pytest.mark.parametrize("filters", ["the default, top_k 50", "several", "penalties", "top_h"])
