@@ -262,7 +262,7 @@ def test_draws_that_do_not_fit_are_refused(decoder: Decoder, folders: dict[str, 
             decoder._native.step(*good, *wrong)
     for max_top in (0, 3, 40):  # 40: more than there are tokens
         (ids, _, _, top_ids, _), logits = decoder._native.step(*good, sampler, zero, none, max_top)
-        assert ids.shape == (1,) and top_ids.shape == (1, max_top) and logits.shape == (1, 11)
+        assert ids.shape == (1,) and top_ids.shape == (1, max_top) and logits.shape == (2, 11)
 
 
 def test_blocks_that_are_not_there_are_refused(decoder: Decoder) -> None:
