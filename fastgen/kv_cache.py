@@ -46,6 +46,13 @@ def chain_key(parent: Key, token_ids: Sequence[int], start: int) -> Key:
     return hashlib.sha256(parent + content).digest()
 
 
+def next_key(keys: Sequence[Key], token_ids: Sequence[int], cache_salt: str | None) -> Key:
+    """The key of a row's block behind those that have `keys`; the row has filled it."""
+    start = len(keys) * BLOCK_SIZE
+    parent = keys[-1] if keys else root_key(cache_salt)
+    return chain_key(parent, token_ids[start : start + BLOCK_SIZE], start)
+
+
 def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 

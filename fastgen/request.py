@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastgen.decoders.interface import Draw
 from fastgen.errors import NothingToDrawError
-from fastgen.kv_cache import BLOCK_SIZE, Key, block_keys, chain_key, root_key
+from fastgen.kv_cache import BLOCK_SIZE, Key, block_keys, next_key
 from fastgen.philox import sample_seed
 from fastgen.ranking import chooses
 from fastgen.results import FinishReason, Timings, TokenLogprobs
@@ -134,11 +134,9 @@ class Row:
             if self.prompt_len % BLOCK_SIZE:
                 self.tail_key = self.keys.pop()
 
-    def add_key(self, index: int) -> None:
-        """Hash block `index`, the first that drawn tokens have filled."""
-        start = index * BLOCK_SIZE
-        parent = self.keys[-1] if self.keys else root_key(self.request.cache_salt)
-        self.keys.append(chain_key(parent, self.token_ids[start : start + BLOCK_SIZE], start))
+    def add_key(self) -> None:
+        """Hash the first block that drawn tokens have filled, and whose key is not known."""
+        self.keys.append(next_key(self.keys, self.token_ids, self.request.cache_salt))
 
 
 @dataclass(slots=True, eq=False)

@@ -253,7 +253,7 @@ class Scheduler:
     def _register_full_blocks(self, row: Row) -> None:
         for index in range(row.num_registered, row.num_cached // BLOCK_SIZE):
             if index == len(row.keys):  # filled by drawn tokens
-                row.add_key(index)
+                row.add_key()
             self.pool.register(row.keys[index], row.blocks[index])
         row.num_registered = row.num_cached // BLOCK_SIZE
 

@@ -54,7 +54,7 @@ STAGES = {
     "bind": (CountingDecoder, "bind"),
     "copy": (CountingDecoder, "copy_blocks"),
     "hash a prompt": ("fastgen.request", "block_keys"),
-    "hash a block": ("fastgen.request", "chain_key"),
+    "hash a block": ("fastgen.request", "next_key"),
 }
 
 

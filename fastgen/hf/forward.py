@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from fastgen.hf.cache import BlockCache, Bools, Compute
 from fastgen.hf.kv_rows import Ints
 from fastgen.hf.packing import PackedModel
-from fastgen.hf.unfit import UnfitError
+from fastgen.hf.unfit import UnfitError, check_known
 
 OwnForward = Callable[..., Any]
 
@@ -101,9 +101,7 @@ def _output_dtype(model: Any) -> torch.dtype:
 
 def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardCall:
     input_ids = arguments.get("input_ids")
-    for key, value in arguments.items():
-        if key not in _KNOWN and value is not None and value is not False:
-            raise UnfitError(f"{key} was given")
+    check_known(arguments, _KNOWN)
     for key in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, key, False):
             raise UnfitError(f"config.{key} is set")

@@ -23,8 +23,7 @@ from fastgen.kv_cache import (
     block_keys,
     blocks_for,
     blocks_needed,
-    chain_key,
-    root_key,
+    next_key,
 )
 from fastgen.scheduler import Scheduler
 
@@ -253,9 +252,7 @@ def _joined(arrays: Iterable[NDArray[Any]]) -> NDArray[np.int32]:
 def _register(scheduler: Scheduler, row: KvRow) -> None:
     """Make the blocks that are full findable by content."""
     while row.plain and len(row.keys) < len(row.token_ids) // BLOCK_SIZE:
-        start = len(row.keys) * BLOCK_SIZE
-        parent = row.keys[-1] if row.keys else root_key(None)
-        row.keys.append(chain_key(parent, row.token_ids[start : start + BLOCK_SIZE], start))
+        row.keys.append(next_key(row.keys, row.token_ids, None))
         scheduler.pool.register(row.keys[-1], row.blocks[len(row.keys) - 1])
 
 

@@ -90,16 +90,14 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         options = (logits_processor, stopping_criteria, generation_config)
 
         def native() -> Any:
-            self._check_unseen(synced_gpus)
             call = native_call(input_ids, *options, streamer, model_kwargs)
             return generate_natively(self._packed.kv_rows(self), call)
 
         def theirs() -> Any:
-            _unchunk(generation_config, model_kwargs)
             own = super(GPT2LMHeadModel, self)._sample
             return own(input_ids, *options, synced_gpus, streamer, **model_kwargs)
 
-        return self._first_way(native, theirs)
+        return self._first_way(native, theirs, synced_gpus, generation_config, model_kwargs)
 
     def _beam_search(
         self,
@@ -113,16 +111,14 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         options = (logits_processor, stopping_criteria, generation_config)
 
         def native() -> Any:
-            self._check_unseen(synced_gpus)
             call = beam_call(input_ids, *options, model_kwargs)
             return search_beams(self, self._packed.kv_rows(self), call)
 
         def theirs() -> Any:
-            _unchunk(generation_config, model_kwargs)
             own = super(GPT2LMHeadModel, self)._beam_search
             return own(input_ids, *options, synced_gpus, **model_kwargs)
 
-        return self._first_way(native, theirs)
+        return self._first_way(native, theirs, synced_gpus, generation_config, model_kwargs)
 
     @functools.wraps(_Own._assisted_decoding)
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,15 +137,26 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         if synced_gpus or hooked or changed:
             raise UnfitError("each forward has to be seen from outside")
 
-    def _first_way(self, native: Callable[[], Any], theirs: Callable[[], Any]) -> Any:
+    def _first_way(
+        self,
+        native: Callable[[], Any],
+        theirs: Callable[[], Any],
+        synced_gpus: bool,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
         """fastgen's loop, or transformers' where that is not for this call."""
         try:
+            self._check_unseen(synced_gpus)
             output = native()
         except UnfitError as unfit:
             reason = str(unfit)
         else:
             self._packed.note("native")
             return output
+        if isinstance(model_kwargs.get("past_key_values"), BlockCache):
+            # the decoder cuts prompts itself; transformers' pieces may be padding in some rows
+            generation_config.prefill_chunk_size = None
         output = theirs()
         self._packed.note(self.last_path, reason)
         return output
@@ -182,12 +189,6 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         if packed is None:  # at first, and after it was unpickled
             packed = self.__dict__["_fastgen"] = PackedModel()
         return packed
-
-
-def _unchunk(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """The decoder cuts prompts itself; transformers' pieces may be padding in some rows."""
-    if isinstance(model_kwargs.get("past_key_values"), BlockCache):
-        generation_config.prefill_chunk_size = None
 
 
 def accelerate(model: Any) -> GPT2LMHeadModel:

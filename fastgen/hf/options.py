@@ -75,17 +75,22 @@ class NativeOptions:
     removes_invalid: bool = False
     row_bans: list[tuple[int, ...]] = field(default_factory=list)  # more suppressed ids, row by row
 
-    def sampling_params(self, num_new: int, vocab_size: int, row: int) -> SamplingParams:
-        """Of a row with up to `num_new` new tokens; eos ids outside the vocabulary never come."""
+    def bans_of(self, row: int) -> tuple[int, ...]:
+        """Ids that this row must not draw, besides what all must not."""
+        return self.row_bans[row] if self.row_bans else ()
+
+    def sampling_params(
+        self, num_new: int, vocab_size: int, bans: tuple[int, ...]
+    ) -> SamplingParams:
+        """Of rows with these bans and up to `num_new` new tokens; eos ids outside the vocabulary
+        never come."""
         eos_ids = [token_id for token_id in self.eos_ids or () if 0 <= token_id < vocab_size]
         ends = self.forced_eos is not None and self.forced_eos >= vocab_size
         if ends or ("exponential_decay_length_penalty" in self.params and not eos_ids):
             raise UnfitError("an eos id that is needed is outside the vocabulary")
         options = {**self.params, "max_new_tokens": num_new}
         options |= {"stop_token_ids": eos_ids, "ignore_eos": True}  # the call's, alone
-        if self.row_bans:
-            always = options.get("suppress_tokens", ())
-            options["suppress_tokens"] = (*always, *self.row_bans[row])
+        options["suppress_tokens"] = (*options.get("suppress_tokens", ()), *bans)
         options["min_new_tokens"] = min(num_new, options.get("min_new_tokens", 0))
         try:
             return SamplingParams(**options)
@@ -165,10 +170,9 @@ def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> Non
     ignored = getattr(processor, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor):
         ignored = ignored.cpu().numpy()
-    expected = prompts.starts if ignored is not None else 0
-    if prompts.are_padded and ignored is None:
+    if ignored is None and prompts.are_padded:
         raise UnfitError("repetition_penalty counts padding")
-    if ignored is not None and (np.asarray(ignored) != expected).any():
+    if ignored is not None and (np.asarray(ignored) != prompts.starts).any():
         raise UnfitError("repetition_penalty leaves out a part of the prompt")
     if getattr(processor, "logits_indices", None) is not None:
         raise UnfitError("repetition_penalty of packed rows")

@@ -159,7 +159,7 @@ def _places(parameter: torch.Tensor) -> torch.Tensor:
     """A view of a few of its values, from all over."""
     step = max(1, parameter.numel() // _SAMPLES)
     flat = parameter.detach()
-    return flat.view(-1)[::step] if flat.is_contiguous() else flat[..., :1].reshape(-1)[:0]
+    return flat.view(-1)[::step] if flat.is_contiguous() else flat.new_empty(0)
 
 
 def _parts(module: nn.Module) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of the prompts, padding included, N new tokens.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fastgen.hf.kv_rows import Ints, KvRows, logits_of
 from fastgen.hf.options import NativeOptions, Prompts, native_options
 from fastgen.hf.stop_strings import StopStringSink
 from fastgen.hf.streamers import RowStreamers
-from fastgen.hf.unfit import UnfitError
+from fastgen.hf.unfit import UnfitError, check_known
 from fastgen.philox import sample_seed
 from fastgen.request import Request, Row
 from fastgen.sampling_params import SamplingParams
@@ -135,9 +136,7 @@ def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
 
 def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
     """Raise UnfitError for what needs transformers' own forward, or its loop."""
-    for key, value in arguments.items():
-        if key not in _KNOWN and value is not None and value is not False:
-            raise UnfitError(f"{key} was given")
+    check_known(arguments, _KNOWN)
     for key in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, key):
             raise UnfitError(f"{key} was asked for")
@@ -201,12 +200,13 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
     if call.num_drawn == 0:
         return []
     seed = int(torch.randint(2**63 - 1, ())) if call.sampled else 0
+    make = functools.partial(call.options.sampling_params, call.num_drawn, kv.vocab_size)
+    params_of = functools.cache(make)  # of the bans, which few rows have
     requests: list[Request] = []
     try:
         with kv.room_for(len(prompt) + call.num_drawn for prompt in prompts):
             for row, prompt in enumerate(prompts):
-                params = call.options.sampling_params(call.num_drawn, kv.vocab_size, row)
-                params = params.with_seed(sample_seed(seed, row))
+                params = params_of(call.options.bans_of(row)).with_seed(sample_seed(seed, row))
                 requests.append(_add(kv, call, row, prompt, params))
     except BaseException as error:
         for request in requests:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from typing import Any
+
 
 class UnfitError(Exception):
     """fastgen cannot do this exactly as transformers would; the message says what."""
+
+
+def check_known(arguments: Mapping[str, Any], known: Container[str]) -> None:
+    """Raise UnfitError for the first argument that is given, and not known."""
+    for key, value in arguments.items():
+        if key not in known and value is not None and value is not False:
+            raise UnfitError(f"{key} was given")
