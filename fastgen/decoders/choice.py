@@ -48,25 +48,47 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     """
     if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
         return plan_cpu(checkpoint, options)
-    for option in ("quantize", "batch_invariant"):
-        if value := getattr(options, option):
-            raise ValueError(
-                f"{option}={value!r}: only the CPU decoder can do this; {_why(options)}"
-            )
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
+    why = _why(options)
+    if options.decoder != "torch":
+        missing = _missing_for_cuda(checkpoint, options)
+        if missing is None:
+            from fastgen.decoders.cuda_plan import plan_cuda
+
+            return plan_cuda(checkpoint, options)
+        if options.decoder == "cuda":
+            raise ValueError(f"decoder='cuda': {missing}")
+        why = f"{why}; not the CUDA decoder: {missing}"
+    for option, off in (("quantize", None), ("batch_invariant", None), ("kv_dtype", "auto")):
+        value = getattr(options, option)
+        if value and value != off:
+            raise ValueError(f"{option}={value!r}: the torch decoder cannot do this; {why}")
     from fastgen.decoders.torch_plan import plan_torch
 
-    return plan_torch(checkpoint, options, _why(options))
+    return plan_torch(checkpoint, options, why)
 
 
 def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
     """Read the weights and allocate all memory, as planned."""
     if plan.decoder == "cpu":
         return build_cpu(checkpoint, plan)
+    if plan.decoder == "cuda":
+        from fastgen.decoders.cuda_plan import build_cuda
+
+        return build_cuda(checkpoint, plan)
     from fastgen.decoders.torch_plan import build_torch
 
     return build_torch(checkpoint, plan)
+
+
+def _missing_for_cuda(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
+    """What keeps the CUDA decoder from being used."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'fastgen[gpu]'"
+    from fastgen.decoders.cuda_plan import why_not_cuda
+
+    return why_not_cuda(checkpoint.config, options)
 
 
 def _cpu_decoder_fits(options: LoadOptions) -> bool:

@@ -13,8 +13,9 @@ from fastgen.memory import MemoryPlan
 SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
 _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
 
-DECODERS = ("auto", "cpu", "torch")
+DECODERS = ("auto", "cpu", "cuda", "torch")
 QUANTIZATIONS = ("int8",)
+KV_DTYPES = ("auto", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class LoadOptions:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str | None = None
+    kv_dtype: str = "auto"
     decoder: str = "auto"
     max_batch_size: int = 32
     max_seq_len: int | None = None
@@ -44,6 +46,7 @@ class LoadOptions:
             raise TypeError(f"device must be a name, not {type(self.device).__name__}")
         _one_of("dtype", self.dtype_name, ("auto", *DTYPES))
         _one_of("decoder", self.decoder, DECODERS)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.quantize is not None:
             _one_of("quantize", self.quantize, QUANTIZATIONS)
         if self.batch_invariant not in (None, False, True):
@@ -87,7 +90,8 @@ class LoadOptions:
 class DecoderPlan:
     """The decoder a model gets and why, where, in what arithmetic, with how much memory.
 
-    `dtype` is that of activations and of the KV cache, `weights` how weights are kept.
+    `dtype` is that of activations, `weights` how weights are kept, `kv_dtype` how keys and values
+    are; None: as activations.
     """
 
     decoder: str
@@ -98,6 +102,7 @@ class DecoderPlan:
     num_threads: int | None
     limits: DecoderLimits
     memory: MemoryPlan
+    kv_dtype: str | None = None
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -23,8 +23,8 @@ _STEP_TOKENS_GPU = 2048
 
 def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> DecoderPlan:
     config = checkpoint.config
-    device = _device(options.device)
-    dtype = _dtype(options.dtype_name, device, checkpoint)
+    device = chosen_device(options.device)
+    dtype = chosen_dtype(options.dtype_name, device, checkpoint)
     step_tokens = _STEP_TOKENS.get(device.type, _STEP_TOKENS_GPU)
     limits = options.limits(config, step_tokens, batch_invariant=False)
     seats, max_seq_len = limits.num_seats, limits.max_seq_len
@@ -37,7 +37,7 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> Dec
         block_bytes=block_bytes,
         max_batch_size=seats,
         max_seq_len=max_seq_len,
-        free=_free_memory(device),
+        free=free_device_memory(device),
         max_memory=options.max_memory,
     )
     return DecoderPlan(
@@ -59,7 +59,7 @@ def build_torch(checkpoint: Checkpoint, plan: DecoderPlan) -> TorchDecoder:
     )
 
 
-def _device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -71,7 +71,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def chosen_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
     """On a CPU, 16-bit weights are widened: float32 arithmetic is what the checkpoint means."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else checkpoint.dtype
@@ -85,7 +85,7 @@ def _num_threads(asked: int | None, device: torch.device) -> int | None:
     return asked or min(torch.get_num_threads(), granted_cores())
 
 
-def _free_memory(device: torch.device) -> int:
+def free_device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return free_memory()

@@ -34,7 +34,7 @@ from fastgen.sampling_params import SamplingParams
 
 Ids = NDArray[np.int64]
 _MASK32 = 0xFFFFFFFF
-_NO_LOGPROBS = -1
+NO_LOGPROBS = -1
 _OPTIONS = np.dtype(
     [
         ("seed", np.int64),  # the 64 bits of the unsigned seed
@@ -71,7 +71,7 @@ class TorchSampler:
         own = filter_options(params, self._vocab_size) | {
             "seed": int(np.uint64(params.seed or 0).view(np.int64)),
             "length": len(token_ids),
-            "num_logprobs": _NO_LOGPROBS if params.logprobs is None else params.logprobs,
+            "num_logprobs": NO_LOGPROBS if params.logprobs is None else params.logprobs,
             "changes": False,
             "temperature": params.temperature,
         }
@@ -128,7 +128,7 @@ class TorchSampler:
     def _wave(self, logits: Tensor, seats: NDArray[np.int32]) -> list[Draw]:
         """One draw a seat, which its row then counts."""
         ids, ok = self._draw_ids(logits, seats)
-        logprobs = self._logprobs(logits, self._options["num_logprobs"][seats], ids, ok)
+        logprobs = logprobs_of(logits, self._options["num_logprobs"][seats], ids, ok)
         self._options["length"][seats[ok]] += 1
         for seat, token_id in zip(seats[ok].tolist(), ids[ok].tolist(), strict=True):
             self._histories[seat].observe(token_id)
@@ -197,29 +197,33 @@ class TorchSampler:
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values.copy()).to(self.device)  # a field is strided: packed by copy
 
-    def _logprobs(
-        self, logits: Tensor, wanted: Ids, ids: Ids, ok: NDArray[np.bool_]
-    ) -> dict[int, TokenLogprobs]:
-        """By draw, for those that want them; of the raw logits."""
-        at = np.flatnonzero((wanted != _NO_LOGPROBS) & ok)
-        if not len(at):
-            return {}
-        some = _take(logits, at)
-        log_total = some.double().logsumexp(1, keepdim=True)
-        own = some.gather(1, self._tensor(ids[at])[:, None]) - log_total
-        counts = wanted[at].clip(max=some.shape[1])
-        best, best_ids = candidates(some, counts.clip(1))
-        top, order = (best - log_total).sort(dim=1, descending=True, stable=True)  # lowest id first
-        top, order = top[:, : counts.max()], order[:, : counts.max()]
-        top_ids = order if best_ids is None else best_ids.gather(1, order)
-        rows = zip(
-            ids[at].tolist(), own.tolist(), top_ids.tolist(), top.tolist(), counts, strict=True
-        )
-        scored = (
-            TokenLogprobs(token_id, logprob, _finite(zip(*pairs, strict=True), count))
-            for token_id, (logprob,), *pairs, count in rows
-        )
-        return dict(zip(at.tolist(), scored, strict=True))
+
+def logprobs_of(
+    logits: Tensor, wanted: Ids, ids: Ids, ok: NDArray[np.bool_]
+) -> dict[int, TokenLogprobs]:
+    """Log-probabilities of drawn ids (n,) under raw logits, float32 (n, V), by draw.
+
+    Args:
+        wanted: (n,) how many besides the drawn one; -1 for draws that want none at all.
+        ok: bool (n,), whether there was a draw.
+    """
+    at = np.flatnonzero((wanted != NO_LOGPROBS) & ok)
+    if not len(at):
+        return {}
+    some = _take(logits, at)
+    log_total = some.double().logsumexp(1, keepdim=True)
+    own = some.gather(1, torch.from_numpy(ids[at]).to(some.device)[:, None]) - log_total
+    counts = wanted[at].clip(max=some.shape[1])
+    best, best_ids = candidates(some, counts.clip(1))
+    top, order = (best - log_total).sort(dim=1, descending=True, stable=True)  # lowest id first
+    top, order = top[:, : counts.max()], order[:, : counts.max()]
+    top_ids = order if best_ids is None else best_ids.gather(1, order)
+    rows = zip(ids[at].tolist(), own.tolist(), top_ids.tolist(), top.tolist(), counts, strict=True)
+    scored = (
+        TokenLogprobs(token_id, logprob, _finite(zip(*pairs, strict=True), count))
+        for token_id, (logprob,), *pairs, count in rows
+    )
+    return dict(zip(at.tolist(), scored, strict=True))
 
 
 def _finite(top: Iterable[tuple[int, float]], count: int) -> tuple[tuple[int, float], ...]:

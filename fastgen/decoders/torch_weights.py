@@ -101,7 +101,7 @@ class Weights:
 
     def _tensor(self, name: str) -> Tensor:
         assert self._checkpoint is not None
-        return _from_numpy(self._checkpoint.read(name)).to(self.device, self.dtype)
+        return from_numpy(self._checkpoint.read(name)).to(self.device, self.dtype)
 
 
 def weight_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
@@ -136,7 +136,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return lambda x: linear(x, packed, bias, "none", [], "")
 
 
-def _from_numpy(array: NDArray[Any]) -> Tensor:
+def from_numpy(array: NDArray[Any]) -> Tensor:
     if not array.flags.writeable:  # somebody else's, who may change it
         array = array.copy()
     if array.dtype == NUMPY_DTYPES["BF16"]:  # PyTorch does not know NumPy's
