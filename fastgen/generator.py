@@ -43,6 +43,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    kv_dtype: str = "auto",
     decoder: str = "auto",
     max_batch_size: int = 32,
     max_seq_len: int | None = None,
@@ -61,14 +62,16 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" keeps 16-bit weights and
             computes in float32, "bfloat16" computes in bfloat16 where the processor can; elsewhere
             "auto" is the checkpoint's.
-        quantize: "int8" keeps weights in 8 bits and multiplies in 8 bits (CPU decoder only).
-        decoder: "auto", "cpu" (C++) or "torch".
+        quantize: "int8" keeps weights in 8 bits; on a CPU it also multiplies in 8 bits.
+        kv_dtype: "int8" keeps keys and values in 8 bits (CUDA decoder only); "auto" keeps them as
+            activations are.
+        decoder: "auto", "cpu" (C++), "cuda" (Triton, for NVIDIA GPUs) or "torch".
         max_batch_size: rows that run at the same time; more wait their turn.
         max_seq_len: tokens a row may have, prompt included; None is the model's own context.
         max_memory: MB that weights, KV cache and scratch may take together.
         num_threads: CPU threads of a step; None takes as many as the machine grants.
-        batch_invariant: True demands the same bits for a row whatever else is in the batch, which
-            the CPU decoder always promises.
+        batch_invariant: True demands the same bits for a row whatever else is in the batch. The
+            CPU decoder always promises that, the CUDA decoder if asked, and is slower then.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -79,6 +82,7 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize,
+        kv_dtype=kv_dtype,
         decoder=decoder,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,

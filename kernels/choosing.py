@@ -48,8 +48,7 @@ def gather_candidates(
     descending = tl.sort(maxima, descending=True)
     least = tl.max(tl.where(tile == wanted - 1, descending, float("-inf")), 0)
     is_hot = (maxima >= least) & (maxima > float("-inf"))
-    place = tl.cumsum(is_hot.to(tl.int32), 0) - 1
-    tl.store(hot_tiles + place, tile, mask=is_hot)
+    tl.store(hot_tiles + tl.cumsum(is_hot.to(tl.int32), 0) - 1, tile, mask=is_hot)
     num_hot = tl.sum(is_hot.to(tl.int32), 0)
     tl.debug_barrier()  # what one thread wrote, others read
     count = 0

@@ -31,7 +31,7 @@ def row_statistics(
         k = start + tl.arange(0, CHUNK)
         inside = is_row[:, None] & (k < K)[None, :]
         values = tl.load(x + rows[:, None] * K + k[None, :], mask=inside, other=0.0)
-        count: tl.constexpr = min(CHUNK, K - start)
+        count = min(CHUNK, K - start)
         own_mean = tl.sum(values, 1) / count
         centred = tl.where(inside, values - own_mean[:, None], 0.0)
         gap = own_mean - mean

@@ -108,10 +108,9 @@ def _process(
     wait_for_previous(PDL)
     draw = tl.program_id(0).to(tl.int64)
     seat = tl.load(draw_seats + draw).to(tl.int64)
-    changes = False
-    if seat >= 0:
-        changes = option(options, CHANGES, seat, num_seats) > 0
-    if changes:
+    is_drawn = seat >= 0
+    seat = tl.maximum(seat, 0)
+    if is_drawn & (option(options, CHANGES, seat, num_seats) > 0):
         ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         inside = ids < V
         values = tl.load(logits + draw * V + ids, mask=inside, other=float("-inf"))
@@ -152,12 +151,11 @@ def _weigh(
     wait_for_previous(PDL)
     draw = tl.program_id(0).to(tl.int64)
     seat = tl.load(draw_seats + draw).to(tl.int64)
-    is_long = False
-    if seat >= 0:
-        top_k = option(options, TOP_K, seat, num_seats)
-        has_temperature = option(options, TEMPERATURE, seat, num_seats) > 0
-        is_long = has_temperature & ((top_k == 0) | (top_k > MOST_TOP_K))
-    if is_long:
+    is_drawn = seat >= 0
+    seat = tl.maximum(seat, 0)
+    top_k = option(options, TOP_K, seat, num_seats)
+    has_temperature = option(options, TEMPERATURE, seat, num_seats) > 0
+    if is_drawn & has_temperature & ((top_k == 0) | (top_k > MOST_TOP_K)):
         changes = option(options, CHANGES, seat, num_seats) > 0
         source = scores if changes else logits
         maxima = score_max if changes else tile_max

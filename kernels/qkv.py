@@ -83,8 +83,8 @@ def _qkv(
         values, scale = _to_int8(sums, inside)
         tl.store(target, values, mask=is_cached)
         place = ((slot // BLOCK_SIZE * 2 + column_tile // H - 1) * H + column_tile % H) * BLOCK_SIZE
-        has_scale = is_row & (column_tile >= H)
-        tl.store(kv_scales + place + slot % BLOCK_SIZE, scale, mask=has_scale)
+        if column_tile >= H:
+            tl.store(kv_scales + place + slot % BLOCK_SIZE, scale, mask=is_row)
     else:
         tl.store(target, sums.to(DTYPE), mask=is_cached)
 
