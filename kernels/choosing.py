@@ -110,6 +110,25 @@ def choose_among(
 
 
 @triton.jit
+def revive(scores, mask, V: tl.constexpr, CHUNK: tl.constexpr):
+    """Where everything that a row's mask allows has been ruled out, any of it may be drawn: 0 for
+    what it allows, -inf for the rest, as fastgen.processors has it.
+
+    Returns:
+        The lowest id that is allowed; V if none is.
+    """
+    lowest = V
+    for start in range(0, V, CHUNK):
+        ids = start + tl.arange(0, CHUNK)
+        word = tl.load(mask + ids // 32, mask=ids < V, other=0)
+        is_allowed = ((word >> (ids % 32)) & 1) != 0
+        tl.store(scores + ids, tl.where(is_allowed, 0.0, float("-inf")), mask=ids < V)
+        lowest = tl.minimum(lowest, tl.min(tl.where(is_allowed, ids, V), 0))
+    tl.debug_barrier()
+    return lowest
+
+
+@triton.jit
 def _amount(
     source, weights, temperature, least, edge,
     V: tl.constexpr, CHUNK: tl.constexpr, COUNTS: tl.constexpr,

@@ -19,6 +19,7 @@ from fastgen.kernels.choosing import (
     choose_unfiltered,
     divided,
     gather_candidates,
+    revive,
 )
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_previous
 from fastgen.kernels.philox import coin
@@ -26,6 +27,7 @@ from fastgen.kernels.processing import (
     CHANGES,
     CHUNK,
     FREQUENCY,
+    HAS_MASK,
     MIN_P,
     MOST_TOP_K,
     PRESENCE,
@@ -66,8 +68,8 @@ class Feedback:
 
 @triton.jit
 def _sampled(
-    source, maxima, draw, seat, highest, options, num_seats, seeds, lengths, weights, chunk_sums,
-    hot_tiles, candidate_values, candidate_ids,
+    source, maxima, draw, seat, highest, is_revived, options, num_seats, seeds, lengths, weights,
+    chunk_sums, hot_tiles, candidate_values, candidate_ids,
     V: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, MOST: tl.constexpr, MOST_TOP_K: tl.constexpr, GROUP: tl.constexpr,
     LONG_CHUNK: tl.constexpr, BITS: tl.constexpr,
@@ -80,7 +82,12 @@ def _sampled(
     num_chunks: tl.constexpr = (V + CHUNK - 1) // CHUNK
     is_long = (top_k == 0) | (top_k > MOST_TOP_K)
     token_id = -1
-    if is_long & (top_k == 0) & (top_p == 1.0):
+    if is_revived:  # nothing that was found out about its logits holds
+        token_id = choose_of_all(
+            source, weights + draw * V, temperature, highest, top_k, top_p, min_p, u, False,
+            V, LONG_CHUNK, BITS,
+        )  # fmt: skip
+    elif (top_k == 0) & (top_p == 1.0):
         token_id = choose_unfiltered(
             source, chunk_sums + draw * num_chunks, temperature, highest, min_p, u,
             V, CHUNK, CHUNKS, BITS,
@@ -96,7 +103,7 @@ def _sampled(
             )  # fmt: skip
         if count <= MOST:
             chunk = tl.arange(0, CHUNKS)
-            inside = (chunk < num_chunks) & is_long
+            inside = chunk < tl.where(is_long, num_chunks, 0)
             whole = tl.sum(tl.load(chunk_sums + draw * num_chunks + chunk, mask=inside, other=0), 0)
             token_id = choose_among(
                 candidate_values + draw * MOST, candidate_ids + draw * MOST, count, highest,
@@ -113,7 +120,7 @@ def _sampled(
 @triton.jit(do_not_specialize=["num_seats", "width"])
 def _sample(
     drawn, num_steps, next_ids, positions, cache_lens, draw_seats, options, seeds, lengths,
-    last_drawn, counts, logits, tile_max, tile_ids, scores, score_max, score_ids, weights,
+    last_drawn, counts, masks, logits, tile_max, tile_ids, scores, score_max, score_ids, weights,
     chunk_sums, hot_tiles, candidate_values, candidate_ids, num_seats, width,
     V: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, MOST: tl.constexpr, MOST_TOP_K: tl.constexpr,
@@ -130,11 +137,18 @@ def _sample(
         source, best_ids = logits + draw * V, tile_ids + draw * T
         usable = tl.min((maxima < float("inf")).to(tl.int32), 0) > 0  # no NaN and no infinity
         usable = usable & (tl.max(maxima, 0) > float("-inf"))
+        is_revived = False
+        revived_id = V
         if PROCESSES:
-            if option(options, CHANGES, seat, num_seats) > 0:
+            if usable & (option(options, CHANGES, seat, num_seats) > 0):
                 maxima = tl.load(score_max + draw * T + tile, mask=is_tile, other=float("-inf"))
                 source, best_ids = scores + draw * V, score_ids + draw * T
-        highest = tl.max(maxima, 0)
+                has_mask = option(options, HAS_MASK, seat, num_seats) > 0
+                if has_mask & (tl.max(maxima, 0) == float("-inf")):
+                    words: tl.constexpr = (V + 31) // 32
+                    revived_id = revive(scores + draw * V, masks + seat * words, V, LONG_CHUNK)
+                    is_revived = revived_id < V
+        highest = tl.where(is_revived, 0.0, tl.max(maxima, 0))
         usable = usable & (tl.min((maxima < float("inf")).to(tl.int32), 0) > 0)
         usable = usable & (highest > float("-inf"))
         temperature = option(options, TEMPERATURE, seat, num_seats).to(tl.float32)
@@ -143,12 +157,13 @@ def _sample(
             if temperature == 0:
                 ids = tl.load(best_ids + tile, mask=is_tile, other=V)
                 token_id = tl.min(tl.where(maxima == highest, ids, V), 0)
+                token_id = tl.where(is_revived, revived_id, token_id)
             elif SAMPLES:
                 highest = tl.math.div_rn(highest, temperature)
                 if (highest < float("inf")) & (highest > float("-inf")):
                     token_id = _sampled(
-                        source, maxima, draw, seat, highest, options, num_seats, seeds, lengths,
-                        weights, chunk_sums, hot_tiles, candidate_values, candidate_ids,
+                        source, maxima, draw, seat, highest, is_revived, options, num_seats, seeds,
+                        lengths, weights, chunk_sums, hot_tiles, candidate_values, candidate_ids,
                         V, T, TILE, CHUNK, CHUNKS, MOST, MOST_TOP_K, GROUP, LONG_CHUNK, BITS,
                     )  # fmt: skip
         line = tl.load(num_steps) % RING
@@ -201,6 +216,7 @@ def sample(
         "lengths": table.lengths,
         "last_drawn": table.last_drawn,
         "counts": table.counts,
+        "masks": table.masks,
         "logits": rows.logits,
         "tile_max": rows.tile_max,
         "tile_ids": rows.tile_ids,
