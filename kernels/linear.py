@@ -1,7 +1,7 @@
 """Linear layers of a block: FC1 with norm and activation; attn.c_proj and FC2 with the residual.
 
-    out    = activation(norm(x) @ weight.T + bias)
-    hidden = hidden + x @ weight.T + bias
+out    = activation(norm(x) @ weight.T + bias)
+hidden = hidden + x @ weight.T + bias
 """
 
 from __future__ import annotations

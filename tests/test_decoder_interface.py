@@ -12,6 +12,7 @@ import pytest
 
 import fastgen
 from conftest import TOLERANCES
+from decoder_names import DECODERS, INTERPRETED
 from fastgen.decoders.interface import Decoder
 from fastgen.processors import RowState
 from fastgen.sampler import draw
@@ -20,15 +21,21 @@ from stepping import Rows, all_logits, to_numpy
 Folder = Callable[[str], Path]
 
 
-@pytest.fixture(params=["cpu", "torch"])
+@pytest.fixture(params=DECODERS)
 def decoder_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
 def decoder(variant: Folder, decoder_name: str) -> Any:
-    with fastgen.load(variant("plain"), max_batch_size=8, decoder=decoder_name) as model:
+    with load_small(variant, decoder_name, max_batch_size=8) as model:
         yield model.engine.decoder
+
+
+def load_small(variant: Folder, decoder_name: str, **options: Any) -> fastgen.Generator:
+    """A model of 96 positions; Triton's interpreter is slow enough with one layer."""
+    folder = variant("one_layer" if INTERPRETED else "plain")
+    return fastgen.load(folder, decoder=decoder_name, dtype="float32", **options)
 
 
 def random_rows(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
@@ -176,7 +183,7 @@ def test_copied_blocks_hold_the_same_keys_and_values(decoder: Decoder) -> None:
 
 
 def test_reserve_grows_and_keeps_what_is_cached(variant: Folder, decoder_name: str) -> None:
-    with fastgen.load(variant("plain"), max_batch_size=2, decoder=decoder_name) as model:
+    with load_small(variant, decoder_name, max_batch_size=2) as model:
         decoder = model.engine.decoder
         [row] = random_rows(10, (50,))
         rows = Rows(decoder, 1)

@@ -151,7 +151,9 @@ def test_nan_stays_nan_and_in_its_row() -> None:
 
 @pytest.mark.parametrize("folded", [False, True], ids=["normed", "norm"])
 @pytest.mark.parametrize("kv", ["float", "int8"])
-@pytest.mark.parametrize(("heads", "head_dim"), [(3, 1), (5, 8), (2, 64), (2, 80), (1, 128), (3, 7)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [(3, 1), (5, 8), (2, 64), (2, 80), (1, 128), (3, 7)]
+)
 def test_qkv(heads: int, head_dim: int, kv: str, folded: bool, dtype: torch.dtype) -> None:
     width, rows = heads * head_dim, 9
     weight, scales = random_weight(3 * width, width, dtype, int8=kv == "int8")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle
 
 import kernel_twins as twins
 from fastgen import SamplingParams
@@ -18,7 +17,7 @@ from fastgen.decoders.cuda_sampler import RING, CudaSampler, Kind
 from fastgen.decoders.interface import Draw
 from fastgen.kernels.launch import Settings
 from fastgen.kernels.vocabulary import TILE
-from kernel_device import DEVICE, INTERPRETED, quiet
+from kernel_device import DEVICE, OWN_SORT, quiet
 from sampling_harness import (
     EOS,
     DefinedRow,
@@ -30,21 +29,6 @@ from sampling_harness import (
 )
 
 pytestmark = quiet
-
-
-@pytest.fixture(autouse=True)
-def _fast_sort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes two seconds for Triton's sort of 1,024 values: NumPy's, but once."""
-    if not INTERPRETED or "own_sort" in request.keywords:
-        return
-
-    def sort(x: Any, descending: bool) -> Any:
-        values = np.sort(x.handle.data)[::-1] if descending else np.sort(x.handle.data)
-        return tl.core.tensor(TensorHandle(values.copy(), x.handle.dtype), x.type)
-
-    monkeypatch.setattr(tl, "sort", sort)
-
-
 ON_DEVICE = {
     *("temperature", "seed", "top_k", "top_p", "min_p", "logit_bias", "repetition_penalty"),
     *("frequency_penalty", "presence_penalty", "allowed_token_ids"),
@@ -142,6 +126,11 @@ def test_gpt2_vocabulary(options: dict[str, Any]) -> None:
     """A row with a clear nucleus, and one whose nucleus is most of the vocabulary."""
     rng = np.random.default_rng(1)
     check_each(rng.normal(0, [[4], [0.01]], (2, 50257)).astype(np.float32), options)
+
+
+def test_tritons_own_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tl, "sort", OWN_SORT)
+    check_each(random_logits(np.random.default_rng(2), 1, 300), {"top_k": 50, "top_p": 0.9})
 
 
 def check_each(logits: np.ndarray, options: dict[str, Any]) -> None:

@@ -103,6 +103,7 @@ ACTIVATIONS = ("gelu", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tan
 # name -> (config options, what is done to the saved folder, dtype of the file)
 VARIANTS: dict[str, tuple[dict[str, Any], Edit | None, torch.dtype]] = {
     "plain": ({}, None, torch.float32),
+    "one_layer": ({"n_layer": 1}, None, torch.float32),
     "no_prefix": ({}, _without_prefix, torch.float32),
     "mask_buffers": ({}, _with_mask_buffers, torch.float32),
     "untied": ({"tie_word_embeddings": False}, None, torch.float32),

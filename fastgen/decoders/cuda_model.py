@@ -147,9 +147,7 @@ class CudaModel:
             )
         add_linear(settings, self._hidden, self._attended, layer.c_proj, count)
         x, norm = self._normed_input(layer.ln_2, count)
-        activated_linear(
-            settings, self._inner, x, layer.c_fc, self.config.activation, count, norm
-        )
+        activated_linear(settings, self._inner, x, layer.c_fc, self.config.activation, count, norm)
         add_linear(settings, self._hidden, self._inner, layer.mlp_proj, count)
 
     def _normed_input(self, norm: Norm, count: int) -> tuple[Tensor, Norm | None]:

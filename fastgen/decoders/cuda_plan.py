@@ -51,9 +51,7 @@ def plan_cuda(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     dtype = chosen_dtype(options.dtype_name, device, checkpoint)
     if options.quantize is not None and options.dtype_name == "auto" and not INTERPRETED:
         dtype = torch.bfloat16
-    limits = options.limits(
-        config, _STEP_TOKENS, batch_invariant=bool(options.batch_invariant)
-    )
+    limits = options.limits(config, _STEP_TOKENS, batch_invariant=bool(options.batch_invariant))
     int8_kv = options.kv_dtype == "int8"
     token = 2 * config.hidden_size * (1 if int8_kv else dtype.itemsize)
     token += 2 * config.num_heads * 4 if int8_kv else 0  # scales
@@ -82,7 +80,8 @@ def plan_cuda(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
 
 def build_cuda(checkpoint: Checkpoint, plan: DecoderPlan) -> CudaDecoder:
     device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
-    weights = CudaWeights(checkpoint, device, dtype, quantized=plan.weights == "int8")
+    quantized, int8_kv = plan.weights == "int8", plan.kv_dtype == "int8"
+    weights = CudaWeights(checkpoint, device, dtype, quantized=quantized, int8_kv=int8_kv)
     settings = Settings(
         dtype=dtype,
         tf32=torch.backends.cuda.matmul.allow_tf32,
@@ -96,7 +95,7 @@ def build_cuda(checkpoint: Checkpoint, plan: DecoderPlan) -> CudaDecoder:
         plan.limits,
         plan.memory,
         device,
-        int8_kv=plan.kv_dtype == "int8",
+        int8_kv=int8_kv,
     )
 
 
@@ -108,8 +107,8 @@ def _has_pdl(device: torch.device) -> bool:
 
 def _scratch_bytes(config: GPT2Config, dtype: torch.dtype, limits: DecoderLimits) -> int:
     """What a step works in: activations, a step's integers, logits and what is made of them."""
-    per_token = 4 * config.hidden_size + 4 + (3 * config.hidden_size + config.inner_size) * (
-        dtype.itemsize
+    per_token = (
+        4 * config.hidden_size + 4 + (3 * config.hidden_size + config.inner_size) * (dtype.itemsize)
     )
     sampling = sampler_bytes(limits.num_seats, limits.max_logits, config.vocab_size)
     logprobs = limits.num_seats * config.vocab_size * SAMPLING_BYTES

@@ -1,7 +1,8 @@
 """Weights of the CUDA decoder: read one tensor at a time, as (out, in) matrices on the device.
 
 int8: a scale for each output, chosen after smoothing (fastgen.quantization), whose factors are
-folded into the layer norms and the values; so kernels need only the scales.
+folded into the layer norms and the values; so kernels need only the scales. An int8 cache needs
+smooth values too: their factors are powers of two, so float weights are changed exactly.
 """
 
 from __future__ import annotations
@@ -39,10 +40,17 @@ class CudaWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, quantized: bool
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        quantized: bool,
+        int8_kv: bool,
     ) -> None:
         self._checkpoint: Checkpoint | None = checkpoint
         self._device, self._dtype, self._quantized = device, dtype, quantized
+        self._smooths_values = quantized or int8_kv
         self._epsilon = checkpoint.config.layer_norm_epsilon
         self.wpe = self._cast("wpe.weight", self._tensor("wpe.weight"))
         self.layers = [self._layer(f"h.{i}") for i in range(checkpoint.config.num_layers)]
@@ -71,7 +79,7 @@ class CudaWeights:
         factors = self._factors(gain, bias, f"{name}.weight")
         weight, qkv_bias = self._tensor(f"{name}.weight").t(), self._vector(f"{name}.bias")
         out_factors = None
-        if self._quantized:
+        if self._smooths_values:
             values = 2 * weight.shape[1]  # behind queries and keys
             out_factors = self._value_factors(name, out_name, values)
             divisors = torch.ones(len(weight), device=self._device)
@@ -117,11 +125,11 @@ class CudaWeights:
         self, name: str, weight: Tensor, factors: Floats | None
     ) -> tuple[Tensor, Tensor | None]:
         """(out, in), its inputs multiplied by factors (in,); and the scales (out,) of int8."""
+        if factors is not None:
+            weight = weight.float() * torch.from_numpy(factors).to(self._device)
         if not self._quantized:
             return self._cast(name, weight), None
         weight = weight.float()
-        if factors is not None:
-            weight = weight * torch.from_numpy(factors).to(self._device)
         scales = weight.abs().amax(1) / 127
         whole = (weight / torch.where(scales > 0, scales, 1)[:, None]).round_()
         return whole.to(torch.int8).contiguous(), scales
