@@ -72,8 +72,9 @@ def _model_options() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    add("--quantize", metavar="KIND", help="int8: weights and products in 8 bits (CPU only)")
-    add("--decoder", default="auto", help="auto, cpu or torch (default: auto)")
+    add("--quantize", metavar="KIND", help="int8: weights in 8 bits")
+    add("--kv-dtype", default="auto", metavar="KIND", help="int8: keys and values in 8 bits (GPU)")
+    add("--decoder", default="auto", help="auto, cpu, cuda or torch (default: auto)")
     add("--max-batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
     add("--max-seq-len", type=int, metavar="N", help="tokens a row may have (default: the model's)")
     add("--max-memory", type=int, metavar="MB", help="for weights, KV cache and scratch together")
@@ -140,6 +141,7 @@ def _load(arguments: argparse.Namespace) -> Generator:
         device=arguments.device,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
+        kv_dtype=arguments.kv_dtype,
         decoder=arguments.decoder,
         max_batch_size=arguments.max_batch_size,
         max_seq_len=arguments.max_seq_len,
@@ -253,6 +255,8 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     threads = f", {plan.num_threads} threads" if plan.num_threads else ""
     weights = f", weights {plan.weights}" if plan.weights != plan.dtype else ""
+    if plan.kv_dtype not in (None, plan.dtype):
+        weights += f", KV {plan.kv_dtype}"
     limits = plan.limits
     lines = {
         "model": checkpoint.name,

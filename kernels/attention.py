@@ -17,11 +17,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.embedding import BLOCK_SIZE
 from fastgen.kernels.launch import Settings, power_of_two, run, wait_for_previous
 from fastgen.kernels.qkv import KvCache
+from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 
@@ -197,6 +196,8 @@ def attention(
     heads, head_dim = blocks.shape[2], blocks.shape[4]
     tile_rows, tile_starts, num_tiles = tiles
     padded = power_of_two(head_dim, 16)
+    is_wide = settings.dtype.itemsize == 4  # no tensor cores: registers hold the operands
+    columns = 16 if is_wide else 64
     arguments: dict[str, Any] = {
         "out": out,
         "query": query,
@@ -216,11 +217,13 @@ def attention(
         "D": head_dim,
         "BD": padded,
         "BM": tile_size,
-        "BN": 64 if settings.dtype.itemsize == 2 else 32,
+        "BN": columns,
         "SPANS": spans.count,
         "BS": power_of_two(spans.count),
         "QUANTIZED": scales is not None,
         **settings.product,
     }
     grid = (num_tiles, heads, spans.count)
-    run(_attention, grid, settings, arguments, num_warps=4 if tile_size < 128 else 8, num_stages=3)
+    num_warps = 8 if is_wide or tile_size == 128 or scales is not None else 4
+    num_stages = 3 if scales is None else 2
+    run(_attention, grid, settings, arguments, num_warps=num_warps, num_stages=num_stages)

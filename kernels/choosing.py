@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from fastgen.kernels.processing import fixed_point
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_previous
+from torch import Tensor
 
 BLOCK_SIZE = tl.constexpr(32)  # tokens of a KV block
 _COLUMNS = 1024  # of a program

@@ -5,12 +5,8 @@ From these the sampler knows the highest of all without reading logits again.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.launch import Settings, run, wait_for_previous
 from fastgen.kernels.norm import Norm
 from fastgen.kernels.product import (
@@ -23,6 +19,7 @@ from fastgen.kernels.product import (
     weight_arguments,
 )
 from fastgen.kernels.vocabulary import TILE, store_highest
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -73,8 +70,8 @@ def head(
         row_at: int32 (L,).
     """
     vocab_size, num_inputs = weight.shape
-    tile = choose_tile(settings, num_rows, weight)
-    tile = replace(tile, columns=max(tile.columns, TILE))
+    columns = 0 if vocab_size >= 16384 and settings.dtype.itemsize == 2 else TILE
+    tile = choose_tile(settings, num_rows, weight, normed=norm is not None, columns=columns)
     gain, norm_bias, epsilon = norm or (None, None, 0.0)
     arguments = {
         "logits": logits,

@@ -41,7 +41,7 @@ class Settings:
 
 
 @triton.jit
-def wait_for_previous(PDL: tl.constexpr):  # noqa: N803
+def wait_for_previous(PDL: tl.constexpr):
     """Everything that earlier kernels wrote can be read behind this, and what they read be written.
 
     Every kernel calls it before it touches what a step computes: a later kernel relies on this one

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.activations import activated
 from fastgen.kernels.launch import Settings, run, wait_for_previous
 from fastgen.kernels.norm import Norm
@@ -22,6 +20,7 @@ from fastgen.kernels.product import (
     tile_of_program,
     weight_arguments,
 )
+from torch import Tensor
 
 Linear = tuple[Tensor, Tensor | None, Tensor]  # weight (out, in), its int8 scales, bias (out,)
 
@@ -90,7 +89,7 @@ def _run(
     activation: str | None,
 ) -> None:
     weight, scales, bias = linear
-    tile = choose_tile(settings, num_rows, weight)
+    tile = choose_tile(settings, num_rows, weight, normed=norm is not None)
     gain, norm_bias, epsilon = norm or (None, None, 0.0)
     num_columns, num_inputs = weight.shape
     arguments = {

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.launch import Settings, power_of_two, run, wait_for_previous
+from torch import Tensor
 
 _CHUNK = 1024
 Norm = tuple[Tensor, Tensor, float]  # gain and bias, float32 (C,) each, and epsilon

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_previous
 from fastgen.kernels.vocabulary import TILE, store_highest
+from torch import Tensor
 
 # Rows of SeatTable.options
 TEMPERATURE = tl.constexpr(0)  # 0: greedy

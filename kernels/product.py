@@ -7,20 +7,21 @@ it for few rows (norm.py says when not).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, prefetch
 from fastgen.kernels.norm import row_statistics
+from torch import Tensor
 
 MOST_NORMED_ROWS = 64  # with more, the norm is a kernel of its own
 _GROUP = 8  # row tiles that take turns with column tiles, so that both stay in the cache
 _LINE = 128  # bytes of a cache line
+_WIDE = 16384  # columns: only a vocabulary has so many
+_SHARED_MEMORY = 96 * 1024  # bytes; the smallest devices of compute capability 8 give 99 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +42,52 @@ class Tile:
         return {"BM": self.rows, "BN": self.columns, "BK": self.inputs, "K": num_inputs}
 
 
-def choose_tile(settings: Settings, num_rows: int, weight: Tensor) -> Tile:
-    """For x (num_rows, K) times weight (N, K); the same for every number of rows if invariant."""
+def choose_tile(
+    settings: Settings, num_rows: int, weight: Tensor, *, normed: bool, columns: int = 0
+) -> Tile:
+    """For x (num_rows, K) times weight (N, K); the same for every number of rows if invariant.
+
+    Args:
+        normed: x is float32, and its norm is taken in the product.
+        columns: of a tile, where the kernel needs so many.
+    """
     num_columns, num_inputs = weight.shape
+    is_wide = num_columns >= _WIDE
     if settings.dtype == torch.float32:  # no tensor cores: small tiles, and registers for sums
-        wide = num_rows > 64 and not settings.batch_invariant
-        tile = Tile(64, 64, 32, 4, 3) if wide else Tile(16, 32, 64, 4, 3)
+        many = num_rows > 64 and not settings.batch_invariant
+        tile = Tile(32, 64, 32, 4, 4) if many else Tile(16, 32, 64, 4, 3)
     elif settings.batch_invariant:
         tile = Tile(64, 64, 64, 4, 4)
     elif num_rows <= 16:  # all weights pass by once: many programs with much under way
         narrow = 8 if num_columns < 2048 else 16
-        tile = Tile(16, narrow if num_columns < 16384 else 64, 256, 4, 4)
+        tile = Tile(16, 64 if is_wide else narrow, 256, 4, 4)
     elif num_rows <= 64:
-        tile = Tile(64, 32 if num_columns < 16384 else 128, 128, 4, 4)
+        tile = Tile(64, 128 if is_wide else 32, 128, 4, 4)
     elif num_rows <= 512:
-        tile = Tile(64, 64 if num_columns < 16384 else 128, 64, 4, 4)
+        tile = Tile(64, 128 if is_wide else 64, 64, 4, 4)
     else:
         tile = Tile(128, 128, 64, 8, 3)
-    inputs = min(tile.inputs, power_of_two(num_inputs, 16))
-    return Tile(tile.rows, tile.columns, inputs, tile.num_warps, tile.num_stages)
+    if columns:
+        rows = min(tile.rows, 64 if columns < 128 or settings.dtype.itemsize == 2 else 16)
+        tile = replace(tile, rows=rows, columns=columns)
+    if tile.rows * tile.columns >= 64 * 128 or columns * settings.dtype.itemsize >= 512:
+        tile = replace(tile, num_warps=8)
+    tile = replace(tile, inputs=min(tile.inputs, power_of_two(num_inputs, 16)))
+    size = settings.dtype.itemsize
+    return _fitted(tile, 4 if normed else size, weight.element_size(), size)
+
+
+def _fitted(tile: Tile, x_size: int, weight_size: int, operand_size: int) -> Tile:
+    """With so few inputs, then stages, that shared memory holds them. Sizes are in bytes."""
+    while True:
+        step = tile.inputs * (tile.rows * x_size + tile.columns * weight_size)
+        operands = tile.inputs * (tile.rows + tile.columns) * operand_size
+        if (tile.num_stages - 1) * step + operands <= _SHARED_MEMORY:
+            return tile
+        if tile.inputs > 64:
+            tile = replace(tile, inputs=tile.inputs // 2)
+        else:
+            tile = replace(tile, num_stages=tile.num_stages - 1)
 
 
 def num_tiles(tile: Tile, num_rows: int, num_columns: int) -> int:

@@ -7,12 +7,8 @@ heads, so that it knows their largest value.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.embedding import BLOCK_SIZE
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_previous
 from fastgen.kernels.linear import Linear
@@ -25,6 +21,7 @@ from fastgen.kernels.product import (
     tile_of_program,
     weight_arguments,
 )
+from torch import Tensor
 
 KvCache = tuple[Tensor, Tensor | None]  # of one layer; int8 ones have scales
 
@@ -111,11 +108,9 @@ def qkv(
     weight, scales, bias = linear
     blocks, kv_scales = kv_cache
     heads, head_dim = blocks.shape[2], blocks.shape[4]
-    tile = choose_tile(settings, num_rows, weight)
-    column_tiles = cdiv(len(weight), tile.columns)
-    if kv_scales is not None:
-        tile = replace(tile, columns=power_of_two(head_dim, 8))
-        column_tiles = 3 * heads
+    columns = 0 if kv_scales is None else power_of_two(head_dim, 8)  # whole heads
+    tile = choose_tile(settings, num_rows, weight, normed=norm is not None, columns=columns)
+    column_tiles = cdiv(len(weight), tile.columns) if kv_scales is None else 3 * heads
     gain, norm_bias, epsilon = norm or (None, None, 0.0)
     arguments = {
         "query": query,

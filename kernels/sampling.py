@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastgen.kernels.choosing import (
     choose_among,
     choose_of_all,
@@ -41,6 +39,7 @@ from fastgen.kernels.processing import (
     option,
 )
 from fastgen.kernels.vocabulary import TILE
+from torch import Tensor
 
 MOST_CANDIDATES = 1024
 _TRIED = tl.constexpr(512)  # candidates at least, where top-p alone decides

@@ -1,8 +1,8 @@
 """Where the tests of Triton kernels run: on an NVIDIA GPU, or in Triton's interpreter on the CPU.
 Importing this skips a test module where neither is to be had.
 
-The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so it has a process of its
-own: test_interpreted.py starts it. Its bfloat16 arithmetic is wrong, so it is not tested there.
+The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so it has a process of
+its own: test_interpreted.py starts it. Its bfloat16 arithmetic is wrong, so it is not tested there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The whole CUDA decoder, on a GPU or in Triton's interpreter: logits against float64, tokens against
-the other decoders, graphs against kernels started one by one, and its promises.
+"""The whole CUDA decoder, on a GPU or in Triton's interpreter: logits against float64, tokens
+against the other decoders, graphs against kernels started one by one, and its promises.
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ pytestmark = quiet
 Folder = Callable[[str], Path]
 DTYPES = ["float32", "float16"] + ([] if INTERPRETED else ["bfloat16"])
 EVERY = list(VARIANTS)
-ODD = ["head_dim_1", "head_dim_8", "head_dim_80", "head_dim_128", "width_100", "untied", "n_inner"]
-ODD += ["codeparrot", "odd_vocab", "one_of_each", "epsilon", "act_relu"]
+# Triton's interpreter takes half a minute for the larger ones.
+QUICK = ["head_dim_1", "width_100", "untied", "codeparrot", "odd_vocab", "one_of_each"]
+SLOW = ["head_dim_8", "head_dim_80", "head_dim_128", "n_inner", "epsilon", "act_relu"]
+
+
+def slow(*values: Any) -> Any:
+    """In the interpreter; a GPU takes no time for any of them."""
+    return pytest.param(*values, marks=[pytest.mark.slow] * INTERPRETED)
+
+
 SIZES: dict[str, Any] = {"max_batch_size": 4, "decoder": "cuda"}
 
 
@@ -52,7 +60,7 @@ def random_rows(seed: int, *lengths: int, most: int = 211) -> list[list[int]]:
     return [rng.integers(0, most, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", ODD if INTERPRETED else EVERY)
+@pytest.mark.parametrize("name", [*QUICK, *map(slow, SLOW)] if INTERPRETED else EVERY)
 def test_float32_logits_are_as_close_as_transformers(name: str, variant: Folder) -> None:
     case: Case = transformers_case(name, variant(name), (1, 17, 50))
     with load(variant(name), dtype="float32") as model:
@@ -60,7 +68,7 @@ def test_float32_logits_are_as_close_as_transformers(name: str, variant: Folder)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["plain", "untied", "head_dim_80"])
+@pytest.mark.parametrize("name", ["untied", "width_36", slow("head_dim_80")])
 def test_16_bit_logits_are_as_close_as_transformers(name: str, dtype: str, variant: Folder) -> None:
     case = transformers_case(name, variant(name), (1, 17, 50), dtype)
     with load(variant(name), dtype=dtype) as model:
@@ -205,13 +213,19 @@ def test_invariant_bits_follow_from_the_row_alone(kv_dtype: str, dtype: str, sma
             assert np.array_equal(all_logits(decoder, [row], [96], seed=2)[0], expected)
 
 
-@pytest.mark.parametrize("copy", ["plain", "both"])
+WEIGHTS, KV = {"quantize": "int8"}, {"kv_dtype": "int8"}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"quantize": "int8"}, {"kv_dtype": "int8"}, {"quantize": "int8", "kv_dtype": "int8"}],
-    ids=["weights", "kv", "weights-kv"],
+    ("copy", "options"),
+    [
+        ("both", {**WEIGHTS, **KV}),
+        slow("both", KV),
+        slow("both", WEIGHTS),
+        slow("plain", {**WEIGHTS, **KV}),
+    ],
 )
-def test_int8_keeps_the_quality(options: dict[str, str], copy: str, tmp_path: Path) -> None:
+def test_int8_keeps_the_quality(copy: str, options: dict[str, str], tmp_path: Path) -> None:
     folder = fastgen.generator.BUNDLED_MODEL if copy == "plain" else save_hard_copy(copy, tmp_path)
     text = held_out(96 if INTERPRETED else 2048, window=96 if INTERPRETED else 1024)
     sizes: dict[str, Any] = {"max_seq_len": 96} if INTERPRETED else {}

@@ -197,7 +197,11 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: fastgen.load(""), fastgen.CheckpointError, "empty"),
         (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),
         (lambda m: fastgen.load(quantize="int4"), ValueError, "int8"),
-        (lambda m: fastgen.load(quantize="int8", decoder="torch"), ValueError, "CPU decoder"),
+        (
+            lambda m: fastgen.load(quantize="int8", decoder="torch"),
+            ValueError,
+            "torch decoder cannot",
+        ),
         (lambda m: fastgen.load(quantize="int8", dtype="float16"), ValueError, "float32"),
         (
             lambda m: fastgen.load(batch_invariant=True, decoder="torch"),
@@ -205,6 +209,10 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
             "batch_invariant",
         ),
         (lambda m: fastgen.load(decoder="cpu", device="cuda"), ValueError, "CPU only"),
+        (lambda m: fastgen.load(decoder="cuda", device="cpu"), ValueError, "decoder='cuda': "),
+        (lambda m: fastgen.load(kv_dtype="int8"), ValueError, "only the CUDA decoder"),
+        (lambda m: fastgen.load(kv_dtype="int8", decoder="torch"), ValueError, "kv_dtype='int8'"),
+        (lambda m: fastgen.load(kv_dtype="fp8"), ValueError, "kv_dtype must be one of auto, int8"),
         (lambda m: fastgen.load(max_batch_size=0), ValueError, "max_batch_size"),
         (lambda m: fastgen.load(max_memory=10), ValueError, "MB of KV"),
         (lambda m: fastgen.load(3), TypeError, "int"),

@@ -29,9 +29,13 @@ LAYERS = (
     "model_tensors decoders.interface",
     "decoders.plan decoders.row_history decoders.torch_attention decoders.torch_filters",
     "decoders.native_sampler decoders.torch_processors decoders.torch_weights",
-    "decoders.torch_sampler",
-    "decoders.cpu_decoder decoders.torch_decoder",
+    "decoders.cuda_weights decoders.torch_sampler",
+    "decoders.cuda_model decoders.cuda_sampler",
+    "decoders.cuda_inputs",
+    "decoders.cuda_graphs",
+    "decoders.cpu_decoder decoders.cuda_decoder decoders.torch_decoder",
     "decoders.cpu_plan decoders.torch_plan",
+    "decoders.cuda_plan",
     "decoders.choice",
     "prompts request request_checks",
     "waiting",
@@ -50,7 +54,10 @@ LAYERS = (
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 # Upwards, when called: the choice of a decoder builds what it chose.
-BUILDS = {("decoders.choice", "decoders.torch_plan")}
+BUILDS = {
+    ("decoders.choice", "decoders.cuda_plan"),
+    ("decoders.choice", "decoders.torch_plan"),
+}
 # Packages that functions may import, since one can do without them, or they load slowly.
 OPTIONAL = {"huggingface_hub", "torch", "transformers", "triton"}
 

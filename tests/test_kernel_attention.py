@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastgen.kernels.attention import Spans, attention
+from fastgen.kernels.launch import Settings
 from torch import Tensor
 
 import kernel_twins as twins
 from fastgen.decoders.cuda_inputs import tile_tokens
-from fastgen.kernels.attention import Spans, attention
-from fastgen.kernels.launch import Settings
 from fastgen.kv_cache import blocks_for
 from kernel_device import DEVICE, DTYPES, assert_near, poisoned, quiet, random
 

@@ -7,12 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import kernel_twins as twins
-from fastgen.config import ACTIVATIONS
-from kernel_device import DEVICE, DTYPES, assert_near, poisoned, quiet, random
-
 from fastgen.kernels.embedding import embed
 from fastgen.kernels.head import head
 from fastgen.kernels.launch import Settings
@@ -20,6 +14,11 @@ from fastgen.kernels.linear import activated_linear, add_linear
 from fastgen.kernels.norm import layer_norm
 from fastgen.kernels.qkv import qkv
 from fastgen.kernels.vocabulary import TILE
+from torch import Tensor
+
+import kernel_twins as twins
+from fastgen.config import ACTIVATIONS
+from kernel_device import DEVICE, DTYPES, assert_near, poisoned, quiet, random
 
 EPSILON = 1e-5
 pytestmark = quiet

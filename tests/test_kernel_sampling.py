@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from fastgen.kernels.launch import Settings
+from fastgen.kernels.vocabulary import TILE
 
 import kernel_twins as twins
 from fastgen import SamplingParams
 from fastgen.decoders.cuda_sampler import RING, CudaSampler, Kind
 from fastgen.decoders.interface import Draw
-from fastgen.kernels.launch import Settings
-from fastgen.kernels.vocabulary import TILE
 from kernel_device import DEVICE, OWN_SORT, quiet
 from sampling_harness import (
     EOS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import warnings
 from dataclasses import dataclass
 
 from fastgen.checkpoint import Checkpoint
@@ -14,6 +15,7 @@ from fastgen.machine import may_have_gpu
 from fastgen.native import native
 
 _INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
+_NO_TRITON = "Triton is not installed (pip install 'fastgen[gpu]')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
     why = _why(options)
-    if options.decoder != "torch":
+    if options.decoder == "cuda" or (options.decoder == "auto" and not _is_for_cpu(options)):
         missing = _missing_for_cuda(checkpoint, options)
         if missing is None:
             from fastgen.decoders.cuda_plan import plan_cuda
@@ -59,7 +61,7 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
             return plan_cuda(checkpoint, options)
         if options.decoder == "cuda":
             raise ValueError(f"decoder='cuda': {missing}")
-        why = f"{why}; not the CUDA decoder: {missing}"
+        why = f"{why}, and the CUDA decoder cannot be used: {missing}"
     for option, off in (("quantize", None), ("batch_invariant", None), ("kv_dtype", "auto")):
         value = getattr(options, option)
         if value and value != off:
@@ -85,14 +87,20 @@ def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
 def _missing_for_cuda(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
     """What keeps the CUDA decoder from being used."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'fastgen[gpu]'"
+        if options.decoder == "auto" and options.device.partition(":")[0] in ("auto", "cuda"):
+            warnings.warn(f"{_NO_TRITON}; without it models run more slowly", stacklevel=4)
+        return _NO_TRITON
     from fastgen.decoders.cuda_plan import why_not_cuda
 
     return why_not_cuda(checkpoint.config, options)
 
 
+def _is_for_cpu(options: LoadOptions) -> bool:
+    return options.is_cpu or (options.device == "auto" and not _has_gpu())
+
+
 def _cpu_decoder_fits(options: LoadOptions) -> bool:
-    return native is not None and (options.is_cpu or (options.device == "auto" and not _has_gpu()))
+    return native is not None and _is_for_cpu(options)
 
 
 def _has_gpu() -> bool:

@@ -90,6 +90,11 @@ def _check(config: GPT2Config, options: LoadOptions) -> None:
         raise ValueError("decoder='cpu': fastgen's C++ extension was not built; use 'torch'")
     if not (options.is_cpu or options.device == "auto"):
         raise ValueError(f"device={options.device!r}: decoder='cpu' runs on the CPU only")
+    if options.kv_dtype != "auto":
+        raise ValueError(
+            f"kv_dtype={options.kv_dtype!r}: the CPU decoder keeps keys and values as activations "
+            "are; only the CUDA decoder (device='cuda') can do this"
+        )
     if options.quantize is None:
         return
     if options.dtype_name == "float16":

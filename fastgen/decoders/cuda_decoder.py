@@ -23,6 +23,7 @@ from fastgen.decoders.cuda_inputs import (
     InputCopier,
     inputs_size,
     is_plain_decode,
+    new_event,
     parts_of,
     step_inputs,
 )
@@ -95,10 +96,10 @@ class CudaDecoder:
         self._graphs = None
         if os.environ.get("FASTGEN_CUDA_GRAPHS", "1") != "0":
             self._graphs = DecodeGraphs(self._model, self._sampler, limits)
-        self._large_tile = _large_tile(config, settings)
+        self._large_tile = large_tile(config, settings)
         self._last_ids = np.full(limits.num_seats, _UNKNOWN, np.int32)  # by seat
         self._drawn_in = np.full(limits.num_seats, -1)  # the number of the seat's last step
-        self._events = [torch.cuda.Event() if self._on_gpu else None for _ in range(RING)]
+        self._events = [new_event(device) for _ in range(RING)]
 
     @property
     def _on_gpu(self) -> bool:
@@ -108,7 +109,8 @@ class CudaDecoder:
     def forward(self, batch: StepBatch) -> Tensor:
         check_batch(batch, self.limits)
         self._run(batch, batch.seats)
-        return self._sampler.scores.logits[: len(batch.logits_at)]
+        logits: Tensor = self._sampler.scores.logits
+        return logits[: len(batch.logits_at)]
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> CudaStep:
@@ -308,10 +310,10 @@ def _in_order(seats: Ints, draws: Sequence[Draw]) -> list[Draw]:
     return [left[seat].popleft() for seat in seats.tolist() if left.get(seat)]
 
 
-def _large_tile(config: GPT2Config, settings: Settings) -> int:
+def large_tile(config: GPT2Config, settings: Settings) -> int:
     """Tokens of a row that attention takes together in a prefill."""
     if settings.batch_invariant:
         return SMALL_TILE
     if settings.dtype == torch.float32:
-        return 32
+        return 32 if config.head_dim <= 64 else SMALL_TILE
     return 128 if config.head_dim <= 64 else 64

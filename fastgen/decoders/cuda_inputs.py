@@ -31,6 +31,11 @@ def tile_tokens(row_starts: Ints, is_taken: NDArray[np.bool_], size: int) -> tup
     return rows, (row_starts[rows] + within * size).astype(np.int32)
 
 
+def new_event(device: torch.device) -> torch.cuda.Event | None:
+    """Nothing where there is no GPU to wait for."""
+    return torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+
 class InputCopier:
     """Brings integers to one place on the device, several times under way."""
 
@@ -40,7 +45,7 @@ class InputCopier:
         self._hosts = [
             torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(_COPIES)
         ]
-        self._copied = [torch.cuda.Event() if on_gpu else None for _ in range(_COPIES)]
+        self._copied = [new_event(device) for _ in range(_COPIES)]
         self._turn = 0
 
     def copy(self, parts: Mapping[str, Ints]) -> dict[str, Tensor]:

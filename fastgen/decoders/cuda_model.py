@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,12 +101,13 @@ class CudaModel:
         )
         for index in range(self.config.num_layers):
             self._layer(index, inputs)
-        x, norm, row_at = self._hidden, weights.ln_f, inputs.logits_at
-        if not self._folds_norm(inputs.num_logits):
-            layer_norm(settings, self._normed, x, norm, inputs.num_logits, row_at)
-            x, norm, row_at = self._normed, None, None
-        tiles = (scores.tile_max, scores.tile_ids)
-        head(settings, scores.logits, tiles, x, *weights.head, inputs.num_logits, norm, row_at)
+        tiles, num_logits = (scores.tile_max, scores.tile_ids), inputs.num_logits
+        x = self._hidden
+        given: tuple[Any, ...] = (weights.ln_f, inputs.logits_at)
+        if not self._folds_norm(num_logits):
+            layer_norm(settings, self._normed, x, weights.ln_f, num_logits, inputs.logits_at)
+            x, given = self._normed, ()
+        head(settings, scores.logits, tiles, x, *weights.head, num_logits, *given)
 
     def copy_blocks(self, sources: Tensor, destinations: Tensor) -> None:
         self.kv_cache[:, destinations] = self.kv_cache[:, sources]

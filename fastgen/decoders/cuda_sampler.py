@@ -65,8 +65,8 @@ class CudaSampler:
     ) -> None:
         self.settings, self.device = settings, device
         self._vocab_size = vocab_size
-        self.table = _new_table(num_seats, vocab_size, device)
-        self.scores = _new_scores(max_draws, vocab_size, device)
+        self.table = new_table(num_seats, vocab_size, device)
+        self.scores = new_scores(max_draws, vocab_size, device)
         shape = (RING, max_draws)
         drawn = torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.feedback = Feedback(drawn, torch.zeros(1, dtype=torch.int32, device=device))
@@ -81,7 +81,7 @@ class CudaSampler:
             self._host = TorchSampler(num_seats, vocab_size, eos_ids, torch.device("cpu"))
         self._listed: dict[int, NDArray[np.bool_]] = {}  # allowed_token_ids
         self._options = np.zeros((NUM_OPTIONS, num_seats))
-        self._num_logprobs = np.full(num_seats, NO_LOGPROBS)
+        self._num_logprobs = np.full(num_seats, NO_LOGPROBS, np.int64)
         self.on_host = np.zeros(num_seats, bool)
         self.num_steps = 0  # as feedback.num_steps will be when all kernels have run
 
@@ -92,7 +92,7 @@ class CudaSampler:
     def reserve(self, num_seats: int) -> None:
         self.flush()
         more = num_seats - self.num_seats
-        grown = _new_table(num_seats, self._vocab_size, self.device)
+        grown = new_table(num_seats, self._vocab_size, self.device)
         for name in SeatTable.__slots__:
             old, new = getattr(self.table, name), getattr(grown, name)
             (new if name != "options" else new.t())[: num_seats - more] = (
@@ -100,7 +100,7 @@ class CudaSampler:
             )
         self.table = grown
         self._options = np.hstack([self._options, np.zeros((NUM_OPTIONS, more))])
-        self._num_logprobs = np.append(self._num_logprobs, np.full(more, NO_LOGPROBS))
+        self._num_logprobs = np.append(self._num_logprobs, np.full(more, NO_LOGPROBS, np.int64))
         self.on_host = np.append(self.on_host, np.zeros(more, bool))
         self._host.reserve(num_seats)
 
@@ -192,7 +192,8 @@ class CudaSampler:
 
     def line(self, number: int) -> NDArray[np.int32]:
         """Ids (n,) that this step drew; -1: none could be. Valid until RING steps later."""
-        return self._drawn[number % RING]
+        line: NDArray[np.int32] = self._drawn[number % RING]
+        return line
 
     def draws_of(
         self, seats: NDArray[np.int32], ids: NDArray[np.int32], at: NDArray[np.intp]
@@ -200,13 +201,13 @@ class CudaSampler:
         """What kernels drew, as `line` has it, from the logits at `at`; with log-probabilities for
         who wants them, if these are still the last step's."""
         ok = ids >= 0
-        ids = np.where(ok, ids, 0).astype(np.int64)
+        drawn_ids = np.where(ok, ids, 0).astype(np.int64)
         logprobs = {}
         wanted = self._num_logprobs[seats]
         if (wanted != NO_LOGPROBS).any():
             index = torch.from_numpy(at).to(self.device)
-            logprobs = logprobs_of(self.scores.logits.index_select(0, index), wanted, ids, ok)
-        found = zip(seats.tolist(), ids.tolist(), ok.tolist(), strict=True)
+            logprobs = logprobs_of(self.scores.logits.index_select(0, index), wanted, drawn_ids, ok)
+        found = zip(seats.tolist(), drawn_ids.tolist(), ok.tolist(), strict=True)
         return [Draw(*drawn, logprobs.get(at)) for at, drawn in enumerate(found)]
 
     def draw_on_host(
@@ -235,9 +236,9 @@ class CudaSampler:
         if bound:
             index = torch.tensor(list(bound), device=self.device)
             seeds, lengths = zip(*bound.values(), strict=True)
-            self.table.seeds[index] = torch.tensor(seeds, device=self.device)
-            lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
-            self.table.lengths[index] = lengths
+            for name, values in (("seeds", seeds), ("lengths", lengths)):
+                own: Tensor = getattr(self.table, name)
+                own[index] = torch.tensor(values, dtype=own.dtype, device=self.device)
         self._new_options = {}
 
     def _counts(self, token_ids: Sequence[int]) -> NDArray[np.int32]:
@@ -252,7 +253,7 @@ class CudaSampler:
         return biases
 
 
-def _new_table(num_seats: int, vocab_size: int, device: torch.device) -> SeatTable:
+def new_table(num_seats: int, vocab_size: int, device: torch.device) -> SeatTable:
     def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -267,7 +268,7 @@ def _new_table(num_seats: int, vocab_size: int, device: torch.device) -> SeatTab
     )
 
 
-def _new_scores(num_draws: int, vocab_size: int, device: torch.device) -> Scores:
+def new_scores(num_draws: int, vocab_size: int, device: torch.device) -> Scores:
     def empty(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(num_draws, width, dtype=dtype, device=device)
 
@@ -291,6 +292,6 @@ def sampler_bytes(num_seats: int, num_draws: int, vocab_size: int) -> int:
     """What the device holds for a CudaSampler."""
     with torch.device("meta"):
         meta = torch.device("meta")
-        parts = (_new_table(num_seats, vocab_size, meta), _new_scores(num_draws, vocab_size, meta))
+        parts = (new_table(num_seats, vocab_size, meta), new_scores(num_draws, vocab_size, meta))
     tensors = (getattr(part, name) for part in parts for name in type(part).__slots__)
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -1,0 +1,31 @@
+"""Every variant of every Triton kernel compiles for each architecture, and fits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernel_resources.py"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+]
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_every_variant_compiles_and_fits(architecture: str) -> None:
+    """In a process of its own: compiling leaves a few hundred megabytes behind."""
+    command = [sys.executable, str(SCRIPT), "--architectures", architecture]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert "0 wrong" in process.stdout.splitlines()[-1]
