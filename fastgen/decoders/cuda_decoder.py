@@ -7,10 +7,13 @@ host can read them, so nothing is waited for before `PendingStep.wait`.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +38,23 @@ from fastgen.kernels.launch import Settings
 from fastgen.memory import MemoryPlan
 from fastgen.sampling_params import SamplingParams
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _NO_SEAT = np.int32(-1)
 _UNKNOWN = -2  # in _last_ids: drawn, and not yet seen
+
+
+def _on_stream(method: Callable[P, T]) -> Callable[P, T]:
+    """What a method of CudaDecoder starts, it starts on the decoder's device and stream."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        stream = args[0]._stream  # type: ignore[attr-defined]
+        on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
+        with torch.inference_mode(), on_stream:
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass(slots=True)
@@ -80,8 +98,12 @@ class CudaDecoder:
         *,
         int8_kv: bool = False,
     ) -> None:
-        self.config, self.limits, self._memory = config, limits, memory
-        self._device, self._settings = device, settings
+        self.limits, self._memory = limits, memory
+        self._device = device
+        # Its own, so that steps follow each other whichever thread starts them.
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._model = CudaModel(config, weights, settings, limits, device, int8_kv=int8_kv)
         self._sampler = CudaSampler(
             settings,
@@ -100,26 +122,29 @@ class CudaDecoder:
         self._last_ids = np.full(limits.num_seats, _UNKNOWN, np.int32)  # by seat
         self._drawn_in = np.full(limits.num_seats, -1)  # the number of the seat's last step
         self._events = [new_event(device) for _ in range(RING)]
+        self._synchronize()  # weights and blocks were filled on another stream
 
-    @property
-    def _on_gpu(self) -> bool:
-        return self._device.type == "cuda"
-
-    @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
+        logits = self._forward(batch)
+        if self._stream is not None:  # whoever reads them does so behind this
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return logits
+
+    @_on_stream
+    def _forward(self, batch: StepBatch) -> Tensor:
         check_batch(batch, self.limits)
         self._run(batch, batch.seats)
         logits: Tensor = self._sampler.scores.logits
         return logits[: len(batch.logits_at)]
 
-    @torch.inference_mode()
+    @_on_stream
     def step(self, batch: StepBatch) -> CudaStep:
         check_batch(batch, self.limits)
         sampler = self._sampler
         sampler.flush()
         seats = np.where(sampler.on_host[batch.seats], _NO_SEAT, batch.seats)  # on the device
         seats[batch.seats < 0] = _NO_SEAT
-        if self._graphs is not None and is_plain_decode(batch):
+        if self._graphs is not None and is_plain_decode(batch, self.limits.num_seats):
             self._graphs.launch(self._with_feedback(batch, seats), seats)
             sampler.num_steps += 1
             return self._pending(batch, seats, np.zeros_like(seats))
@@ -129,6 +154,7 @@ class CudaDecoder:
         self._launch(parts["seats"], first)
         return self._pending(batch, seats, turns, parts["seats"])
 
+    @_on_stream
     def take(self, step: CudaStep) -> list[Draw]:
         """The draws of a step, in order; it is waited for."""
         assert self._sampler.num_steps - step.number < RING, "waited for too late"
@@ -144,6 +170,7 @@ class CudaDecoder:
         self._last_ids[seats[latest]] = np.maximum(ids[latest], 0)
         return self._sampler.draws_of(seats, ids, at)
 
+    @_on_stream
     def logits_of(self, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         """(len(rows), V) of the last step's logits, on the host."""
         logits = self._sampler.scores.logits
@@ -151,11 +178,11 @@ class CudaDecoder:
         host: NDArray[np.float32] = logits.index_select(0, index).cpu().numpy()
         return host
 
-    @torch.inference_mode()
+    @_on_stream
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         self._sampler.bind(seat, params, token_ids)
 
-    @torch.inference_mode()
+    @_on_stream
     def observe(self, seat: int, token_id: int) -> None:
         self._interrupt()
         self._sampler.observe(seat, token_id)
@@ -164,18 +191,18 @@ class CudaDecoder:
     def release(self, seat: int) -> None:
         self._sampler.release(seat)
 
-    @torch.inference_mode()
+    @_on_stream
     def set_mask(self, seat: int, allowed: NDArray[np.bool_] | None) -> None:
         self._sampler.set_mask(seat, allowed)
 
-    @torch.inference_mode()
+    @_on_stream
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         if not len(pairs):
             return
         index = torch.from_numpy(np.array(pairs, dtype=np.int64)).to(self._device)
         self._model.copy_blocks(*index.unbind(1))
 
-    @torch.inference_mode()
+    @_on_stream
     def reserve(self, blocks: int, seats: int) -> None:
         before, limits = self.limits, grown(self.limits, blocks, seats)
         if limits == before:
@@ -197,7 +224,7 @@ class CudaDecoder:
     def memory(self) -> MemoryPlan:
         return self._memory
 
-    @torch.inference_mode()
+    @_on_stream
     def warmup(self) -> None:
         """Make the graphs of greedy rows and of rows that sample, for every bucket."""
         if self._graphs is not None:
@@ -289,7 +316,7 @@ class CudaDecoder:
             self._graphs.interrupt()
 
     def _synchronize(self) -> None:
-        if self._on_gpu:
+        if self._stream is not None:
             torch.cuda.synchronize(self._device)
 
 

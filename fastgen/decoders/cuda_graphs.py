@@ -130,7 +130,8 @@ class DecodeGraphs:
             sampler.num_steps += 1
             torch.cuda.synchronize(self._model.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            stream = torch.cuda.current_stream(self._model.device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 run()
             replay = graph.replay
         self._replays[bucket, kind] = replay

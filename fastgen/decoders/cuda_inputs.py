@@ -137,11 +137,12 @@ def decode_parts(num_rows: int, width: int, spare_block: int) -> dict[str, Ints]
     }
 
 
-def is_plain_decode(batch: StepBatch) -> bool:
-    """Whether each row brings one token, and wants its logits, in order."""
+def is_plain_decode(batch: StepBatch, most: int) -> bool:
+    """Whether each of at most so many rows brings one token, and wants its logits, in order."""
     count = len(batch.cache_lens)
     return (
-        len(batch.token_ids) == len(batch.logits_at) == count
+        count <= most
+        and len(batch.token_ids) == len(batch.logits_at) == count
         and bool((batch.logits_at == np.arange(count)).all())
         and len(set(batch.seats[batch.seats >= 0].tolist())) == int((batch.seats >= 0).sum())
     )

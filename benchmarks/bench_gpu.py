@@ -1,0 +1,251 @@
+"""The CUDA decoder on the GPU that is there: steps against the card's limits, and against peers.
+
+    python benchmarks/bench_gpu.py [--rounds 5] [--without-peers] [--out FOLDER] [--save]
+
+GPT-2 124M with random weights in bfloat16. A step's time is that of 48 steps that follow each other
+without the host looking, by device events; candidates take turns, medians count. The limits are the
+card's copy bandwidth (bytes read and written) and its bfloat16 peak, both measured in the same run.
+Peers are transformers' `generate`, eager and with a static cache and torch.compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from models import POSITIONS, SHAPES, Shape, random_prompts, save_checkpoint
+from rows import Rows
+
+import fastgen
+
+STEPS = 48  # in one go; fewer than may be under way
+GREEDY: dict[str, Any] = {"temperature": 0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.95}
+OTHERS: dict[str, dict[str, Any]] = {"temperature": {}, "top_p": {"top_p": 0.95}}
+TARGETS = {
+    "batch 1, context 256: microseconds a token": 200,
+    "batch 256, context 512: share of the limit": 0.8,
+    "batch 256, context 512, int8 KV: times as fast": 1.6,
+    "prefill of 8 x 1024: share of the peak": 0.45,
+    "sampled over greedy, at most": 1.05,
+}
+
+
+def device_seconds(run: Callable[[], Any]) -> float:
+    """Of what `run` starts, by device events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def median_seconds(run: Callable[[], Any], rounds: int) -> float:
+    run()
+    torch.cuda.synchronize()
+    return harness.median(device_seconds(run) for _ in range(rounds))
+
+
+def copy_bandwidth(rounds: int, num_bytes: int = 2**32) -> float:
+    """Bytes a second, read and written."""
+    source = torch.randn(num_bytes // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * num_bytes / median_seconds(lambda: target.copy_(source), rounds)
+
+
+def bf16_peak(rounds: int, size: int = 8192) -> float:
+    """Operations a second of a large product, of random numbers."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, rounds)
+
+
+@contextmanager
+def loaded(folder: Path, batch: int, **options: Any) -> Iterator[fastgen.Generator]:
+    environment = {key: str(options.pop(key)) for key in list(options) if key.isupper()}
+    os.environ.update(environment)
+    try:
+        with fastgen.load(
+            folder, device="cuda", max_batch_size=batch, **{"dtype": "bfloat16", **options}
+        ) as model:
+            assert model.plan.decoder == "cuda", model.plan.reason
+            yield model
+    finally:
+        for key in environment:
+            del os.environ[key]
+
+
+def step_seconds(
+    model: fastgen.Generator, batch: int, context: int, rounds: int, sampling: dict[str, Any]
+) -> float:
+    """Seconds of a step of `batch` rows whose contexts are `context` long in the middle."""
+    decoder = model.engine.decoder
+    rows = Rows(decoder, batch, POSITIONS)
+    first = context - STEPS // 2
+    prompts = random_prompts(batch, first, np.random.default_rng(0))
+    rows.bind(prompts, **sampling)
+    rows.run(rows.prefill_batches(prompts))
+    batches = rows.decode_batches(first, STEPS)
+
+    def run() -> None:
+        pending = [decoder.step(one) for one in batches]
+        pending[-1].wait()
+
+    seconds = median_seconds(run, rounds) / STEPS
+    rows.release()
+    return seconds
+
+
+def prefill_seconds(model: fastgen.Generator, batch: int, length: int, rounds: int) -> float:
+    rows = Rows(model.engine.decoder, batch, POSITIONS)
+    prompts = random_prompts(batch, length, np.random.default_rng(0))
+    rows.bind(prompts, **GREEDY)
+    batches = list(rows.prefill_batches(prompts))
+    seconds = median_seconds(lambda: rows.run(batches), rounds)
+    rows.release()
+    return seconds
+
+
+def generate_rate(model: fastgen.Generator, batch: int, new: int = 128) -> float:
+    """Tokens a second of the whole of `generate`, host and all."""
+    prompts = random_prompts(batch, 128, np.random.default_rng(1))
+    options = {"max_new_tokens": new, "ignore_eos": True, "seed": 0, **SAMPLED}
+    model.generate(prompts, **options)
+    seconds = [harness.timed(lambda: model.generate(prompts, **options))() for _ in range(3)]
+    return batch * new / harness.median(seconds)
+
+
+def step_limit(shape: Shape, batch: int, context: int, kv_bytes: int, bandwidth: float) -> float:
+    """Seconds that reading weights and KV takes."""
+    kv_numbers = batch * context * shape.context
+    scales = 4 * batch * context * 2 * shape.layers * shape.heads if kv_bytes == 1 else 0
+    return (2 * (shape.linear + shape.head) + kv_bytes * kv_numbers + scales) / bandwidth
+
+
+def prefill_operations(shape: Shape, batch: int, length: int) -> float:
+    """The head only computes each row's last token."""
+    attention = 2 * batch * length**2 * shape.context / 2  # causal
+    return 2 * batch * (length * shape.linear + shape.head) + attention
+
+
+def measure(folder: Path, shape: Shape, rounds: int) -> dict[str, Any]:
+    bandwidth, peak = copy_bandwidth(rounds), bf16_peak(rounds)
+    found: dict[str, Any] = {"copy_bandwidth": bandwidth, "bf16_peak": peak}
+    ways = {
+        "graph_pdl": {},
+        "graph": {"FASTGEN_PDL": 0},
+        "plain": {"FASTGEN_CUDA_GRAPHS": 0},
+        "int8": {"quantize": "int8"},
+        "float32": {"dtype": "float32"},
+        "batch_invariant": {"batch_invariant": True},
+    }
+    for name, options in ways.items():
+        with loaded(folder, 1, **options) as model:
+            found[f"batch1_{name}_us"] = 1e6 * step_seconds(model, 1, 256, rounds, GREEDY)
+            if name == "graph_pdl":
+                for kind, sampling in {"sampled": SAMPLED, **OTHERS}.items():
+                    seconds = step_seconds(model, 1, 256, rounds, sampling)
+                    found[f"batch1_{kind}_us"] = 1e6 * seconds
+    for batch in (8, 32):
+        with loaded(folder, batch) as model:
+            seconds = step_seconds(model, batch, 512, rounds, GREEDY)
+            found[f"batch{batch}_us"] = 1e6 * seconds
+            limit = step_limit(shape, batch, 512, 2, bandwidth)
+            found[f"batch{batch}_share"] = limit / seconds
+    with loaded(folder, 256) as model:
+        greedy = step_seconds(model, 256, 512, rounds, GREEDY)
+        sampled = step_seconds(model, 256, 512, rounds, SAMPLED)
+        prefill = prefill_seconds(model, 8, 1024, rounds)
+        rate = generate_rate(model, 256)
+    with loaded(folder, 256, kv_dtype="int8") as model:
+        int8 = step_seconds(model, 256, 512, rounds, GREEDY)
+    found |= {
+        "batch256_us": 1e6 * greedy,
+        "batch256_share": step_limit(shape, 256, 512, 2, bandwidth) / greedy,
+        "batch256_int8_kv_us": 1e6 * int8,
+        "batch256_int8_kv_share": step_limit(shape, 256, 512, 1, bandwidth) / int8,
+        "batch256_int8_kv_speedup": greedy / int8,
+        "batch256_sampled_over_greedy": sampled / greedy,
+        "batch1_sampled_over_greedy": found["batch1_sampled_us"] / found["batch1_graph_pdl_us"],
+        "prefill_us": 1e6 * prefill,
+        "prefill_share": prefill_operations(shape, 8, 1024) / prefill / peak,
+        "generate_batch256_tokens_per_s": rate,
+    }
+    with loaded(folder, 1) as model:
+        found["generate_batch1_tokens_per_s"] = generate_rate(model, 1)
+    return found
+
+
+def peers(folder: Path, rounds: int) -> dict[str, Any]:
+    """Microseconds a token of transformers' generate at batch 1, contexts 208 to 304."""
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    ids = torch.tensor(random_prompts(1, 208, np.random.default_rng(0)), device="cuda")
+    options = {"do_sample": False, "max_new_tokens": 96, "min_new_tokens": 96, "pad_token_id": 0}
+    found = {}
+    for name, own in {"eager": {}, "static_compiled": {"cache_implementation": "static"}}.items():
+
+        @torch.inference_mode()
+        def run(own: dict[str, Any] = own) -> None:
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options, **own)
+
+        try:
+            run()
+            run()
+            found[f"transformers_{name}_us"] = 1e6 * median_seconds(run, min(3, rounds)) / 96
+        except Exception as error:  # a peer that cannot run says so in the table
+            found[f"transformers_{name}_error"] = str(error).splitlines()[0][:200]
+    return found
+
+
+def table(record: dict[str, Any]) -> str:
+    lines = [f"{record['device']}, torch {record['torch']}, triton {record['triton']}", ""]
+    for name, value in record["found"].items():
+        shown = (
+            value if isinstance(value, str) else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        )
+        lines.append(f"{name:<36} {shown:>20}")
+    lines += ["", "targets (H100):", *(f"{value:>8}  {name}" for name, value in TARGETS.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for bench_gpu.json and bench_gpu.txt")
+    parser.add_argument("--save", action="store_true", help="into benchmarks/results")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("bench_gpu.py needs an NVIDIA GPU")
+    shape = SHAPES["124M"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(Path(folder), shape)
+        found = measure(path, shape, options.rounds)
+        if not options.without_peers:
+            found |= peers(path, options.rounds)
+    versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+    device = torch.cuda.get_device_name()
+    record = {"device": device, **versions, "found": found, **harness.machine()}
+    text = table(record)
+    folders = [options.out, harness.RESULTS if options.save else None]
+    for out in [folder for folder in folders if folder is not None]:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench_gpu.json").write_text(json.dumps(record) + "\n")
+        (out / "bench_gpu.txt").write_text(text)
+    print(text)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
