@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import TOLERANCES
 from decoder_names import DECODERS, INTERPRETED
 
 if "cuda" not in DECODERS:
@@ -37,9 +38,6 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # NumPy, which is the interpreter, warns of what floating point has infinities for.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-# Rounding of operands and results, as a share of the largest value: what half a dozen roundings in
-# that dtype add up to.
-ERRORS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
@@ -55,7 +53,8 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
     """Every element, within the rounding of `dtype`, relative to the largest expected one."""
+    rounding = TOLERANCES["kernels"][str(dtype).removeprefix("torch.")]
     found, expected = found.double().cpu(), expected.double().cpu()
     assert found.shape == expected.shape
     gap = (found - expected).abs().max().item()
-    assert gap <= ERRORS[dtype] * expected.abs().max().item(), gap  # NaN fails
+    assert gap <= rounding * expected.abs().max().item(), gap  # NaN fails

@@ -156,7 +156,8 @@ class KvRows:
         at = 0
         for pieces in self._steps(work):
             count = sum(piece.num_wanted for piece in pieces)
-            out[at : at + count] = self.decoder.forward(_batch(pieces))
+            logits = self.decoder.forward(_batch(pieces))
+            out[at : at + count] = logits.cpu() if hasattr(logits, "cpu") else logits
             at += count
             for new, start, end in pieces:
                 new.row.token_ids += new.token_ids[start:end].tolist()
