@@ -11,12 +11,11 @@ from fastgen.kernels.launch import Settings, run, wait_for_previous
 from fastgen.kernels.norm import Norm
 from fastgen.kernels.product import (
     choose_tile,
-    lines_of,
     num_tiles,
     prefetch_weights,
     product,
+    product_arguments,
     tile_of_program,
-    weight_arguments,
 )
 from fastgen.kernels.vocabulary import TILE, store_highest
 from torch import Tensor
@@ -69,27 +68,17 @@ def head(
         weight: (V, C); scales: (V,) of an int8 one.
         row_at: int32 (L,).
     """
-    vocab_size, num_inputs = weight.shape
+    vocab_size = len(weight)
     columns = 0 if vocab_size >= 16384 and settings.dtype.itemsize == 2 else TILE
     tile = choose_tile(settings, num_rows, weight, normed=norm is not None, columns=columns)
-    gain, norm_bias, epsilon = norm or (None, None, 0.0)
     arguments = {
         "logits": logits,
         "tile_max": tiles[0],
         "tile_ids": tiles[1],
-        "x": x,
         "row_at": row_at,
-        **weight_arguments(weight, scales),
-        "gain": gain,
-        "norm_bias": norm_bias,
-        "num_rows": num_rows,
         "V": vocab_size,
         "TILE": TILE,
-        "NORMS": norm is not None,
-        "EPSILON": epsilon,
-        "LINES": lines_of(weight),
-        **tile.constants(num_inputs),
-        **settings.product,
+        **product_arguments(settings, tile, x, weight, scales, num_rows, norm),
     }
     grid = (num_tiles(tile, num_rows, vocab_size),)
     run(_head, grid, settings, arguments, **tile.options)

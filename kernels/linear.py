@@ -13,12 +13,11 @@ from fastgen.kernels.launch import Settings, run, wait_for_previous
 from fastgen.kernels.norm import Norm
 from fastgen.kernels.product import (
     choose_tile,
-    lines_of,
     num_tiles,
     prefetch_weights,
     product,
+    product_arguments,
     tile_of_program,
-    weight_arguments,
 )
 from torch import Tensor
 
@@ -90,24 +89,14 @@ def _run(
 ) -> None:
     weight, scales, bias = linear
     tile = choose_tile(settings, num_rows, weight, normed=norm is not None)
-    gain, norm_bias, epsilon = norm or (None, None, 0.0)
-    num_columns, num_inputs = weight.shape
+    num_columns = len(weight)
     arguments = {
         "out": out,
-        "x": x,
-        **weight_arguments(weight, scales),
         "linear_bias": bias,
-        "gain": gain,
-        "norm_bias": norm_bias,
-        "num_rows": num_rows,
         "N": num_columns,
-        "NORMS": norm is not None,
-        "EPSILON": epsilon,
         "ACTIVATION": activation,
         "ADDS": activation is None,
-        "LINES": lines_of(weight),
-        **tile.constants(num_inputs),
-        **settings.product,
+        **product_arguments(settings, tile, x, weight, scales, num_rows, norm),
     }
     grid = (num_tiles(tile, num_rows, num_columns),)
     run(_linear, grid, settings, arguments, **tile.options)

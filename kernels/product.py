@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, prefetch
-from fastgen.kernels.norm import row_statistics
+from fastgen.kernels.norm import Norm, row_statistics
 from torch import Tensor
 
 MOST_NORMED_ROWS = 64  # with more, the norm is a kernel of its own
@@ -94,8 +94,32 @@ def num_tiles(tile: Tile, num_rows: int, num_columns: int) -> int:
     return cdiv(num_rows, tile.rows) * cdiv(num_columns, tile.columns)
 
 
-def weight_arguments(weight: Tensor, scales: Tensor | None) -> dict[str, Any]:
-    return {"weight": weight, "scales": scales, "QUANTIZED": scales is not None}
+def product_arguments(
+    settings: Settings,
+    tile: Tile,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    num_rows: int,
+    norm: Norm | None,
+) -> dict[str, Any]:
+    """What every kernel that multiplies x with weight is told."""
+    gain, norm_bias, epsilon = norm or (None, None, 0.0)
+    row_bytes = weight.shape[1] * weight.element_size()
+    return {
+        "x": x,
+        "weight": weight,
+        "scales": scales,
+        "gain": gain,
+        "norm_bias": norm_bias,
+        "num_rows": num_rows,
+        "NORMS": norm is not None,
+        "EPSILON": epsilon,
+        "QUANTIZED": scales is not None,
+        "LINES": power_of_two(cdiv(row_bytes, _LINE)),
+        **tile.constants(weight.shape[1]),
+        **settings.product,
+    }
 
 
 @triton.jit
@@ -149,8 +173,3 @@ def product(
     if QUANTIZED:
         sums = sums * tl.load(scales + columns, mask=is_column, other=0.0)[None, :]
     return sums
-
-
-def lines_of(weight: Tensor) -> int:
-    """Cache lines of a row of weight (N, K), rounded up to a power of two."""
-    return power_of_two(cdiv(weight.shape[1] * weight.element_size(), _LINE))

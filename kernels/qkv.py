@@ -15,11 +15,10 @@ from fastgen.kernels.linear import Linear
 from fastgen.kernels.norm import Norm
 from fastgen.kernels.product import (
     choose_tile,
-    lines_of,
     prefetch_weights,
     product,
+    product_arguments,
     tile_of_program,
-    weight_arguments,
 )
 from torch import Tensor
 
@@ -111,26 +110,16 @@ def qkv(
     columns = 0 if kv_scales is None else power_of_two(head_dim, 8)  # whole heads
     tile = choose_tile(settings, num_rows, weight, normed=norm is not None, columns=columns)
     column_tiles = cdiv(len(weight), tile.columns) if kv_scales is None else 3 * heads
-    gain, norm_bias, epsilon = norm or (None, None, 0.0)
     arguments = {
         "query": query,
         "kv_cache": blocks,
         "kv_scales": kv_scales,
         "slots": slots,
-        "x": x,
-        **weight_arguments(weight, scales),
         "linear_bias": bias,
-        "gain": gain,
-        "norm_bias": norm_bias,
-        "num_rows": num_rows,
         "H": heads,
         "D": head_dim,
         "BY_HEAD": kv_scales is not None,
-        "NORMS": norm is not None,
-        "EPSILON": epsilon,
-        "LINES": lines_of(weight),
-        **tile.constants(weight.shape[1]),
-        **settings.product,
+        **product_arguments(settings, tile, x, weight, scales, num_rows, norm),
     }
     grid = (cdiv(num_rows, tile.rows) * column_tiles,)
     run(_qkv, grid, settings, arguments, **tile.options)

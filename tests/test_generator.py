@@ -197,11 +197,7 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: fastgen.load(""), fastgen.CheckpointError, "empty"),
         (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),
         (lambda m: fastgen.load(quantize="int4"), ValueError, "int8"),
-        (
-            lambda m: fastgen.load(quantize="int8", decoder="torch"),
-            ValueError,
-            "torch decoder cannot",
-        ),
+        (lambda m: fastgen.load(quantize="int8", decoder="torch"), ValueError, "torch deco"),
         (lambda m: fastgen.load(quantize="int8", dtype="float16"), ValueError, "float32"),
         (
             lambda m: fastgen.load(batch_invariant=True, decoder="torch"),
