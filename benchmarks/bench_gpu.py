@@ -3,14 +3,17 @@
     python benchmarks/bench_gpu.py [--rounds 5] [--without-peers] [--out FOLDER] [--save]
 
 GPT-2 124M with random weights in bfloat16. A step's time is that of 48 steps that follow each other
-without the host looking, by device events; candidates take turns, medians count. The limits are the
-card's copy bandwidth (bytes read and written) and its bfloat16 peak, both measured in the same run.
-Peers are transformers' `generate`, eager and with a static cache and torch.compile.
+without the host looking, by the clock, from the first call until the last draw is there; medians of
+several such runs count. The limits are the card's copy bandwidth (bytes read and written; once more
+at the end) and its bfloat16 peak, both measured in the same run. Peers are transformers' generate,
+eager and with a static cache and torch.compile. What is measured is written down at once, targets
+first, so that a run that is cut off leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import tempfile
@@ -22,6 +25,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+import triton
 from models import POSITIONS, SHAPES, Shape, random_prompts, save_checkpoint
 from rows import Rows
 
@@ -40,20 +44,15 @@ TARGETS = {
 }
 
 
-def device_seconds(run: Callable[[], Any]) -> float:
-    """Of what `run` starts, by device events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def median_seconds(run: Callable[[], Any], rounds: int) -> float:
-    run()
-    torch.cuda.synchronize()
-    return harness.median(device_seconds(run) for _ in range(rounds))
+    """Of what `run` starts, until the device has done it."""
+
+    def to_the_end() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    to_the_end()
+    return harness.median(harness.timed(to_the_end)() for _ in range(rounds))
 
 
 def copy_bandwidth(rounds: int, num_bytes: int = 2**32) -> float:
@@ -117,11 +116,14 @@ def prefill_seconds(model: fastgen.Generator, batch: int, length: int, rounds: i
 
 def generate_rate(model: fastgen.Generator, batch: int, new: int = 128) -> float:
     """Tokens a second of the whole of `generate`, host and all."""
-    prompts = random_prompts(batch, 128, np.random.default_rng(1))
+    rng = np.random.default_rng(1)  # other prompts each time: the same ones would be found
     options = {"max_new_tokens": new, "ignore_eos": True, "seed": 0, **SAMPLED}
-    model.generate(prompts, **options)
-    seconds = [harness.timed(lambda: model.generate(prompts, **options))() for _ in range(3)]
-    return batch * new / harness.median(seconds)
+
+    def run() -> None:
+        model.generate(random_prompts(batch, 128, rng), **options)
+
+    run()
+    return batch * new / harness.median(harness.timed(run)() for _ in range(3))
 
 
 def step_limit(shape: Shape, batch: int, context: int, kv_bytes: int, bandwidth: float) -> float:
@@ -137,12 +139,52 @@ def prefill_operations(shape: Shape, batch: int, length: int) -> float:
     return 2 * batch * (length * shape.linear + shape.head) + attention
 
 
-def measure(folder: Path, shape: Shape, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, shape: Shape, rounds: int, found: dict[str, Any]) -> Iterator[None]:
+    """Fill `found`; yields whenever there is more in it."""
     bandwidth, peak = copy_bandwidth(rounds), bf16_peak(rounds)
-    found: dict[str, Any] = {"copy_bandwidth": bandwidth, "bf16_peak": peak}
-    ways = {
-        "graph_pdl": {},
-        "graph": {"FASTGEN_PDL": 0},
+    found |= {"copy_bandwidth": bandwidth, "bf16_peak": peak}
+    with loaded(folder, 1) as model:
+        greedy = step_seconds(model, 1, 256, rounds, GREEDY)
+        found["batch1_graph_pdl_us"] = 1e6 * greedy
+        yield
+        sampled = step_seconds(model, 1, 256, rounds, SAMPLED)
+        found["batch1_sampled_us"] = 1e6 * sampled
+        found["batch1_sampled_over_greedy"] = sampled / greedy
+        found["generate_batch1_tokens_per_s"] = generate_rate(model, 1)
+        yield
+    with loaded(folder, 1, FASTGEN_PDL=0) as model:
+        found["batch1_graph_us"] = 1e6 * step_seconds(model, 1, 256, rounds, GREEDY)
+    yield
+    with loaded(folder, 256) as model:
+        greedy = step_seconds(model, 256, 512, rounds, GREEDY)
+        found["batch256_us"] = 1e6 * greedy
+        found["batch256_share"] = step_limit(shape, 256, 512, 2, bandwidth) / greedy
+        yield
+        prefill = prefill_seconds(model, 8, 1024, rounds)
+        found["prefill_us"] = 1e6 * prefill
+        found["prefill_share"] = prefill_operations(shape, 8, 1024) / prefill / peak
+        sampled = step_seconds(model, 256, 512, rounds, SAMPLED)
+        found["batch256_sampled_over_greedy"] = sampled / greedy
+        found["generate_batch256_tokens_per_s"] = generate_rate(model, 256)
+        yield
+    with loaded(folder, 256, kv_dtype="int8") as model:
+        int8 = step_seconds(model, 256, 512, rounds, GREEDY)
+        found["batch256_int8_kv_us"] = 1e6 * int8
+        found["batch256_int8_kv_share"] = step_limit(shape, 256, 512, 1, bandwidth) / int8
+        found["batch256_int8_kv_speedup"] = greedy / int8
+    yield
+
+
+def more(folder: Path, shape: Shape, rounds: int, found: dict[str, Any]) -> Iterator[None]:
+    """What no target speaks of."""
+    for batch in (8, 32):
+        with loaded(folder, batch) as model:
+            seconds = step_seconds(model, batch, 512, rounds, GREEDY)
+        found[f"batch{batch}_us"] = 1e6 * seconds
+        limit = step_limit(shape, batch, 512, 2, found["copy_bandwidth"])
+        found[f"batch{batch}_share"] = limit / seconds
+        yield
+    ways: dict[str, dict[str, Any]] = {
         "plain": {"FASTGEN_CUDA_GRAPHS": 0},
         "int8": {"quantize": "int8"},
         "float32": {"dtype": "float32"},
@@ -151,48 +193,21 @@ def measure(folder: Path, shape: Shape, rounds: int) -> dict[str, Any]:
     for name, options in ways.items():
         with loaded(folder, 1, **options) as model:
             found[f"batch1_{name}_us"] = 1e6 * step_seconds(model, 1, 256, rounds, GREEDY)
-            if name == "graph_pdl":
-                for kind, sampling in {"sampled": SAMPLED, **OTHERS}.items():
-                    seconds = step_seconds(model, 1, 256, rounds, sampling)
-                    found[f"batch1_{kind}_us"] = 1e6 * seconds
-    for batch in (8, 32):
-        with loaded(folder, batch) as model:
-            seconds = step_seconds(model, batch, 512, rounds, GREEDY)
-            found[f"batch{batch}_us"] = 1e6 * seconds
-            limit = step_limit(shape, batch, 512, 2, bandwidth)
-            found[f"batch{batch}_share"] = limit / seconds
-    with loaded(folder, 256) as model:
-        greedy = step_seconds(model, 256, 512, rounds, GREEDY)
-        sampled = step_seconds(model, 256, 512, rounds, SAMPLED)
-        prefill = prefill_seconds(model, 8, 1024, rounds)
-        rate = generate_rate(model, 256)
-    with loaded(folder, 256, kv_dtype="int8") as model:
-        int8 = step_seconds(model, 256, 512, rounds, GREEDY)
-    found |= {
-        "batch256_us": 1e6 * greedy,
-        "batch256_share": step_limit(shape, 256, 512, 2, bandwidth) / greedy,
-        "batch256_int8_kv_us": 1e6 * int8,
-        "batch256_int8_kv_share": step_limit(shape, 256, 512, 1, bandwidth) / int8,
-        "batch256_int8_kv_speedup": greedy / int8,
-        "batch256_sampled_over_greedy": sampled / greedy,
-        "batch1_sampled_over_greedy": found["batch1_sampled_us"] / found["batch1_graph_pdl_us"],
-        "prefill_us": 1e6 * prefill,
-        "prefill_share": prefill_operations(shape, 8, 1024) / prefill / peak,
-        "generate_batch256_tokens_per_s": rate,
-    }
+        yield
     with loaded(folder, 1) as model:
-        found["generate_batch1_tokens_per_s"] = generate_rate(model, 1)
-    return found
+        for name, sampling in OTHERS.items():
+            found[f"batch1_{name}_us"] = 1e6 * step_seconds(model, 1, 256, rounds, sampling)
+    found["copy_bandwidth_at_the_end"] = copy_bandwidth(rounds)
+    yield
 
 
-def peers(folder: Path, rounds: int) -> dict[str, Any]:
+def peers(folder: Path, rounds: int, found: dict[str, Any]) -> Iterator[None]:
     """Microseconds a token of transformers' generate at batch 1, contexts 208 to 304."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
     ids = torch.tensor(random_prompts(1, 208, np.random.default_rng(0)), device="cuda")
     options = {"do_sample": False, "max_new_tokens": 96, "min_new_tokens": 96, "pad_token_id": 0}
-    found = {}
     for name, own in {"eager": {}, "static_compiled": {"cache_implementation": "static"}}.items():
 
         @torch.inference_mode()
@@ -205,7 +220,7 @@ def peers(folder: Path, rounds: int) -> dict[str, Any]:
             found[f"transformers_{name}_us"] = 1e6 * median_seconds(run, min(3, rounds)) / 96
         except Exception as error:  # a peer that cannot run says so in the table
             found[f"transformers_{name}_error"] = str(error).splitlines()[0][:200]
-    return found
+        yield
 
 
 def table(record: dict[str, Any]) -> str:
@@ -228,22 +243,23 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu.py needs an NVIDIA GPU")
-    shape = SHAPES["124M"]
+    shape, found = SHAPES["124M"], {}
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    record = {"device": torch.cuda.get_device_name(), **versions, "found": found}
+    record |= harness.machine()
+    folders = [options.out, harness.RESULTS if options.save else None]
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder), shape)
-        found = measure(path, shape, options.rounds)
+        parts = [measure(path, shape, options.rounds, found)]
         if not options.without_peers:
-            found |= peers(path, options.rounds)
-    versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
-    device = torch.cuda.get_device_name()
-    record = {"device": device, **versions, "found": found, **harness.machine()}
-    text = table(record)
-    folders = [options.out, harness.RESULTS if options.save else None]
-    for out in [folder for folder in folders if folder is not None]:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench_gpu.json").write_text(json.dumps(record) + "\n")
-        (out / "bench_gpu.txt").write_text(text)
-    print(text)
+            parts.append(peers(path, options.rounds, found))
+        parts.append(more(path, shape, options.rounds, found))
+        for _ in itertools.chain(*parts):
+            for out in [one for one in folders if one is not None]:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "bench_gpu.json").write_text(json.dumps(record) + "\n")
+                (out / "bench_gpu.txt").write_text(table(record))
+    print(table(record))
     print(json.dumps(record))
 
 

@@ -43,7 +43,8 @@ from fastgen.decoders.interface import DecoderLimits
 META = torch.device("meta")
 BATCHES, PREFILL, ROWS = (1, 8, 32, 256), 2048, 256
 FEW_SPILLED = 32  # bytes: a scalar or two around the loop, as ptxas has it at some sizes
-SHARED_LIMIT = 101_376  # bytes a block may have on compute capability 8.6 and 8.9
+SHARED_LIMITS = {80: 101_376, 90: 232_448, 100: 232_448}  # bytes; 8.6 and 8.9 give less than 8.0
+LARGE = 200_704  # bytes for tiles, as decoders have them from 9.0 on
 SHAPES = {  # hidden size, heads, vocabulary
     "gpt2": (768, 12, 50257),
     "gpt2-xl": (1600, 25, 50257),
@@ -71,6 +72,7 @@ class Call:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]  # parameters that are multiples of 16
     options: tuple[tuple[str, Any], ...]
+    room: int  # bytes for tiles
 
     @property
     def title(self) -> str:
@@ -110,8 +112,6 @@ class Recorder:
             else:
                 signature.append((name, "fp32" if isinstance(value, float) else "i32"))
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fuse}
-        if settings.pdl:
-            options["launch_pdl"] = True
         call = Call(
             kernel.fn.__module__,
             kernel.fn.__name__,
@@ -119,6 +119,7 @@ class Recorder:
             tuple(constants),
             tuple(aligned),
             tuple(options.items()),
+            settings.shared_memory,
         )
         self.calls[call] = None
 
@@ -166,7 +167,7 @@ def drive(shape: str, settings: launch.Settings, *, quantized: bool, int8_kv: bo
     drawn, num_steps = empty(RING, ROWS, dtype=torch.int32), empty(1, dtype=torch.int32)
     for count in BATCHES:
         parts = on_meta(decode_parts(count, 32, 0))
-        model.forward(step_inputs(parts, 0), scores, table.last_drawn, num_steps)
+        model.forward(step_inputs(parts, 0, 1), scores, table.last_drawn, num_steps)
         process(settings, scores, parts["seats"], table, count)
         weigh(settings, scores, parts["seats"], table, count)
         for samples, processes in product((False, True), repeat=2):
@@ -177,7 +178,7 @@ def drive(shape: str, settings: launch.Settings, *, quantized: bool, int8_kv: bo
     parts["logits_at"] = parts["logits_at"][:8]
     for name in ("rows", "starts"):
         parts[f"large_{name}"] = parts[f"small_{name}"]
-    inputs = step_inputs(parts, large_tile(config, settings))
+    inputs = step_inputs(parts, large_tile(config, settings), 1)
     model.forward(inputs, scores, table.last_drawn, num_steps)
 
 
@@ -194,11 +195,13 @@ def variants() -> Iterator[tuple[str, launch.Settings, dict[str, bool]]]:
             yield "gpt2", launch.Settings(dtype), own
             yield "odd", launch.Settings(dtype), own
     plain = {"quantized": False, "int8_kv": False}
-    yield "gpt2", launch.Settings(torch.bfloat16, pdl=True), plain
     yield "gpt2", launch.Settings(torch.bfloat16, batch_invariant=True), plain
     yield "gpt2", launch.Settings(torch.float32, batch_invariant=True), plain
     yield "gpt2", launch.Settings(torch.float32, tf32=True), plain
     yield "gpt2-xl", launch.Settings(torch.bfloat16), plain
+    for quantized, int8_kv in kinds:
+        own = {"quantized": quantized, "int8_kv": int8_kv}
+        yield "gpt2", launch.Settings(torch.bfloat16, shared_memory=LARGE), own
 
 
 def recorded() -> list[Call]:
@@ -216,16 +219,19 @@ def recorded() -> list[Call]:
 
 
 def compiled(call: Call, architecture: int) -> dict[str, Any]:
-    """A line of the table."""
+    """A line of the table. From 9.0 on with programmatic dependent launch, as decoders have it."""
+    constants, options = dict(call.constants), dict(call.options)
+    if architecture >= 90:
+        constants["PDL"] = options["launch_pdl"] = True
     kernel = getattr(sys.modules[call.module], call.kernel)
     source = ASTSource(
         kernel,
         dict(call.signature),
-        {(kernel.arg_names.index(name),): value for name, value in call.constants},
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         {(index,): [["tt.divisibility", 16]] for index in call.aligned},
     )
     target = GPUTarget("cuda", architecture, 32)
-    binary = triton.compile(source, target=target, options=dict(call.options))
+    binary = triton.compile(source, target=target, options=options)
     registers, stack = resource_usage(binary.asm["cubin"])
     return {
         "architecture": architecture,
@@ -233,7 +239,7 @@ def compiled(call: Call, architecture: int) -> dict[str, Any]:
         "registers": registers,
         "stack": stack,
         "shared": binary.metadata.shared,
-        "narrow": narrow_copies(binary.asm["ptx"], dict(call.constants).get("NORMS", False)),
+        "narrow": narrow_copies(binary.asm["ptx"], constants.get("NORMS", False)),
         "instructions": instructions(binary.asm["ptx"]),
     }
 
@@ -273,7 +279,7 @@ def faults(line: dict[str, Any]) -> list[str]:
     found = []
     if line["architecture"] == 90 and line["stack"] > FEW_SPILLED:
         found.append(f"spills {line['stack']} bytes")
-    if line["shared"] > SHARED_LIMIT:
+    if line["shared"] > SHARED_LIMITS[line["architecture"]]:
         found.append(f"needs {line['shared']} bytes of shared memory")
     wants_wide = " K=768 " in line["kernel"] or " K=3072 " in line["kernel"]
     if wants_wide and line["narrow"]:
@@ -286,11 +292,12 @@ def main() -> None:
     parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
+    calls = recorded()
     tasks = [
         (call, architecture)
         for architecture in options.architectures
-        for call in recorded()
-        if architecture >= 90 or not dict(call.constants)["PDL"]
+        for call in calls
+        if architecture >= 90 or call.room <= launch.SHARED_MEMORY
     ]
     with ProcessPoolExecutor() as pool:
         lines = list(pool.map(compiled, *zip(*tasks, strict=True), chunksize=4))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 BLOCK_SIZE = tl.constexpr(32)  # tokens of a KV block
 _COLUMNS = 1024  # of a program
+STEPS_COUNTED = 2**30  # then from 0 again: 2^31 steps are days
 
 
 @triton.jit(do_not_specialize=["table_width"])
@@ -16,7 +17,7 @@ def _embed(
     hidden, slots, token_ids, positions, row_of, row_starts, cache_lens, block_tables,
     last_drawn, num_steps, wte, wte_scales, wte_factors, wpe,
     table_width, C: tl.constexpr, COLUMNS: tl.constexpr, QUANTIZED: tl.constexpr,
-    PDL: tl.constexpr,
+    WRAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
     token = tl.program_id(0)
@@ -35,7 +36,7 @@ def _embed(
     tl.store(hidden + token.to(tl.int64) * C + column, embedded, mask=inside)
     if tl.program_id(1) == 0:
         if token == 0:
-            tl.store(num_steps, tl.load(num_steps) + 1)
+            tl.store(num_steps, (tl.load(num_steps) + 1) % WRAP)
         row = tl.load(row_of + token)
         cached_at = tl.load(cache_lens + row) + token - tl.load(row_starts + row)
         block = tl.load(block_tables + row * table_width + cached_at // BLOCK_SIZE)
@@ -60,7 +61,7 @@ def embed(
         batch: int32 token_ids (N,), of which -1 - s stands for last_drawn[s]; positions (N,);
             row_of (N,); row_starts (R + 1,); cache_lens (R,); block_tables (R, M).
         last_drawn: int32 (seats,).
-        num_steps: int32 (1,), counted up.
+        num_steps: int32 (1,), counted up, modulo STEPS_COUNTED.
         embedding: (V, C); int8: with float32 scales (V,), and factors (C,) by which its columns
             were divided.
         wpe: (positions, C).
@@ -82,5 +83,6 @@ def embed(
         "C": size,
         "COLUMNS": columns,
         "QUANTIZED": scales is not None,
+        "WRAP": STEPS_COUNTED,
     }
     run(_embed, (num_tokens, cdiv(size, columns)), settings, arguments)

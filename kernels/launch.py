@@ -14,6 +14,8 @@ import triton.language as tl
 # Triton's interpreter runs kernels on the CPU; it is chosen by the environment, before any import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+SHARED_MEMORY = 96 * 1024  # bytes; the smallest devices of compute capability 8 give 99 KB
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -27,12 +29,14 @@ class Settings:
         pdl: programmatic dependent launch: a kernel's blocks start, and fetch their weights, while
             the kernel before it ends. compute capability 9.0 or newer.
         batch_invariant: tiles, and so the order of every sum, never depend on the batch.
+        shared_memory: bytes that tiles of a product may take of it.
     """
 
     dtype: torch.dtype
     tf32: bool = False
     pdl: bool = False
     batch_invariant: bool = False
+    shared_memory: int = SHARED_MEMORY
 
     @property
     def product(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ MOST_NORMED_ROWS = 64  # with more, the norm is a kernel of its own
 _GROUP = 8  # row tiles that take turns with column tiles, so that both stay in the cache
 _LINE = 128  # bytes of a cache line
 _WIDE = 16384  # columns: only a vocabulary has so many
-_SHARED_MEMORY = 96 * 1024  # bytes; the smallest devices of compute capability 8 give 99 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +59,15 @@ def choose_tile(
         tile = Tile(64, 64, 64, 4, 4)
     elif num_rows <= 16:  # all weights pass by once: many programs with much under way
         narrow = 8 if num_columns < 2048 else 16
-        tile = Tile(16, 64 if is_wide else narrow, 256, 4, 4)
+        tile = Tile(16, 64 if is_wide else narrow, 256, 4, 4 if normed else 6)
     elif num_rows <= 64:
         tile = Tile(64, 128 if is_wide else 32, 128, 4, 4)
     elif num_rows <= 512:
         tile = Tile(64, 128 if is_wide else 64, 64, 4, 4)
+        if num_columns < 2048:  # else there are fewer programs than processors
+            tile = Tile(64, 32, 128, 4, 4)
     else:
-        tile = Tile(128, 128, 64, 8, 3)
+        tile = Tile(128, 128, 64, 8, 4)
     if columns:
         rows = min(tile.rows, 64 if columns < 128 or settings.dtype.itemsize == 2 else 16)
         tile = replace(tile, rows=rows, columns=columns)
@@ -74,15 +75,16 @@ def choose_tile(
         tile = replace(tile, num_warps=8)
     tile = replace(tile, inputs=min(tile.inputs, power_of_two(num_inputs, 16)))
     size = settings.dtype.itemsize
-    return _fitted(tile, 4 if normed else size, weight.element_size(), size)
+    sizes = (4 if normed else size, weight.element_size(), size)
+    return _fitted(tile, *sizes, settings.shared_memory)
 
 
-def _fitted(tile: Tile, x_size: int, weight_size: int, operand_size: int) -> Tile:
+def _fitted(tile: Tile, x_size: int, weight_size: int, operand_size: int, room: int) -> Tile:
     """With so few inputs, then stages, that shared memory holds them. Sizes are in bytes."""
     while True:
         step = tile.inputs * (tile.rows * x_size + tile.columns * weight_size)
         operands = tile.inputs * (tile.rows + tile.columns) * operand_size
-        if (tile.num_stages - 1) * step + operands <= _SHARED_MEMORY:
+        if (tile.num_stages - 1) * step + operands <= room:
             return tile
         if tile.inputs > 64:
             tile = replace(tile, inputs=tile.inputs // 2)

@@ -44,7 +44,7 @@ from torch import Tensor
 MOST_CANDIDATES = 1024
 _TRIED = tl.constexpr(512)  # candidates at least, where top-p alone decides
 _GROUP = 32  # tiles that are read together
-_LONG_CHUNK = 4096  # logits that are read together where all are
+_LONG_CHUNK = 2048  # logits that are read together where all are
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +81,19 @@ def _sampled(
     num_chunks: tl.constexpr = (V + CHUNK - 1) // CHUNK
     is_long = (top_k == 0) | (top_k > MOST_TOP_K)
     token_id = -1
-    if is_revived:  # nothing that was found out about its logits holds
-        token_id = choose_of_all(
-            source, weights + draw * V, temperature, highest, top_k, top_p, min_p, u, False,
-            V, LONG_CHUNK, BITS,
-        )  # fmt: skip
-    elif (top_k == 0) & (top_p == 1.0):
+    is_tried = (is_revived == 0) & (top_k <= MOST_TOP_K)  # else nothing known of its tiles helps
+    if (is_revived == 0) & (top_k == 0) & (top_p == 1.0):
         token_id = choose_unfiltered(
             source, chunk_sums + draw * num_chunks, temperature, highest, min_p, u,
             V, CHUNK, CHUNKS, BITS,
         )  # fmt: skip
-    else:
-        count = MOST + 1
-        if top_k <= MOST_TOP_K:
-            wanted = tl.where(top_k > 0, top_k, _TRIED)
-            count = gather_candidates(
-                source, divided(maxima, temperature), temperature, wanted, hot_tiles + draw * T,
-                candidate_values + draw * MOST, candidate_ids + draw * MOST,
-                V, T, TILE, MOST, GROUP,
-            )  # fmt: skip
+    elif is_tried:
+        wanted = tl.where(top_k > 0, top_k, _TRIED)
+        count = gather_candidates(
+            source, divided(maxima, temperature), temperature, wanted, hot_tiles + draw * T,
+            candidate_values + draw * MOST, candidate_ids + draw * MOST,
+            V, T, TILE, MOST, GROUP,
+        )  # fmt: skip
         if count <= MOST:
             chunk = tl.arange(0, CHUNKS)
             inside = chunk < tl.where(is_long, num_chunks, 0)
@@ -108,11 +102,12 @@ def _sampled(
                 candidate_values + draw * MOST, candidate_ids + draw * MOST, count, highest,
                 top_k, top_p, min_p, u, whole, MOST, BITS,
             )  # fmt: skip
-        if token_id < 0:
-            token_id = choose_of_all(
-                source, weights + draw * V, temperature, highest, top_k, top_p, min_p, u, is_long,
-                V, LONG_CHUNK, BITS,
-            )  # fmt: skip
+    if token_id < 0:
+        has_weights = (is_revived == 0) & is_long
+        token_id = choose_of_all(
+            source, weights + draw * V, temperature, highest, top_k, top_p, min_p, u, has_weights,
+            V, LONG_CHUNK, BITS,
+        )  # fmt: skip
     return token_id
 
 
@@ -136,7 +131,7 @@ def _sample(
         source, best_ids = logits + draw * V, tile_ids + draw * T
         usable = tl.min((maxima < float("inf")).to(tl.int32), 0) > 0  # no NaN and no infinity
         usable = usable & (tl.max(maxima, 0) > float("-inf"))
-        is_revived = False
+        is_revived = 0
         revived_id = V
         if PROCESSES:
             if usable & (option(options, CHANGES, seat, num_seats) > 0):
@@ -146,8 +141,8 @@ def _sample(
                 if has_mask & (tl.max(maxima, 0) == float("-inf")):
                     words: tl.constexpr = (V + 31) // 32
                     revived_id = revive(scores + draw * V, masks + seat * words, V, LONG_CHUNK)
-                    is_revived = revived_id < V
-        highest = tl.where(is_revived, 0.0, tl.max(maxima, 0))
+                    is_revived = (revived_id < V).to(tl.int32)
+        highest = tl.where(is_revived > 0, 0.0, tl.max(maxima, 0))
         usable = usable & (tl.min((maxima < float("inf")).to(tl.int32), 0) > 0)
         usable = usable & (highest > float("-inf"))
         temperature = option(options, TEMPERATURE, seat, num_seats).to(tl.float32)
@@ -156,7 +151,7 @@ def _sample(
             if temperature == 0:
                 ids = tl.load(best_ids + tile, mask=is_tile, other=V)
                 token_id = tl.min(tl.where(maxima == highest, ids, V), 0)
-                token_id = tl.where(is_revived, revived_id, token_id)
+                token_id = tl.where(is_revived > 0, revived_id, token_id)
             elif SAMPLES:
                 highest = tl.math.div_rn(highest, temperature)
                 if (highest < float("inf")) & (highest > float("-inf")):

@@ -11,9 +11,10 @@ import torch
 
 import fastgen
 from agreement import assert_rows_agree
+from fastgen.decoders.plan import LoadOptions
 from fastgen.decoders.torch_sampler import TorchSampler
 from sampling_harness import DefinedRow, random_logits, random_params
-from test_variants import assert_as_close_as_pytorch
+from test_variants import assert_as_close_as_pytorch, load_transformers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,18 +27,39 @@ EOS = frozenset({0, 3})
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["plain", "codeparrot", "untied", "head_dim_1", "head_dim_80"])
 def test_logits_are_as_close_as_transformers(name: str, dtype: str, variant: Folder) -> None:
-    assert_as_close_as_pytorch(name, dtype, variant(name), "cuda")
+    assert_as_close_as_pytorch(name, dtype, variant(name), "cuda", "torch")
 
 
 def test_generates_what_the_cpu_generates(model: fastgen.Generator) -> None:
     prompts = [f"{word} of the" for word in ["day", "king", "house", "land", "God", "people"]]
     params = [fastgen.SamplingParams(seed=i, max_new_tokens=30, top_k=50) for i in range(6)]
     wanted = model.generate(prompts, params)
-    with fastgen.load(device="cuda", dtype="float32") as on_gpu:
+    with fastgen.load(device="cuda", dtype="float32", decoder="torch") as on_gpu:
         found = on_gpu.generate(prompts, params)
     for options, a, b in zip(params, wanted, found, strict=True):
         tokens = a.completions[0].token_ids, b.completions[0].token_ids
         assert_rows_agree(a.prompt_token_ids, options, *tokens)
+
+
+@pytest.mark.parametrize("decoder", ["torch", "auto"])
+def test_the_drop_in_is_transformers(
+    decoder: str, variant: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadOptions, "decoder", decoder)
+    model = load_transformers(variant("plain"), torch.float32).cuda()
+    ids = torch.tensor([[5, 9, 2, 77], [1, 1, 3, 8]], device="cuda")
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    wanted = [
+        model(ids).logits,
+        model.generate(ids, attention_mask=mask, **options),
+        model.generate(ids, attention_mask=mask, num_beams=3, **options),
+    ]
+    fast = fastgen.accelerate(model)
+    assert torch.allclose(fast(ids).logits, wanted[0], atol=1e-3)
+    assert torch.equal(fast.generate(ids, attention_mask=mask, **options), wanted[1])
+    beams = fast.generate(ids, attention_mask=mask, num_beams=3, **options)
+    assert torch.equal(beams, wanted[2])
 
 
 @pytest.mark.parametrize("vocab_size", [64, 5000])

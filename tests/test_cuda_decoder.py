@@ -16,6 +16,7 @@ import torch
 import fastgen
 from conftest import TOLERANCES
 from fastgen.decoders.cuda_decoder import CudaDecoder
+from fastgen.decoders.interface import StepBatch
 from kernel_device import INTERPRETED, quiet
 from poisoned import POISON, save_poisoned_odd
 from quality import held_out, kl_and_perplexity, save_hard_copy
@@ -156,23 +157,101 @@ def test_rows_come_and_go_between_graphs(decoder: CudaDecoder) -> None:
     drawn = decoder.step(rows.batch(prompts, seats=[0, 1, 2, 3])).wait()
     for own, draw in zip(tokens, drawn, strict=True):
         own.append(draw.token_id)
-    replaced = set()
+    replaced: dict[int, set[int]] = {row: set() for row in range(4)}
     for _ in range(14):
         chosen = [row for row in range(4) if rng.random() < 0.6] or [2]
         fed = [[tokens[row][-1]] if row in chosen else [] for row in range(4)]
         seats = list(range(4))
         if rng.random() < 0.3:  # as if drawn by somebody else: not what the seat drew last
             other = chosen[0]
-            tokens[other][-1] ^= 1
+            tokens[other][-1] = (tokens[other][-1] + 1) % 211
             fed[other] = [tokens[other][-1]]
-            replaced.add((other, len(tokens[other]) - 1))
+            replaced[other].add(len(tokens[other]) - 1)
         for draw in decoder.step(rows.batch(fed, seats=seats)).wait():
             tokens[draw.seat].append(draw.token_id)
     for row, own in enumerate(tokens):
         logits = all_logits(decoder, [own], [96], seed=row)[0]
-        greedy = logits.argmax(1).tolist()
-        for at in range(len(prompts[row]), len(own)):
-            assert own[at] == greedy[at - 1] or (row, at) in replaced, (row, at)
+        for at in set(range(len(prompts[row]), len(own))) - replaced[row]:
+            gap = logits[at - 1].max() - logits[at - 1, own[at]]  # equals may be rounded apart
+            assert gap <= 1e-5, (row, at, gap)
+
+
+def test_a_row_may_be_fed_what_another_seat_drew(decoder: CudaDecoder) -> None:
+    """Before anything was looked at, too."""
+    prompts = random_rows(11, 5, 6, 7)
+    found = []
+    for ahead in (False, True):
+        for seat in range(3):
+            decoder.bind(seat, fastgen.SamplingParams(seed=seat), prompts[seat])
+        rows = Rows(decoder, 3)
+        step = decoder.step(rows.batch(prompts, seats=[0, 1, 2]))
+        fed = [[-2]] * 3 if ahead else [[step.wait()[1].token_id]] * 3
+        draws = decoder.step(rows.batch(fed, seats=[0, 1, 2])).wait()
+        found.append([draw.token_id for draw in draws])
+    assert found[0] == found[1]
+
+
+def test_what_the_host_chose_counts_though_a_draw_is_seen_later(decoder: CudaDecoder) -> None:
+    [prompt] = random_rows(12, 5)
+    found = []
+    for late in (False, True):
+        decoder.bind(0, fastgen.SamplingParams(temperature=0), prompt)
+        rows = Rows(decoder, 1)
+        step = decoder.step(rows.batch([prompt], seats=[0]))
+        drawn = None if late else step.wait()[0].token_id
+        decoder.observe(0, 17)
+        drawn = drawn if drawn is not None else step.wait()[0].token_id
+        first = decoder.step(rows.batch([[drawn]], seats=[0])).wait()[0].token_id
+        found.append((first, decoder.step(rows.batch([[-1]], seats=[0])).wait()[0].token_id))
+    assert found[0] == found[1]
+
+
+def test_a_step_that_fails_between_its_kernels_costs_no_later_one(
+    decoder: CudaDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    [prompt] = random_rows(13, 9)
+    found = []
+    for breaks in (False, True):
+        decoder.bind(0, fastgen.SamplingParams(seed=3), prompt)
+        rows = Rows(decoder, 1)
+        prefill = rows.batch([prompt], seats=[0])
+        if breaks:
+            with monkeypatch.context() as patched:
+                patched.setattr("fastgen.decoders.cuda_model.add_linear", broken)
+                for _ in range(3):
+                    with pytest.raises(RuntimeError, match="no such kernel"):
+                        decoder.step(prefill)
+        drawn = [decoder.step(prefill).wait()[0].token_id]
+        drawn += [decoder.step(rows.batch([[-1]], seats=[0])).wait()[0].token_id for _ in range(3)]
+        found.append(drawn)
+    assert found[0] == found[1]
+
+
+def test_rows_longer_than_the_models(small: Path) -> None:
+    """Which a caller with positions of its own may have, as in transformers."""
+    [row] = random_rows(14, 130)
+    found = []
+    for name in ("torch", "cuda"):
+        with fastgen.load(small, decoder=name, dtype="float32", max_batch_size=2) as model:
+            decoder = model.engine.decoder
+            parts = []
+            for start, end in ((0, 90), (90, 129), (129, 130)):
+                count = end - start
+                batch = StepBatch(
+                    token_ids=np.array(row[start:end], np.int32),
+                    positions=np.arange(start, end, dtype=np.int32) % 96,
+                    row_starts=np.array([0, count], np.int32),
+                    cache_lens=np.array([start], np.int32),
+                    block_tables=np.array([[3, 0, 5, 1, 4]], np.int32),
+                    logits_at=np.arange(count, dtype=np.int32),
+                    seats=np.full(count, -1, np.int32),
+                )
+                parts.append(decoder.step(batch).logits)
+            found.append(np.concatenate(parts))
+    assert worst_error([found[1]], [found[0]]) < 1e-5 * np.abs(found[0]).max()
 
 
 def test_a_mixed_step_is_its_parts(decoder: CudaDecoder) -> None:
@@ -231,9 +310,9 @@ def test_int8_keeps_the_quality(copy: str, options: dict[str, str], tmp_path: Pa
     sizes: dict[str, Any] = {"max_seq_len": 96} if INTERPRETED else {}
     dtype = "float32" if INTERPRETED else "bfloat16"
     with fastgen.load(folder, decoder="torch", dtype="float32", device="cpu", **sizes) as model:
-        expected = all_logits(model.engine.decoder, text.rows, [96])
+        expected = all_logits(model.engine.decoder, text.rows, [48])
     with load(folder, dtype=dtype, **sizes, **options) as model:
-        found = all_logits(decoder_of(model), text.rows, [96])
+        found = all_logits(decoder_of(model), text.rows, [48])
     targets = np.concatenate(text.targets)
     quality = kl_and_perplexity(np.concatenate(expected), np.concatenate(found), targets)
     assert quality.kl <= TOLERANCES["int8_kl"], quality

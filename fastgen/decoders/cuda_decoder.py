@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import ParamSpec, TypeVar
 
@@ -31,7 +31,7 @@ from fastgen.decoders.cuda_inputs import (
     step_inputs,
 )
 from fastgen.decoders.cuda_model import SMALL_TILE, CudaModel
-from fastgen.decoders.cuda_sampler import RING, CudaSampler
+from fastgen.decoders.cuda_sampler import RING, CudaSampler, Kind
 from fastgen.decoders.cuda_weights import CudaWeights
 from fastgen.decoders.interface import DecoderLimits, Draw, Ints, StepBatch, check_batch, grown
 from fastgen.kernels.launch import Settings
@@ -41,7 +41,7 @@ from fastgen.sampling_params import SamplingParams
 P = ParamSpec("P")
 T = TypeVar("T")
 _NO_SEAT = np.int32(-1)
-_UNKNOWN = -2  # in _last_ids: drawn, and not yet seen
+_UNKNOWN = np.iinfo(np.int32).min  # in _last_ids: drawn, and not yet seen; no feedback id
 
 
 def _on_stream(method: Callable[P, T]) -> Callable[P, T]:
@@ -144,14 +144,16 @@ class CudaDecoder:
         sampler.flush()
         seats = np.where(sampler.on_host[batch.seats], _NO_SEAT, batch.seats)  # on the device
         seats[batch.seats < 0] = _NO_SEAT
-        if self._graphs is not None and is_plain_decode(batch, self.limits.num_seats):
-            self._graphs.launch(self._with_feedback(batch, seats), seats)
-            sampler.num_steps += 1
+        if self._graphs is not None and is_plain_decode(batch, self.limits):
+            with self._all_or_nothing():
+                self._graphs.launch(self._with_feedback(batch, seats), seats)
+                sampler.num_steps += 1
             return self._pending(batch, seats, np.zeros_like(seats))
         parts = self._run(batch, seats)
         turns = _turns(seats)  # drafts are drawn in turns: 0 for the first draw of each seat
-        first = np.where(turns == 0, seats, _NO_SEAT)
-        self._launch(parts["seats"], first)
+        if turns.any():
+            parts["seats"].copy_(torch.from_numpy(np.where(turns == 0, seats, _NO_SEAT)))
+        self._launch(parts["seats"], seats)
         return self._pending(batch, seats, turns, parts["seats"])
 
     @_on_stream
@@ -186,7 +188,7 @@ class CudaDecoder:
     def observe(self, seat: int, token_id: int) -> None:
         self._interrupt()
         self._sampler.observe(seat, token_id)
-        self._last_ids[seat] = token_id
+        self._last_ids[seat], self._drawn_in[seat] = token_id, -1
 
     def release(self, seat: int) -> None:
         self._sampler.release(seat)
@@ -217,8 +219,9 @@ class CudaDecoder:
             self._drawn_in = np.append(self._drawn_in, np.full(more, -1))
         if self._graphs is not None:
             self._graphs = DecodeGraphs(self._model, self._sampler, limits)
+        self._synchronize()  # what was copied is given back to PyTorch
         self.limits = limits
-        kv_cache = self._memory.kv_cache // (before.num_blocks + 1) * (limits.num_blocks + 1)
+        kv_cache = self._memory.kv_cache // before.num_blocks * limits.num_blocks
         self._memory = replace(self._memory, num_blocks=limits.num_blocks, kv_cache=kv_cache)
 
     def memory(self) -> MemoryPlan:
@@ -228,7 +231,7 @@ class CudaDecoder:
     def warmup(self) -> None:
         """Make the graphs of greedy rows and of rows that sample, for every bucket."""
         if self._graphs is not None:
-            self._graphs.make_all([(False, False), (True, False)])
+            self._graphs.make_all([Kind(), Kind(samples=True), Kind(samples=True, weighs=True)])
         self._synchronize()
 
     def close(self) -> None:
@@ -236,21 +239,35 @@ class CudaDecoder:
         if self._graphs is not None:
             self._graphs.clear()
         self._model.clear()
+        self._sampler.clear()
 
     def _run(self, batch: StepBatch, seats: Ints) -> dict[str, Tensor]:
         """Fill the logits; returns the step's arrays on the device."""
         self._interrupt()
         parts = self._copier.copy(parts_of(batch, seats, self._large_tile))
-        inputs, sampler = step_inputs(parts, self._large_tile), self._sampler
+        longest = int((batch.cache_lens + np.diff(batch.row_starts)).max())
+        inputs, sampler = step_inputs(parts, self._large_tile, longest), self._sampler
         num_steps = sampler.feedback.num_steps
-        self._model.forward(inputs, sampler.scores, sampler.table.last_drawn, num_steps)
-        sampler.num_steps += 1
+        with self._all_or_nothing():
+            self._model.forward(inputs, sampler.scores, sampler.table.last_drawn, num_steps)
+            sampler.num_steps += 1
         return parts
 
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A step that fails between its kernels may have been counted on the device: then here."""
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # a device that is lost has nothing to say
+                self._synchronize()
+                self._sampler.count_as_device()
+            self._interrupt()
+            raise
+
     def _launch(self, on_device: Tensor, seats: Ints) -> None:
-        """Draw at those of the last step's logits that have a seat."""
+        """Draw at those of the last step's logits that have a seat on the device; at most these."""
         if (seats >= 0).any():
-            on_device.copy_(torch.from_numpy(seats))
             self._sampler.launch(on_device, len(seats), self._sampler.kind(seats))
 
     def _pending(
@@ -291,6 +308,7 @@ class CudaDecoder:
                 assert on_device is not None
                 wave = np.full_like(seats, _NO_SEAT)
                 wave[at] = seats[at]
+                on_device.copy_(torch.from_numpy(wave))
                 self._launch(on_device, wave)
         return draws
 
@@ -317,7 +335,8 @@ class CudaDecoder:
 
     def _synchronize(self) -> None:
         if self._stream is not None:
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
+            self._stream.synchronize()
 
 
 def _turns(seats: Ints) -> Ints:

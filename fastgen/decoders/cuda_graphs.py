@@ -7,6 +7,7 @@ one), so a step that only continues the last one needs nothing from the host.
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from fastgen.decoders.cuda_sampler import CudaSampler, Kind
 from fastgen.decoders.interface import DecoderLimits, Ints, StepBatch
 from fastgen.kv_cache import blocks_for
 
+_capturing = threading.Lock()  # one thread at a time: others' would be broken off
 _VARYING = ("token_ids", "positions", "cache_lens", "block_tables", "seats")
 
 
@@ -113,7 +115,7 @@ class DecodeGraphs:
 
     def _make(self, bucket: int, kind: Kind) -> Callable[[], None]:
         line, sampler = self._line(bucket), self._sampler
-        inputs = step_inputs(line.on_device, 0)
+        inputs = step_inputs(line.on_device, 0, 1)
         fed = {name: line.on_device[name] for name in ("token_ids", "positions", "cache_lens")}
         feedback = replace(sampler.feedback, **fed)
 
@@ -128,10 +130,13 @@ class DecodeGraphs:
             line.rest()
             run()  # compiles and loads its kernels, which cannot be done while it is captured
             sampler.num_steps += 1
-            torch.cuda.synchronize(self._model.device)
+            torch.cuda.current_stream(self._model.device).synchronize()
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.current_stream(self._model.device)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+            # What PyTorch makes at the first capture of a process, later ones use: also those of
+            # others, outside of inference mode.
+            with torch.inference_mode(False), _capturing, captured:
                 run()
             replay = graph.replay
         self._replays[bucket, kind] = replay

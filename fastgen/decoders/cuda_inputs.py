@@ -40,16 +40,24 @@ class InputCopier:
     """Brings integers to one place on the device, several times under way."""
 
     def __init__(self, size: int, device: torch.device) -> None:
+        self._turn = 0
+        self._allocate(size, device)
+
+    def _allocate(self, size: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
         self._hosts = [
             torch.zeros(size, dtype=torch.int32, pin_memory=on_gpu) for _ in range(_COPIES)
         ]
         self._copied = [new_event(device) for _ in range(_COPIES)]
-        self._turn = 0
 
     def copy(self, parts: Mapping[str, Ints]) -> dict[str, Tensor]:
         """The parts on the device, valid until the next call of it runs there."""
+        room = sum(part.size + _ALIGNED for part in parts.values())
+        if room > len(self._device):  # rows longer than the model's have longer tables
+            if self._device.is_cuda:  # steps under way read the old one
+                torch.cuda.current_stream(self._device.device).synchronize()
+            self._allocate(room, self._device.device)
         self._turn = (self._turn + 1) % _COPIES
         host, event = self._hosts[self._turn], self._copied[self._turn]
         if event is not None:
@@ -101,8 +109,8 @@ def parts_of(batch: StepBatch, seats: Ints, large_tile: int) -> dict[str, Ints]:
     }
 
 
-def step_inputs(parts: Mapping[str, Tensor], large_tile: int) -> StepInputs:
-    """Of the parts on the device."""
+def step_inputs(parts: Mapping[str, Tensor], large_tile: int, longest: int) -> StepInputs:
+    """Of the parts on the device; `longest`: tokens of a row, with its cache."""
     names = ("token_ids", "positions", "row_of", "row_starts", "cache_lens", "block_tables")
     tiles = (
         Tiles(parts[f"{name}_rows"], parts[f"{name}_starts"], len(parts[f"{name}_rows"]), size)
@@ -114,6 +122,7 @@ def step_inputs(parts: Mapping[str, Tensor], large_tile: int) -> StepInputs:
         num_tokens=len(parts["token_ids"]),
         num_logits=len(parts["logits_at"]),
         tiles=[some for some in tiles if some.count],
+        longest=longest,
     )
 
 
@@ -137,11 +146,14 @@ def decode_parts(num_rows: int, width: int, spare_block: int) -> dict[str, Ints]
     }
 
 
-def is_plain_decode(batch: StepBatch, most: int) -> bool:
-    """Whether each of at most so many rows brings one token, and wants its logits, in order."""
+def is_plain_decode(batch: StepBatch, limits: DecoderLimits) -> bool:
+    """Whether each row brings one token, and wants its logits, in order: at most one for each seat,
+    none longer than rows of an engine are."""
     count = len(batch.cache_lens)
     return (
-        count <= most
+        count <= limits.num_seats
+        and int(batch.cache_lens.max()) < limits.max_seq_len
+        and batch.block_tables.shape[1] <= blocks_for(limits.max_seq_len)
         and len(batch.token_ids) == len(batch.logits_at) == count
         and bool((batch.logits_at == np.arange(count)).all())
         and len(set(batch.seats[batch.seats >= 0].tolist())) == int((batch.seats >= 0).sum())

@@ -28,6 +28,7 @@ from fastgen.kernels.qkv import qkv
 from fastgen.kv_cache import BLOCK_SIZE
 
 SMALL_TILE = 16  # tokens of a row that attention takes together, where the step brings few
+_ENDLESS = 2**30  # tokens
 _SPAN = 64  # tokens; spans are multiples of it
 _PROGRAMS = 4 * 132  # that fill the largest devices; more spans than that gain nothing
 
@@ -51,6 +52,7 @@ class StepInputs:
     num_tokens: int
     num_logits: int
     tiles: Sequence[Tiles]
+    longest: int  # tokens of a row, with what is in its cache
 
 
 class CudaModel:
@@ -126,6 +128,8 @@ class CudaModel:
     def clear(self) -> None:
         self.weights.clear()
         self.kv_cache, self.kv_scales = self.kv_cache.new_empty(0), None
+        for name in ("_hidden", "_normed", "_query", "_attended", "_inner"):
+            setattr(self, name, self.kv_cache)
 
     def _layer(self, index: int, inputs: StepInputs) -> None:
         settings, layer, count = self.settings, self.weights.layers[index], inputs.num_tokens
@@ -145,7 +149,7 @@ class CudaModel:
                 inputs.batch,
                 self.config.attention_scale(index),
                 tile_size=tiles.size,
-                spans=self._spans(count, tiles),
+                spans=self._spans(inputs, tiles),
             )
         add_linear(settings, self._hidden, self._attended, layer.c_proj, count)
         x, norm = self._normed_input(layer.ln_2, count)
@@ -162,15 +166,18 @@ class CudaModel:
     def _folds_norm(self, num_rows: int) -> bool:
         return num_rows <= MOST_NORMED_ROWS and not self.settings.batch_invariant
 
-    def _spans(self, num_tokens: int, tiles: Tiles) -> Spans:
-        """Few tokens: so many that the device is full; many, or invariant: one."""
+    def _spans(self, inputs: StepInputs, tiles: Tiles) -> Spans:
+        """Few tokens: so many that the device is full; many, or invariant: one. So too for rows
+        that are longer than the model's, which the drop-in may have."""
         heads, longest = self.config.num_heads, self._max_seq_len
-        if tiles.size > SMALL_TILE or self.settings.batch_invariant:
-            return Spans(longest, 1)
-        wanted = cdiv(_PROGRAMS, num_tokens * heads)
+        one = Spans(_ENDLESS, 1)
+        is_long = inputs.longest > longest
+        if tiles.size > SMALL_TILE or self.settings.batch_invariant or is_long:
+            return one
+        wanted = cdiv(_PROGRAMS, inputs.num_tokens * heads)
         length = cdiv(cdiv(longest, wanted), _SPAN) * _SPAN
         count = cdiv(longest, length)
-        return Spans(length, count, *self._span_room) if count > 1 else Spans(longest, 1)
+        return Spans(length, count, *self._span_room) if count > 1 else one
 
     def _new_span_room(self) -> tuple[Tensor, ...]:
         """With more than one span there are fewer tokens x heads than programs, so that spans x

@@ -16,7 +16,7 @@ from fastgen.decoders.cuda_weights import CudaWeights, weight_bytes
 from fastgen.decoders.interface import DecoderLimits
 from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
 from fastgen.decoders.torch_plan import chosen_device, chosen_dtype, free_device_memory
-from fastgen.kernels.launch import INTERPRETED, Settings
+from fastgen.kernels.launch import INTERPRETED, SHARED_MEMORY, Settings
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.memory import plan_memory
 
@@ -24,6 +24,7 @@ MOST_HEAD_DIM = 128
 _STEP_TOKENS = 8192
 _CAPABILITY = (8, 0)  # compute capability: what bfloat16 needs
 _PDL_CAPABILITY = (9, 0)
+_BESIDE_TILES = 32 * 1024  # bytes
 
 
 def why_not_cuda(config: GPT2Config, options: LoadOptions) -> str | None:
@@ -47,7 +48,7 @@ def plan_cuda(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     config = checkpoint.config
     if reason := why_not_cuda(config, options):
         raise ValueError(f"decoder='cuda': {reason}")
-    device = torch.device("cpu") if INTERPRETED else chosen_device(options.device)
+    device = _device(options)
     dtype = chosen_dtype(options.dtype_name, device, checkpoint)
     if options.quantize is not None and options.dtype_name == "auto" and not INTERPRETED:
         dtype = torch.bfloat16
@@ -84,9 +85,10 @@ def build_cuda(checkpoint: Checkpoint, plan: DecoderPlan) -> CudaDecoder:
     weights = CudaWeights(checkpoint, device, dtype, quantized=quantized, int8_kv=int8_kv)
     settings = Settings(
         dtype=dtype,
-        tf32=torch.backends.cuda.matmul.allow_tf32,
+        tf32=_allows_tf32(),
         pdl=_has_pdl(device),
         batch_invariant=plan.limits.batch_invariant,
+        shared_memory=_shared_memory(device),
     )
     return CudaDecoder(
         checkpoint.config,
@@ -97,6 +99,30 @@ def build_cuda(checkpoint: Checkpoint, plan: DecoderPlan) -> CudaDecoder:
         device,
         int8_kv=int8_kv,
     )
+
+
+def _device(options: LoadOptions) -> torch.device:
+    """With its index, since each thread has a current one of its own."""
+    if INTERPRETED:
+        return torch.device("cpu")
+    device = chosen_device(options.device)
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def _allows_tf32() -> bool:
+    """By either of PyTorch's switches; after the newer one was used, the older cannot be read."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _shared_memory(device: torch.device) -> int:
+    """For tiles of a product: what a block can have, less what a kernel needs beside them."""
+    if device.type != "cuda":
+        return int(SHARED_MEMORY)
+    own = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return max(int(SHARED_MEMORY), int(own) - _BESIDE_TILES)
 
 
 def _has_pdl(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ Shapes: n draws of a step, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor
 from fastgen.decoders.interface import Draw
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.decoders.torch_sampler import NO_LOGPROBS, TorchSampler, logprobs_of
+from fastgen.kernels.embedding import STEPS_COUNTED
 from fastgen.kernels.launch import Settings, cdiv
 from fastgen.kernels.processing import (
     CHUNK,
     IN_PROMPT,
+    MOST_TOP_K,
     NUM_OPTIONS,
     Scores,
     SeatTable,
@@ -40,8 +43,15 @@ _ON_HOST = (
     *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
     *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
-Kind = tuple[bool, bool]  # some row samples; some row changes its logits
 RING = 64  # steps that may be under way before the first is looked at
+
+
+class Kind(NamedTuple):
+    """What some row of a step needs besides the greedy draw."""
+
+    samples: bool = False
+    processes: bool = False  # its logits change
+    weighs: bool = False  # it samples, and no small top-k makes it short
 
 
 class CudaSampler:
@@ -88,6 +98,16 @@ class CudaSampler:
     @property
     def num_seats(self) -> int:
         return len(self.on_host)
+
+    def count_as_device(self) -> None:
+        """Take over how many steps the device has counted, at most one more than the host."""
+        counted = int(self.feedback.num_steps.item()) - self.num_steps
+        self.num_steps += counted % STEPS_COUNTED
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.table = new_table(0, self._vocab_size, self.device)
+        self.scores = new_scores(0, self._vocab_size, self.device)
 
     def reserve(self, num_seats: int) -> None:
         self.flush()
@@ -162,9 +182,11 @@ class CudaSampler:
         self._new_options.setdefault(seat, None)
 
     def kind(self, seats: NDArray[np.int32]) -> Kind:
-        """Whether any of these samples, and whether any changes its logits."""
-        seats = seats[seats >= 0]
-        return bool((self._options[0, seats] > 0).any()), bool(self._options[9, seats].any())
+        """What a step with draws of these seats needs; -1 is none."""
+        own = self._options[:, seats[seats >= 0]]
+        samples, top_k = own[0] > 0, own[1]
+        weighs = samples & ((top_k == 0) | (top_k > MOST_TOP_K))
+        return Kind(bool(samples.any()), bool(own[9].any()), bool(weighs.any()))
 
     def launch(
         self,
@@ -174,10 +196,9 @@ class CudaSampler:
         feedback: Feedback | None = None,
     ) -> None:
         """Draw from the first n logits; nothing is waited for. seats: int32 (n,), none twice."""
-        samples, processes = kind
-        if processes:
+        if kind.processes:
             process(self.settings, self.scores, seats, self.table, num_draws)
-        if samples:
+        if kind.weighs:
             weigh(self.settings, self.scores, seats, self.table, num_draws)
         sample(
             self.settings,
@@ -186,8 +207,8 @@ class CudaSampler:
             self.table,
             self.scores,
             num_draws,
-            samples=samples,
-            processes=processes,
+            samples=kind.samples,
+            processes=kind.processes,
         )
 
     def line(self, number: int) -> NDArray[np.int32]:
