@@ -70,7 +70,8 @@ def choose_tile(
         tile = Tile(128, 128, 64, 8, 4)
     if columns:
         rows = min(tile.rows, 64 if columns < 128 or settings.dtype.itemsize == 2 else 16)
-        tile = replace(tile, rows=rows, columns=columns)
+        inputs = min(tile.inputs, 256 if rows == 16 else 64)
+        tile = replace(tile, rows=rows, columns=columns, inputs=inputs)
     if tile.rows * tile.columns >= 64 * 128 or columns * settings.dtype.itemsize >= 512:
         tile = replace(tile, num_warps=8)
     tile = replace(tile, inputs=min(tile.inputs, power_of_two(num_inputs, 16)))
