@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastgen.kernels.processing import fixed_point
+from fastgen.kernels.processing import divided, fixed_point
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def ordered(values):
 
 
 @triton.jit
-def divided(values, temperature):
-    """In float32, correctly rounded."""
-    return tl.math.div_rn(values, tl.zeros_like(values) + temperature)
+def from_ordered(keys):
+    """The float32 values that `ordered` made these int32 of."""
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,9 +83,7 @@ def choose_among(
     ids = tl.load(candidate_ids + at, mask=there, other=0)
     keys = ordered(values).to(tl.int64) * MOST + (MOST - 1 - at)  # of equals the lowest id first
     best = tl.sort(keys, descending=True)
-    best_ordered = (best >> (MOST.bit_length() - 1)).to(tl.int32)
-    best_bits = best_ordered ^ ((best_ordered >> 31) & 0x7FFFFFFF)
-    best_values = best_bits.to(tl.float32, bitcast=True)
+    best_values = from_ordered((best >> (MOST.bit_length() - 1)).to(tl.int32))
     kept = at < count
     if top_k > 0:
         kth = tl.max(tl.where(at == tl.minimum(top_k, count) - 1, best_values, float("-inf")), 0)
@@ -189,9 +187,7 @@ def choose_of_all(
         goal = top_p * total.to(tl.float64)
         edge = _edge(source, weights, temperature, least, goal, V, CHUNK, False)
         above = _amount(source, weights, temperature, least, edge + 1, V, CHUNK, False)
-        bits = edge.to(tl.int32)
-        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        _, own = fixed_point(bits.to(tl.float32, bitcast=True), highest, BITS)
+        _, own = fixed_point(from_ordered(edge.to(tl.int32)), highest, BITS)
         missing = tl.maximum(goal - above.to(tl.float64), 0.0) / tl.maximum(own, 1).to(tl.float64)
         num_equals = tl.maximum(missing.to(tl.int64), 1)
         num_equals += ((above + num_equals * own).to(tl.float64) < goal).to(tl.int64)

@@ -13,7 +13,7 @@ from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_p
 from fastgen.kernels.vocabulary import TILE, store_highest
 from torch import Tensor
 
-# Rows of SeatTable.options
+# Columns of SeatTable.options
 TEMPERATURE = tl.constexpr(0)  # 0: greedy
 TOP_K = tl.constexpr(1)  # 0: off
 TOP_P = tl.constexpr(2)  # 1: off
@@ -24,7 +24,7 @@ PRESENCE = tl.constexpr(6)
 HAS_BIAS = tl.constexpr(7)  # of these and the next, 0 or 1
 HAS_MASK = tl.constexpr(8)
 CHANGES = tl.constexpr(9)  # any of the last five
-NUM_OPTIONS = 10
+NUM_OPTIONS = tl.constexpr(10)
 
 MOST_TOP_K = 256  # more candidates take the way of rows without top-k
 IN_PROMPT = 1 << 30  # in SeatTable.counts
@@ -36,7 +36,7 @@ class SeatTable:
     """What the device knows of the row in each seat.
 
     Attributes:
-        options: float64 (NUM_OPTIONS, seats).
+        options: float64 (seats, NUM_OPTIONS).
         seeds: int64 (seats,); lengths: int32 (seats,), tokens of the row so far.
         last_drawn: int32 (seats,).
         counts: int32 (seats, V), how often each id was generated, plus IN_PROMPT.
@@ -78,8 +78,14 @@ class Scores:
 
 
 @triton.jit
-def option(options, name: tl.constexpr, seat, num_seats):
-    return tl.load(options + name * num_seats + seat)
+def option(options, name: tl.constexpr, seat):
+    return tl.load(options + seat * NUM_OPTIONS + name)
+
+
+@triton.jit
+def divided(values, divisor):
+    """In float32, correctly rounded."""
+    return tl.math.div_rn(values, tl.zeros_like(values) + divisor)
 
 
 @triton.jit
@@ -99,9 +105,9 @@ def fixed_point_bits(vocab_size: int) -> int:
     return 61 - (vocab_size - 1).bit_length()
 
 
-@triton.jit(do_not_specialize=["num_seats"])
+@triton.jit
 def _process(
-    logits, scores, score_max, score_ids, draw_seats, options, counts, biases, masks, num_seats,
+    logits, scores, score_max, score_ids, draw_seats, options, counts, biases, masks,
     V: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(PDL)
@@ -109,28 +115,28 @@ def _process(
     seat = tl.load(draw_seats + draw).to(tl.int64)
     is_drawn = seat >= 0
     seat = tl.maximum(seat, 0)
-    if is_drawn & (option(options, CHANGES, seat, num_seats) > 0):
+    if is_drawn & (option(options, CHANGES, seat) > 0):
         ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         inside = ids < V
         values = tl.load(logits + draw * V + ids, mask=inside, other=float("-inf"))
-        if option(options, HAS_BIAS, seat, num_seats) > 0:
+        if option(options, HAS_BIAS, seat) > 0:
             values = values + tl.load(biases + seat * V + ids, mask=inside, other=0.0)
-        repetition = option(options, REPETITION, seat, num_seats).to(tl.float32)
-        frequency = option(options, FREQUENCY, seat, num_seats).to(tl.float32)
-        presence = option(options, PRESENCE, seat, num_seats).to(tl.float32)
+        repetition = option(options, REPETITION, seat).to(tl.float32)
+        frequency = option(options, FREQUENCY, seat).to(tl.float32)
+        presence = option(options, PRESENCE, seat).to(tl.float32)
         if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
             seen = tl.load(counts + seat * V + ids, mask=inside, other=0)
             if repetition != 1.0:
                 penalized = tl.where(
                     values < 0.0,
                     values * repetition,
-                    tl.math.div_rn(values, tl.zeros_like(values) + repetition),
+                    divided(values, repetition),
                 )
                 values = tl.where(seen != 0, penalized, values)
             generated = seen & ((1 << 30) - 1)
             penalized = values - generated.to(tl.float32) * frequency - presence
             values = tl.where(generated > 0, penalized, values)
-        if option(options, HAS_MASK, seat, num_seats) > 0:
+        if option(options, HAS_MASK, seat) > 0:
             words: tl.constexpr = (V + 31) // 32
             word = tl.load(masks + seat * words + ids // 32, mask=inside, other=0)
             values = tl.where((word >> (ids % 32)) & 1 != 0, values, float("-inf"))
@@ -141,9 +147,9 @@ def _process(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_seats"])
+@triton.jit
 def _weigh(
-    weights, chunk_sums, logits, tile_max, scores, score_max, draw_seats, options, num_seats,
+    weights, chunk_sums, logits, tile_max, scores, score_max, draw_seats, options,
     V: tl.constexpr, T: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
     BITS: tl.constexpr, MOST_TOP_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -152,22 +158,22 @@ def _weigh(
     seat = tl.load(draw_seats + draw).to(tl.int64)
     is_drawn = seat >= 0
     seat = tl.maximum(seat, 0)
-    top_k = option(options, TOP_K, seat, num_seats)
-    has_temperature = option(options, TEMPERATURE, seat, num_seats) > 0
+    top_k = option(options, TOP_K, seat)
+    has_temperature = option(options, TEMPERATURE, seat) > 0
     if is_drawn & has_temperature & ((top_k == 0) | (top_k > MOST_TOP_K)):
-        changes = option(options, CHANGES, seat, num_seats) > 0
+        changes = option(options, CHANGES, seat) > 0
         source = scores if changes else logits
         maxima = score_max if changes else tile_max
         tile = tl.arange(0, PADDED)
         highest = tl.max(tl.load(maxima + draw * T + tile, mask=tile < T, other=float("-inf")), 0)
-        temperature = option(options, TEMPERATURE, seat, num_seats).to(tl.float32)
+        temperature = option(options, TEMPERATURE, seat).to(tl.float32)
         ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         values = tl.load(source + draw * V + ids, mask=ids < V, other=float("-inf"))
-        values = tl.math.div_rn(values, tl.zeros_like(values) + temperature)
+        values = divided(values, temperature)
         highest = tl.math.div_rn(highest, temperature)
         exact, fixed = fixed_point(values, highest, BITS)
-        min_p = option(options, MIN_P, seat, num_seats)
-        if (top_k == 0) & (option(options, TOP_P, seat, num_seats) == 1.0):
+        min_p = option(options, MIN_P, seat)
+        if (top_k == 0) & (option(options, TOP_P, seat) == 1.0):
             fixed = tl.where(exact < min_p, 0, fixed)  # nothing else is to be filtered before
         else:
             tl.store(weights + draw * V + ids, fixed, mask=ids < V)
@@ -197,7 +203,6 @@ def process(
         "counts": table.counts,
         "biases": table.biases,
         "masks": table.masks,
-        "num_seats": len(table.seeds),
         "V": vocab_size,
         "TILE": TILE,
         "CHUNK": CHUNK,
@@ -221,7 +226,6 @@ def weigh(
         "score_max": rows.score_max,
         "draw_seats": seats,
         "options": table.options,
-        "num_seats": len(table.seeds),
         "V": vocab_size,
         "T": num_tiles,
         "PADDED": power_of_two(num_tiles),

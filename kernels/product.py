@@ -18,7 +18,8 @@ from fastgen.kernels.norm import Norm, row_statistics
 from torch import Tensor
 
 MOST_NORMED_ROWS = 64  # with more, the norm is a kernel of its own
-_GROUP = 8  # row tiles that take turns with column tiles, so that both stay in the cache
+# Row tiles that take turns with column tiles, so that both stay in the cache
+_GROUP = tl.constexpr(8)
 _LINE = 128  # bytes of a cache line
 _WIDE = 16384  # columns: only a vocabulary has so many
 
@@ -130,10 +131,9 @@ def tile_of_program(num_rows, num_column_tiles, BM: tl.constexpr):
     """Row and column tile of this program; _GROUP row tiles by all column tiles at a time."""
     program = tl.program_id(0)
     num_row_tiles = tl.cdiv(num_rows, BM)
-    group = program // (8 * num_column_tiles)
-    first = group * 8
-    size = tl.minimum(num_row_tiles - first, 8)
-    within = program % (8 * num_column_tiles)
+    first = program // (_GROUP * num_column_tiles) * _GROUP
+    size = tl.minimum(num_row_tiles - first, _GROUP)
+    within = program % (_GROUP * num_column_tiles)
     return first + within % size, within // size
 
 

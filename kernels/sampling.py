@@ -15,7 +15,6 @@ from fastgen.kernels.choosing import (
     choose_among,
     choose_of_all,
     choose_unfiltered,
-    divided,
     gather_candidates,
     revive,
 )
@@ -35,6 +34,7 @@ from fastgen.kernels.processing import (
     TOP_P,
     Scores,
     SeatTable,
+    divided,
     fixed_point_bits,
     option,
 )
@@ -67,16 +67,16 @@ class Feedback:
 
 @triton.jit
 def _sampled(
-    source, maxima, draw, seat, highest, is_revived, options, num_seats, seeds, lengths, weights,
+    source, maxima, draw, seat, highest, is_revived, options, seeds, lengths, weights,
     chunk_sums, hot_tiles, candidate_values, candidate_ids,
     V: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr, MOST: tl.constexpr, MOST_TOP_K: tl.constexpr, GROUP: tl.constexpr,
     LONG_CHUNK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    temperature = option(options, TEMPERATURE, seat, num_seats).to(tl.float32)
-    top_k = option(options, TOP_K, seat, num_seats).to(tl.int32)
-    top_p = option(options, TOP_P, seat, num_seats)
-    min_p = option(options, MIN_P, seat, num_seats)
+    temperature = option(options, TEMPERATURE, seat).to(tl.float32)
+    top_k = option(options, TOP_K, seat).to(tl.int32)
+    top_p = option(options, TOP_P, seat)
+    min_p = option(options, MIN_P, seat)
     u = coin(tl.load(seeds + seat), tl.load(lengths + seat))
     num_chunks: tl.constexpr = (V + CHUNK - 1) // CHUNK
     is_long = (top_k == 0) | (top_k > MOST_TOP_K)
@@ -111,11 +111,11 @@ def _sampled(
     return token_id
 
 
-@triton.jit(do_not_specialize=["num_seats", "width"])
+@triton.jit(do_not_specialize=["width"])
 def _sample(
     drawn, num_steps, next_ids, positions, cache_lens, draw_seats, options, seeds, lengths,
     last_drawn, counts, masks, logits, tile_max, tile_ids, scores, score_max, score_ids, weights,
-    chunk_sums, hot_tiles, candidate_values, candidate_ids, num_seats, width,
+    chunk_sums, hot_tiles, candidate_values, candidate_ids, width,
     V: tl.constexpr, T: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, MOST: tl.constexpr, MOST_TOP_K: tl.constexpr,
     GROUP: tl.constexpr, LONG_CHUNK: tl.constexpr, BITS: tl.constexpr, RING: tl.constexpr,
@@ -134,10 +134,10 @@ def _sample(
         is_revived = 0
         revived_id = V
         if PROCESSES:
-            if usable & (option(options, CHANGES, seat, num_seats) > 0):
+            if usable & (option(options, CHANGES, seat) > 0):
                 maxima = tl.load(score_max + draw * T + tile, mask=is_tile, other=float("-inf"))
                 source, best_ids = scores + draw * V, score_ids + draw * T
-                has_mask = option(options, HAS_MASK, seat, num_seats) > 0
+                has_mask = option(options, HAS_MASK, seat) > 0
                 if has_mask & (tl.max(maxima, 0) == float("-inf")):
                     words: tl.constexpr = (V + 31) // 32
                     revived_id = revive(scores + draw * V, masks + seat * words, V, LONG_CHUNK)
@@ -145,7 +145,7 @@ def _sample(
         highest = tl.where(is_revived > 0, 0.0, tl.max(maxima, 0))
         usable = usable & (tl.min((maxima < float("inf")).to(tl.int32), 0) > 0)
         usable = usable & (highest > float("-inf"))
-        temperature = option(options, TEMPERATURE, seat, num_seats).to(tl.float32)
+        temperature = option(options, TEMPERATURE, seat).to(tl.float32)
         token_id = -1
         if usable:
             if temperature == 0:
@@ -156,7 +156,7 @@ def _sample(
                 highest = tl.math.div_rn(highest, temperature)
                 if (highest < float("inf")) & (highest > float("-inf")):
                     token_id = _sampled(
-                        source, maxima, draw, seat, highest, is_revived, options, num_seats, seeds,
+                        source, maxima, draw, seat, highest, is_revived, options, seeds,
                         lengths, weights, chunk_sums, hot_tiles, candidate_values, candidate_ids,
                         V, T, TILE, CHUNK, CHUNKS, MOST, MOST_TOP_K, GROUP, LONG_CHUNK, BITS,
                     )  # fmt: skip
@@ -166,9 +166,9 @@ def _sample(
         tl.store(last_drawn + seat, fed)
         if token_id >= 0:
             tl.store(lengths + seat, tl.load(lengths + seat) + 1)
-            penalizes = option(options, REPETITION, seat, num_seats) != 1
-            penalizes = penalizes | (option(options, FREQUENCY, seat, num_seats) != 0)
-            penalizes = penalizes | (option(options, PRESENCE, seat, num_seats) != 0)
+            penalizes = option(options, REPETITION, seat) != 1
+            penalizes = penalizes | (option(options, FREQUENCY, seat) != 0)
+            penalizes = penalizes | (option(options, PRESENCE, seat) != 0)
             if penalizes:
                 count = counts + seat * V + token_id
                 tl.store(count, tl.load(count) + 1)
@@ -222,7 +222,6 @@ def sample(
         "hot_tiles": rows.hot_tiles,
         "candidate_values": rows.candidate_values,
         "candidate_ids": rows.candidate_ids,
-        "num_seats": len(table.seeds),
         "width": feedback.drawn.shape[1],
         "V": vocab_size,
         "T": num_tiles,

@@ -90,7 +90,7 @@ class CudaSampler:
         else:
             self._host = TorchSampler(num_seats, vocab_size, eos_ids, torch.device("cpu"))
         self._listed: dict[int, NDArray[np.bool_]] = {}  # allowed_token_ids
-        self._options = np.zeros((NUM_OPTIONS, num_seats))
+        self._options = np.zeros((num_seats, NUM_OPTIONS.value))
         self._num_logprobs = np.full(num_seats, NO_LOGPROBS, np.int64)
         self.on_host = np.zeros(num_seats, bool)
         self.num_steps = 0  # as feedback.num_steps will be when all kernels have run
@@ -115,11 +115,9 @@ class CudaSampler:
         grown = new_table(num_seats, self._vocab_size, self.device)
         for name in SeatTable.__slots__:
             old, new = getattr(self.table, name), getattr(grown, name)
-            (new if name != "options" else new.t())[: num_seats - more] = (
-                old if name != "options" else old.t()
-            )
+            new[: len(old)] = old
         self.table = grown
-        self._options = np.hstack([self._options, np.zeros((NUM_OPTIONS, more))])
+        self._options = np.vstack([self._options, np.zeros((more, NUM_OPTIONS.value))])
         self._num_logprobs = np.append(self._num_logprobs, np.full(more, NO_LOGPROBS, np.int64))
         self.on_host = np.append(self.on_host, np.zeros(more, bool))
         self._host.reserve(num_seats)
@@ -133,7 +131,7 @@ class CudaSampler:
         if self.on_host[seat]:
             self._host.bind(seat, params, token_ids)
             return
-        own = self._options[:, seat]
+        own = self._options[seat]
         top_k = params.top_k if params.top_k < self._vocab_size else 0
         own[:4] = params.temperature, top_k, params.top_p, params.min_p
         own[4:7] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
@@ -171,7 +169,7 @@ class CudaSampler:
             self._host.set_mask(seat, allowed)
             return
         masks = [mask for mask in (self._listed.get(seat), allowed) if mask is not None]
-        own = self._options[:, seat]
+        own = self._options[seat]
         own[8] = bool(masks)
         if masks:
             bits = np.packbits(np.logical_and.reduce(masks), bitorder="little")
@@ -183,7 +181,7 @@ class CudaSampler:
 
     def kind(self, seats: NDArray[np.int32]) -> Kind:
         """What a step with draws of these seats needs; -1 is none."""
-        own = self._options[:, seats[seats >= 0]]
+        own = self._options[seats[seats >= 0]].T
         samples, top_k = own[0] > 0, own[1]
         weighs = samples & ((top_k == 0) | (top_k > MOST_TOP_K))
         return Kind(bool(samples.any()), bool(own[9].any()), bool(weighs.any()))
@@ -251,8 +249,8 @@ class CudaSampler:
             return
         seats = np.array(list(self._new_options))
         index = torch.from_numpy(seats).to(self.device)
-        options = torch.from_numpy(self._options[:, seats]).to(self.device)
-        self.table.options.index_copy_(1, index, options)
+        options = torch.from_numpy(self._options[seats]).to(self.device)
+        self.table.options.index_copy_(0, index, options)
         bound = {seat: new for seat, new in self._new_options.items() if new is not None}
         if bound:
             index = torch.tensor(list(bound), device=self.device)
@@ -279,7 +277,7 @@ def new_table(num_seats: int, vocab_size: int, device: torch.device) -> SeatTabl
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return SeatTable(
-        options=zeros(NUM_OPTIONS, num_seats, dtype=torch.float64),
+        options=zeros(num_seats, NUM_OPTIONS.value, dtype=torch.float64),
         seeds=zeros(num_seats, dtype=torch.int64),
         lengths=zeros(num_seats),
         last_drawn=zeros(num_seats),
@@ -311,8 +309,7 @@ def new_scores(num_draws: int, vocab_size: int, device: torch.device) -> Scores:
 
 def sampler_bytes(num_seats: int, num_draws: int, vocab_size: int) -> int:
     """What the device holds for a CudaSampler."""
-    with torch.device("meta"):
-        meta = torch.device("meta")
-        parts = (new_table(num_seats, vocab_size, meta), new_scores(num_draws, vocab_size, meta))
+    meta = torch.device("meta")
+    parts = (new_table(num_seats, vocab_size, meta), new_scores(num_draws, vocab_size, meta))
     tensors = (getattr(part, name) for part in parts for name in type(part).__slots__)
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
