@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -273,7 +273,7 @@ class Generator:
         remaining = iter(jobs)
         requests: list[Request] = []
         running: list[Request] = []
-        with _progress_bar(count, progress) as bar:
+        with _progress_bar(count, progress) as move_on:
             try:
                 while True:
                     for request in self._feed(remaining, running, deadline, priority):
@@ -282,7 +282,7 @@ class Generator:
                     if not running:
                         return requests
                     self._run_any(running)
-                    bar.update(sum(request.done for request in running))
+                    move_on(sum(request.done for request in running))
                     running = [request for request in running if not request.done]
             except BaseException:
                 for request in running:
@@ -330,8 +330,18 @@ def _naming_prompt(what: str, index: int, count: int) -> Iterator[None]:
         raise type(error)(f"{where}{error}") from None
 
 
-def _progress_bar(count: int, progress: bool | None) -> tqdm[Any]:
-    """On a terminal, for more than one prompt, if it takes over a second."""
+@contextmanager
+def _progress_bar(count: int, progress: bool | None) -> Iterator[Callable[[int], Any]]:
+    """Shown on a terminal, for more than one prompt, if it takes over a second; moved on by what is
+    called with the number of prompts that are done.
+
+    Where nothing is shown there is no bar: tqdm takes a lock of its class even then, and a child
+    that is forked while another thread holds it waits for it forever.
+    """
     show = progress if progress is not None else count > 1 and sys.stderr.isatty()
+    if not show:
+        yield lambda done: None
+        return
     delay = 0 if progress else 1
-    return tqdm(total=count, disable=not show, unit="prompt", delay=delay, leave=bool(progress))
+    with tqdm(total=count, unit="prompt", delay=delay, leave=bool(progress)) as bar:
+        yield bar.update

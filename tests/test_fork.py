@@ -116,6 +116,23 @@ if pid == 0:
     sys.exit(0 if same else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and same
 """,
+    "while another thread draws a progress bar": """
+from tqdm import tqdm
+model = load()
+held, done = threading.Event(), threading.Event()
+def draw():
+    with tqdm.get_lock():
+        held.set()
+        done.wait()
+thread = threading.Thread(target=draw)
+thread.start()
+held.wait()
+try:
+    in_child(lambda: text(model))
+finally:
+    done.set()
+    thread.join()
+""",
     "while other threads generate": """
 model = load()
 stop = threading.Event()
