@@ -9,7 +9,6 @@ brings a TextSink for each row.
 from __future__ import annotations
 
 import atexit
-import heapq
 import math
 import os
 import secrets
@@ -22,10 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.checks import real
-from fastgen.decoders.interface import Decoder, Draw
+from fastgen.decoders.interface import Decoder, Draw, PendingStep
 from fastgen.driver_place import DriverPlace
 from fastgen.errors import EngineError, NothingToDrawError
-from fastgen.host_logits import Outcome, outcomes_of
+from fastgen.host_logits import Outcome, needs_logits, outcomes_of
+from fastgen.inbox import Inbox
 from fastgen.interrupts import deferred_interrupts
 from fastgen.limits import Limits
 from fastgen.request import Request, Row
@@ -73,11 +73,10 @@ class Engine:
         self.stats = EngineStats()
         self._vocab_size, self._eos_ids = vocab_size, frozenset(eos_ids)
         self._scheduler = Scheduler(decoder.limits)
-        self._arrivals: deque[Row] = deque()
-        self._cancelled: deque[Request] = deque()
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._inbox = Inbox()
+        self._under_way: deque[tuple[StepPlan, PendingStep]] = deque()  # at most 2 steps
         self._place = DriverPlace()
-        self._progress = self._place.changed  # guards all of these
+        self._progress = self._place.changed  # guards the inbox
         self._closed = False
         self.pid = os.getpid()
         _engines.add(self)
@@ -89,7 +88,7 @@ class Engine:
     @property
     def num_unfinished(self) -> int:
         """Rows that wait or run."""
-        return len(self._arrivals) + self._scheduler.num_unfinished
+        return len(self._inbox.arrived) + self._scheduler.num_unfinished
 
     def add_request(
         self,
@@ -137,15 +136,13 @@ class Engine:
         with self._progress:
             if self._closed:
                 raise EngineError("this model has been closed")
-            self._arrivals.extend(request.rows)
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, id(request), request))
+            self._inbox.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
         """End those of the request's rows that run with "cancelled", before the next step."""
         with self._progress:
-            self._cancelled.append(request)
+            self._inbox.cancelled.append(request)
         self._sweep_if_idle()
 
     def run(self, until: Callable[[], bool]) -> None:
@@ -183,6 +180,7 @@ class Engine:
                 return
         with self._place.held(wait=True):
             self._sweep()
+            self._take_all()
             self.decoder.close()
 
     @contextmanager
@@ -197,37 +195,87 @@ class Engine:
             if self._closed:
                 raise EngineError("this model has been closed")
             self._sweep()
+            self._take_all()
             yield self._scheduler
         self._sweep_if_idle()  # what was cancelled meanwhile
 
     def _sweep_if_idle(self) -> None:
         """Whoever drives sees what was cancelled; if nobody does, end it now."""
-        while self._cancelled:
+        while self._inbox.cancelled:
             with self._place.held(wait=False) as driving:
                 if not driving:
                     return  # its driver looks once more after it has left
                 self._sweep()
+                self._take_all()
 
     def _step(self) -> None:
-        """One step. What goes wrong in it ends the rows of its batch, and no others."""
-        if self._sweep():
+        """Start a step, and wait for the one before; for this one, too, if the host has a part in
+        it. What goes wrong in a step ends the rows of its batch, and no others.
+        """
+        if self._sweep() and not self._under_way:
             return  # that may be what the driver waits for
+        runs_ahead = self._launch_next()
+        while len(self._under_way) > runs_ahead:
+            self._take()
+        if not any(row.finish_reason is None for row in self._rows_under_way()):
+            self._take_all()
+
+    def _launch_next(self) -> bool:
+        """Start the next step, if there is one; whether the one behind it can be started, too."""
         rows: Sequence[Row] = ()
         admissions: Sequence[Admission] = ()
-        try:
+        with self._failing_together(lambda: rows or self._running_and(admissions)):
             admissions = self._scheduler.admit()
             for admission in admissions:
                 self._start(admission)
             plan = self._scheduler.schedule()
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
-                self._run_step(plan)
-            elif not admissions:  # whoever runs the engine waits for something that cannot come
+                step = self.decoder.step(plan.batch)
+                self._under_way.append((plan, step))
+                for row in rows:
+                    row.num_under_way += 1
+                return step.is_async and not needs_logits(plan)
+            if not admissions and not self._under_way:
+                # whoever runs the engine waits for something that cannot come
                 rows = list(self._scheduler.waiting)
                 raise EngineError("there is no row that could run")
+        return False
+
+    def _take(self) -> None:
+        """Wait for the oldest step under way, and give its rows what they got of it."""
+        plan, step = self._under_way.popleft()
+        rows = [entry.row for entry in plan.entries]
+        for row in rows:
+            row.num_under_way -= 1
+        with self._failing_together(lambda: rows):
+            try:
+                outcomes = outcomes_of(plan, step)  # all first: logits are gone after another call
+                self._count(plan)
+                for entry, outcome in zip(plan.entries, outcomes, strict=True):
+                    self._hand_out(entry, outcome)
+            finally:
+                for row in rows:
+                    if row.finish_reason is not None and row.seat >= 0:
+                        self._release(row)
+
+    def _take_all(self) -> None:
+        while self._under_way:
+            self._take()
+
+    def _rows_under_way(self) -> Iterator[Row]:
+        return (entry.row for plan, _ in self._under_way for entry in plan.entries)
+
+    def _running_and(self, admissions: Sequence[Admission]) -> list[Row]:
+        return [*self._scheduler.running, *(admission.row for admission in admissions)]
+
+    @contextmanager
+    def _failing_together(self, rows: Callable[[], Sequence[Row]]) -> Iterator[None]:
+        """What is raised within ends these rows, and is theirs, if it is an Exception."""
+        try:
+            yield
         except BaseException as error:
-            started = [admission.row for admission in admissions]
-            hurt = list(rows or [*self._scheduler.running, *started])
+            hurt = rows()
             self._fail(hurt, error)
             if not (hurt and isinstance(error, Exception)):
                 raise
@@ -252,18 +300,11 @@ class Engine:
             if row.request.admitted is None:
                 row.request.admitted = time.monotonic()
 
-    def _run_step(self, plan: StepPlan) -> None:
-        step = self.decoder.step(plan.batch)
-        outcomes = outcomes_of(
-            plan, step
-        )  # all of them first: logits are gone after any other call
-        self._count(plan)
-        for entry, outcome in zip(plan.entries, outcomes, strict=True):
-            self._hand_out(entry, outcome)
-
     def _hand_out(self, entry: Entry, outcome: Outcome) -> None:
         """Give a row what it got of a step; what goes wrong ends it alone."""
         row = entry.row
+        if row.finish_reason is not None:
+            return  # it ended while the step was under way
         try:
             self._scheduler.advance(entry)
             if isinstance(outcome, Draw):
@@ -272,46 +313,27 @@ class Engine:
                     row.request.first_token = time.monotonic()
             elif outcome is not None:
                 row.fail(outcome)
-            elif not row.is_prefilling:
+            elif entry.end >= row.prefill_len:
                 row.finish("length")  # nothing was to be drawn
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             row.fail(error)
-        if row.finish_reason is None:
-            return
         if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
             self._scheduler.pool.forget(row.blocks[row.num_shared :])
-        self._release(row)
 
     def _sweep(self) -> bool:
-        """End what was cancelled and what has run out of time; whether there was any.
-
-        All three are taken in one piece: a request that is ended has its rows in the queue by then.
-        """
+        """End what was cancelled and what has run out of time; whether there was any."""
         with self._progress:
-            arrivals, self._arrivals = self._arrivals, deque()
-            cancelled, self._cancelled = self._cancelled, deque()
-            late = self._take_late()
-        for row in arrivals:
+            news = self._inbox.take()
+        for row in news.arrived:
             self._scheduler.waiting.add(row)
         if self._closed:
             rows = (*self._scheduler.running, *self._scheduler.waiting)
-            cancelled.extend(dict.fromkeys(row.request for row in rows))
-        ended = [self._end(request, "cancelled") for request in cancelled]
-        ended += [self._end(request, "timeout") for request in late]
+            news.cancelled.extend(dict.fromkeys(row.request for row in rows))
+        ended = [self._end(request, "cancelled") for request in news.cancelled]
+        ended += [self._end(request, "timeout") for request in news.late]
         return any(ended)
-
-    def _take_late(self) -> list[Request]:
-        """Requests whose deadline has passed; finished ones leave when they come to the front."""
-        late: list[Request] = []
-        while self._deadlines:
-            deadline, _, request = self._deadlines[0]
-            if not request.done and deadline > time.monotonic():
-                break
-            heapq.heappop(self._deadlines)
-            late.append(request)
-        return late
 
     def _end(
         self, request: Request, reason: FinishReason, error: BaseException | None = None
@@ -326,7 +348,9 @@ class Engine:
         return True
 
     def _release(self, row: Row) -> None:
-        """Free all that a row held that has ended."""
+        """Free all that a row held that has ended, when no step holds it any more."""
+        if row.num_under_way:
+            return
         try:
             if row.bound:
                 self.decoder.release(row.seat)

@@ -45,6 +45,12 @@ def outcomes_of(plan: StepPlan, step: PendingStep) -> Sequence[Outcome]:
     return outcomes
 
 
+def needs_logits(plan: StepPlan) -> bool:
+    """Whether the host reads logits of this step, which are gone after the decoder's next call."""
+    kept = any(entry.row.raw_logits is not None for entry in plan.entries)
+    return kept or bool((plan.batch.seats < 0).any())
+
+
 def _keep_logits(plan: StepPlan, step: PendingStep) -> None:
     """For rows that are to have what they were drawn from."""
     if all(entry.row.raw_logits is None for entry in plan.entries):

@@ -43,6 +43,7 @@ class Row:
     )
     # the engine's:
     bound: bool = False  # the decoder's sampler has it in its seat
+    num_under_way: int = 0  # steps started with it and not waited for: they hold seat and blocks
     # the scheduler's:
     turn: tuple[int, int] = (0, 0)  # rows with a lower one go first
     waits: bool = False
@@ -50,7 +51,7 @@ class Row:
     seat: int = -1
     blocks: list[int] = field(default_factory=list)
     num_shared: int = 0  # of the blocks, those that were found at admission
-    num_cached: int = 0  # tokens whose keys and values are in the cache
+    num_cached: int = 0  # tokens whose keys and values are in the cache after the steps started
     keys: list[Key] = field(default_factory=list)  # of the full blocks, as far as known
     tail_key: Key | None = None  # of the prompt's last, partly filled block
     num_registered: int = 0  # full blocks that can be found by content

@@ -42,6 +42,10 @@ class Entry:
     scores: int = 0
 
     @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
     def num_host_logits(self) -> int:
         """Rows of logits that the host needs for it."""
         return self.scores + (self.draws and self.row.draws_on_host)
@@ -127,23 +131,31 @@ class Scheduler:
         return admissions
 
     def schedule(self) -> StepPlan | None:
-        """The next step, at most max_tokens tokens and max_logits logits; None if no row runs."""
-        decoding = [row for row in self.running if row.num_cached >= row.prefill_len]
+        """The next step, at most max_tokens tokens and max_logits logits; None if no row can have
+        one.
+
+        Its tokens count as cached from now on: what is scheduled next, runs after it. A row's token
+        that is still being drawn is fed as -1 - seat.
+        """
+        rows = [row for row in self.running if row.finish_reason is None]
+        decoding = [row for row in rows if row.prefill_len <= row.num_cached < row.max_len - 1]
         entries = [Entry(row, row.num_cached, 1, True) for row in decoding]
-        if len(decoding) == len(self.running):
-            batch = self._decode_batch(decoding) if decoding else None
-        else:
-            self._add_prefills(entries)
+        num_decoding = len(entries)
+        if any(row.is_prefilling for row in rows):
+            self._add_prefills(entries, rows)
             batch = self._batch(entries) if entries else None
-        return None if batch is None else StepPlan(batch, entries, len(decoding))
+        else:
+            batch = self._decode_batch(decoding) if decoding else None
+        for entry in entries:
+            entry.row.num_cached += entry.count
+        return None if batch is None else StepPlan(batch, entries, num_decoding)
 
     def advance(self, entry: Entry) -> None:
-        """Its step has run: the tokens are in the cache, and their blocks can be found."""
+        """Its step has run: the blocks that it filled can be found."""
         row = entry.row
-        row.num_cached += entry.count
-        if row.num_cached // BLOCK_SIZE > row.num_registered:
-            self._register_full_blocks(row)
-        if row.tail_key is not None and row.num_cached >= row.prompt_len:
+        if entry.end // BLOCK_SIZE > row.num_registered:
+            self._register_full_blocks(row, entry.end // BLOCK_SIZE)
+        if row.tail_key is not None and entry.end >= row.prompt_len:
             self.pool.register(row.tail_key, row.blocks[row.prompt_len // BLOCK_SIZE])
             row.tail_key = None
 
@@ -250,18 +262,18 @@ class Scheduler:
             if row.num_cached < end <= row.prefill_len:
                 self.pool.register(key, row.blocks[index], pending=True)
 
-    def _register_full_blocks(self, row: Row) -> None:
-        for index in range(row.num_registered, row.num_cached // BLOCK_SIZE):
+    def _register_full_blocks(self, row: Row, end: int) -> None:
+        for index in range(row.num_registered, end):
             if index == len(row.keys):  # filled by drawn tokens
                 row.add_key()
             self.pool.register(row.keys[index], row.blocks[index])
-        row.num_registered = row.num_cached // BLOCK_SIZE
+        row.num_registered = end
 
-    def _add_prefills(self, entries: list[Entry]) -> None:
+    def _add_prefills(self, entries: list[Entry], rows: list[Row]) -> None:
         """Prompt tokens for what the decoding rows leave of the step."""
         room = (self.limits.max_tokens - len(entries), self.limits.max_logits - len(entries))
         budget = _Budget(*room, entries)
-        prefilling = [row for row in self.running if row.is_prefilling]
+        prefilling = [row for row in rows if row.is_prefilling]
         for row in sorted(prefilling, key=lambda row: row.turn):
             _add_prefill(row, budget)
 
@@ -275,7 +287,7 @@ class Scheduler:
         if True in on_host:
             seats[on_host] = -1
         return StepBatch(
-            token_ids=np.array([row.token_ids[-1] for row in rows], np.int32),
+            token_ids=np.array([_next_fed(row) for row in rows], np.int32),
             positions=cache_lens,
             row_starts=self._numbers[: count + 1],
             cache_lens=cache_lens,
@@ -296,7 +308,10 @@ class Scheduler:
         seats: list[int] = []
         for entry in entries:
             first, row = len(tokens), entry.row
-            tokens += row.token_ids[entry.start : entry.start + entry.count]
+            if row.is_prefilling:
+                tokens += row.token_ids[entry.start : entry.end]
+            else:
+                tokens.append(_next_fed(row))
             if entry.scores:
                 logits_at += range(first, first + entry.scores)
                 seats += [-1] * entry.scores
@@ -312,6 +327,12 @@ class Scheduler:
             logits_at=np.array(logits_at, np.int32),
             seats=np.array(seats, np.int32),
         )
+
+
+def _next_fed(row: Row) -> int:
+    """The next token of a row that decodes, or which seat is still drawing it."""
+    token_ids = row.token_ids
+    return token_ids[-1] if len(token_ids) > row.num_cached else -1 - row.seat
 
 
 def _add_prefill(row: Row, budget: _Budget) -> None:

@@ -19,6 +19,7 @@ from fastgen.generator import open_model
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.request import Request
 from fastgen.results import TokenLogprobs
+from late_decoder import LateDecoder
 
 
 class Recorder:
@@ -55,14 +56,15 @@ def make_engine(
     decoder: str = "auto",
     model: Path | None = None,
 ) -> Engine:
-    """An engine of its own; `engine.decoder` is a Recorder."""
+    """An engine of its own; `engine.decoder` is a Recorder. "late": a LateDecoder of the CPU's."""
     checkpoint = open_model(model)
-    options = LoadOptions(decoder=decoder, max_batch_size=seats, max_seq_len=max_seq_len)
+    name = "cpu" if decoder == "late" else decoder
+    options = LoadOptions(decoder=name, max_batch_size=seats, max_seq_len=max_seq_len)
     plan = plan_decoder(checkpoint, options)
-    built = build_decoder(checkpoint, plan)
+    built: Any = build_decoder(checkpoint, plan)
     if num_blocks:
         object.__setattr__(built.limits, "num_blocks", num_blocks)
-    recorder: Any = Recorder(built)
+    recorder: Any = Recorder(LateDecoder(built) if decoder == "late" else built)
     return Engine(recorder, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
 
 
@@ -73,6 +75,7 @@ class CountingDecoder:
     """
 
     vocab_size = 97
+    is_async = False
 
     def __init__(self, limits: DecoderLimits) -> None:
         self.limits = limits

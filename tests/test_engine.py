@@ -23,9 +23,9 @@ from fastgen.engine import Engine, deadline_in
 from fastgen.request import Request
 
 
-@pytest.fixture
-def engine() -> Engine:
-    return make_engine()
+@pytest.fixture(params=["auto", "late"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return make_engine(decoder=request.param)
 
 
 def add_mixed(engine: Engine, rng: np.random.Generator, count: int) -> list[Request]:
@@ -50,8 +50,11 @@ def test_no_step_exceeds_the_budget_and_every_decoding_row_gets_its_token(engine
     fed: list[tuple[int, int]] = []  # rows that decode, and rows that get one token, in each step
 
     def count(batch: object) -> None:
+        running = [r for r in rows if r.seat >= 0 and r.finish_reason is None]
         decoding = [
-            r for r in rows if r.seat >= 0 and not r.is_prefilling and r.finish_reason is None
+            r
+            for r in running
+            if not r.is_prefilling and len(r.token_ids) + r.num_under_way < r.max_len
         ]
         seats = set(recorder.batches[-1].seats.tolist())
         fed.append((len(decoding), sum(row.seat in seats for row in decoding)))
@@ -249,7 +252,9 @@ def test_deadlines_end_rows_that_wait_and_rows_that_run(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("fastgen.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for module in ("engine", "inbox"):
+        clock = SimpleNamespace(monotonic=lambda: now[0])
+        monkeypatch.setattr(f"fastgen.{module}.time", clock)
     params = greedy(max_new_tokens=200, ignore_eos=True)
     deadline = deadline_in(5)
     running = [engine.add_request([index + 1], params, deadline=deadline) for index in range(4)]

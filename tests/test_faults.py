@@ -34,6 +34,7 @@ from fastgen import SamplingParams
 from fastgen.decoders.interface import Draw, StepBatch
 from fastgen.kv_cache import BLOCK_SIZE
 from fastgen.request import Request, Row
+from late_decoder import LateDecoder
 from poisoned import POISON, save_poisoned
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "sample", "detokenize", "emit")
@@ -54,13 +55,16 @@ class InjectedError(Exception):
     pass
 
 
-@pytest.fixture(scope="module", params=["cpu", "torch"])
+@pytest.fixture(scope="module", params=["cpu", "torch", "late"])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[fastgen.Generator]:
     folder = save_poisoned(tmp_path_factory.mktemp("poisoned"))
     options: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 128}
-    with fastgen.load(folder, decoder=request.param, **options) as loaded:
+    name = "cpu" if request.param == "late" else request.param
+    with fastgen.load(folder, decoder=name, **options) as loaded:
+        if request.param == "late":
+            loaded.engine.decoder = LateDecoder(loaded.engine.decoder)
         yield loaded
 
 

@@ -38,7 +38,7 @@ LAYERS = (
     "decoders.cuda_plan",
     "decoders.choice",
     "prompts request request_checks",
-    "waiting",
+    "inbox waiting",
     "scheduler scoring",
     "host_logits text_border",
     "engine",

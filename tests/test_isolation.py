@@ -26,9 +26,9 @@ PROMPTS = [random_prompt(RNG, length) for length in (40, 9, 70, 33)]
 NO_TOKEN = "the logits were NaN or infinite, or every token had been ruled out"
 
 
-@pytest.fixture(scope="module")
-def shared_engine() -> Engine:
-    return make_engine(seats=6)
+@pytest.fixture(scope="module", params=["auto", "late"])
+def shared_engine(request: pytest.FixtureRequest) -> Engine:
+    return make_engine(seats=6, decoder=request.param)
 
 
 @pytest.fixture
@@ -230,11 +230,11 @@ def test_a_bad_function_ends_its_row_alone(
     assert_same(others, undisturbed)
 
 
-@pytest.mark.parametrize("sink", [Sink(0), Sink(3), Sink(finish_fails=True), Sink(2, True)])
+@pytest.mark.parametrize("fails", [(0,), (3,), (-1, True), (2, True)])
 def test_a_sink_that_fails_ends_its_row_alone(
-    engine: Engine, undisturbed: list[Request], sink: Any
+    engine: Engine, undisturbed: list[Request], fails: tuple[Any, ...]
 ) -> None:
-    others = bystanders(engine)
+    others, sink = bystanders(engine), Sink(*fails)
     victims = engine.add_request(
         PROMPTS[3], greedy(max_new_tokens=6, n=3, ignore_eos=True), sinks=[Sink(), sink, Sink()]
     )  # type: ignore[list-item]

@@ -112,6 +112,7 @@ def check_alone(engine: Engine, one: Started) -> int:
     [
         ("cpu", 250),
         ("torch", 250),
+        ("late", 500),
         pytest.param("cpu", 10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
     ],
 )
@@ -124,6 +125,8 @@ def test_each_row_is_as_if_it_had_run_alone(decoder: str, num_steps: int) -> Non
     assert engine.stats.reused_tokens > 10 * len(started), "the test must have shared prefixes"
     alone = make_engine(seats=4, **options)
     same = sum(check_alone(alone, one) for one in started)
+    if decoder == "late":
+        assert engine.decoder.most_under_way == 2, "no step was started before one had run"
     num_rows = sum(len(one.request.rows) for one in started)
     if engine.decoder.limits.batch_invariant:
         assert same == num_rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ class CpuStep:
     draws: list[Draw]
     logits: Floats
     drawn_logits: Floats
+    is_async: ClassVar[bool] = False
 
     def wait(self) -> list[Draw]:
         return self.draws

@@ -67,6 +67,10 @@ class CudaStep:
     event: torch.cuda.Event | None
     draws: list[Draw] | None = None
 
+    @property
+    def is_async(self) -> bool:
+        return self.draws is None
+
     def wait(self) -> list[Draw]:
         if self.draws is None:
             self.draws = self.decoder.take(self)

@@ -77,6 +77,12 @@ class Draw(NamedTuple):
 class PendingStep(Protocol):
     """A step under way. `wait` blocks until its draws are on the host."""
 
+    @property
+    def is_async(self) -> bool:
+        """Whether it goes on without the host: then the next step can be started before it is
+        waited for, its draws fed back as -1 - seat."""
+        ...
+
     def wait(self) -> list[Draw]:
         """The draws, in the order of `logits_at`; drafts behind a rejected one are left out."""
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class TorchStep:
     draws: list[Draw]
     _logits: Tensor
     _drawn_logits: Tensor
+    is_async: ClassVar[bool] = False
 
     def wait(self) -> list[Draw]:
         return self.draws

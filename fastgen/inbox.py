@@ -1,0 +1,50 @@
+"""What any thread hands the one that drives the engine: rows, cancellations, deadlines."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from fastgen.request import Request, Row
+
+
+@dataclass(slots=True)
+class News:
+    """`arrived` are in the order they came; `late` are requests whose deadline has passed."""
+
+    arrived: deque[Row]
+    cancelled: deque[Request]
+    late: list[Request]
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Not thread-safe: the driver's place has a lock for it."""
+
+    arrived: deque[Row] = field(default_factory=deque)
+    cancelled: deque[Request] = field(default_factory=deque)
+    _deadlines: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap
+
+    def add(self, request: Request) -> None:
+        self.arrived.extend(request.rows)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, id(request), request))
+
+    def take(self) -> News:
+        """All in one piece: a request that is ended has its rows in the queue by then."""
+        news = News(self.arrived, self.cancelled, self._take_late())
+        self.arrived, self.cancelled = deque(), deque()
+        return news
+
+    def _take_late(self) -> list[Request]:
+        """Finished requests leave when they come to the front."""
+        late: list[Request] = []
+        while self._deadlines:
+            deadline, _, request = self._deadlines[0]
+            if not request.done and deadline > time.monotonic():
+                break
+            heapq.heappop(self._deadlines)
+            late.append(request)
+        return late
