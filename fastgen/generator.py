@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -19,18 +19,15 @@ from fastgen.config import GPT2Config
 from fastgen.decoders.choice import build_decoder, plan_decoder
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.engine import Engine, deadline_in
-from fastgen.errors import EngineError, message_of
+from fastgen.errors import EngineError
+from fastgen.jobs import Job, JobMaker
 from fastgen.model_tensors import checkpoint_of_model
 from fastgen.native import native
-from fastgen.prompts import Params, Prompt, as_list, is_one, listed, params_for
-from fastgen.ranking import chooses
+from fastgen.prompts import Params, Prompt, as_list, is_one
 from fastgen.request import Request
 from fastgen.results import Generation, Score
 from fastgen.sampling_params import SamplingParams
-from fastgen.scoring import joined_score, windows_of
 from fastgen.stream import Stream, raise_error
-from fastgen.text_border import TextBorder
-from fastgen.text_sink import TextSink
 from fastgen.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
@@ -133,7 +130,8 @@ class Generator:
         self.engine = Engine(
             build_decoder(checkpoint, plan), self.config.vocab_size, self.config.eos_token_ids
         )
-        self._border = TextBorder(self.config, tokenizer)
+        longest = plan.limits.max_seq_len
+        self.job_maker = JobMaker(self.config, tokenizer, self.engine, longest)
 
     def __call__(self, prompts: Any, params: Params = None, **options: Any) -> Any:
         """The text that follows: a str for one prompt, a list of str for several.
@@ -174,10 +172,10 @@ class Generator:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
             EngineError: a step failed, or the model was closed before all prompts had begun.
         """
-        many = as_list(prompts)
-        jobs = self._jobs(many, params_for(len(many), params, options))
-        requests = self._run(jobs, len(many), timeout, priority, progress)
-        return [self._border.generation(request) for request in requests]
+        count = len(as_list(prompts))
+        jobs = self.job_maker.jobs(prompts, params, options)
+        requests = self._run(jobs, count, timeout, priority, progress)
+        return [self.job_maker.generation(request) for request in requests]
 
     def stream(
         self,
@@ -192,12 +190,7 @@ class Generator:
 
         Pieces of several completions (n > 1) come mixed; `piece.index` says whose each is.
         """
-        if not is_one(prompt) and listed(prompt):
-            raise TypeError("stream takes one prompt; use generate for several")
-        [chosen] = params_for(1, params, options)
-        if chooses(chosen):
-            raise ValueError("best_of chooses when all completions are there: use generate")
-        [job] = self._jobs([prompt], [chosen], streams=True)
+        job = self.job_maker.streamed(prompt, params, options)
         request = self._add(job, deadline_in(timeout), priority)
         return Stream(self.engine, request)
 
@@ -211,23 +204,9 @@ class Generator:
             TypeError, ValueError: a text is wrong; nothing has been scored then.
             EngineError: a text could not be scored to its end.
         """
-        ids = self._border.token_ids(as_list(texts))
-        for index, token_ids in enumerate(ids):
-            with _naming_prompt("text", index, len(ids)):
-                self.engine.check_ids("text", token_ids)
-        params = SamplingParams(max_new_tokens=0, prompt_logprobs=0)
-        windows = [windows_of(token_ids, self.plan.limits.max_seq_len) for token_ids in ids]
-        jobs = (_Job(tokens, params, None) for each in windows for _, tokens in each)
-        requests = self._run(jobs, sum(map(len, windows)), None, 0, progress)
-        for [row] in (request.rows for request in requests):
-            if row.finish_reason != "length":
-                cause = row.finish_reason if row.error is None else message_of(row.error)
-                raise EngineError(f"scoring failed: {cause}")
-        scored = iter(requests)
-        return [
-            joined_score(token_ids, [(start, next(scored)) for start, _ in each])
-            for token_ids, each in zip(ids, windows, strict=True)
-        ]
+        scoring = self.job_maker.scoring(texts)
+        jobs = scoring.jobs
+        return scoring.scores(self._run(jobs, len(jobs), None, 0, progress))
 
     def close(self) -> None:
         """End all generations and free memory. Safe to call twice."""
@@ -244,25 +223,9 @@ class Generator:
     ) -> None:
         self.close()
 
-    def _jobs(
-        self, prompts: Sequence[Any], params: Sequence[SamplingParams], *, streams: bool = False
-    ) -> Iterator[_Job]:
-        """One a prompt. All are checked now, before any is run; sinks are made as they are used."""
-        each = list(self._border.params_of_ids(params))
-        encoded: list[tuple[int, ...]] = []
-        longest = self.plan.limits.max_seq_len
-        for index, ids in enumerate(self._border.token_ids(prompts, longest)):
-            with _naming_prompt("prompt", index, len(prompts)):
-                prompt = ids or self._border.start()
-                encoded.append(self.engine.check_request(prompt, each[index]))
-        return (
-            _Job(ids, chosen, self._border.sinks(chosen, streams=streams))
-            for ids, chosen in zip(encoded, each, strict=True)
-        )
-
     def _run(
         self,
-        jobs: Iterable[_Job],
+        jobs: Iterable[Job],
         count: int,
         timeout: float | None,
         priority: int,
@@ -297,7 +260,7 @@ class Generator:
 
     def _feed(
         self,
-        jobs: Iterator[_Job],
+        jobs: Iterator[Job],
         running: Sequence[Request],
         deadline: float | None,
         priority: int,
@@ -308,26 +271,10 @@ class Generator:
             room -= job.params.num_rows
             yield self._add(job, deadline, priority)
 
-    def _add(self, job: _Job, deadline: float | None, priority: int) -> Request:
+    def _add(self, job: Job, deadline: float | None, priority: int) -> Request:
         return self.engine.add_request(
             job.token_ids, job.params, sinks=job.sinks, deadline=deadline, priority=priority
         )
-
-
-class _Job(NamedTuple):
-    token_ids: Sequence[int]
-    params: SamplingParams
-    sinks: list[TextSink] | None
-
-
-@contextmanager
-def _naming_prompt(what: str, index: int, count: int) -> Iterator[None]:
-    """Say in a mistake's message which of several it is in."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        where = f"{what} {index}: " if count > 1 else ""
-        raise type(error)(f"{where}{error}") from None
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def model(
 def add(
     model: fastgen.Generator, prompt: list[int], params: SamplingParams, **options: Any
 ) -> Request:
-    sinks = model._border.sinks(params)
+    sinks = model.job_maker._border.sinks(params)
     return model.engine.add_request(prompt, params, sinks=sinks, **options)
 
 
@@ -121,7 +121,7 @@ class Scene:
         return self.victim.rows[0]
 
     def add_victim(self, params: SamplingParams = VICTIMS, **options: Any) -> None:
-        [prompt] = self.model._border.token_ids([TEXT])
+        [prompt] = self.model.job_maker._border.token_ids([TEXT])
         self.victim = add(self.model, prompt, params, **options)
 
 
@@ -249,7 +249,7 @@ def ending(stage: str, kind: str) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(model: fastgen.Generator) -> list[Request]:
     """The two that run, the one that waits, the victim."""
-    [prompt] = model._border.token_ids([TEXT])
+    [prompt] = model.job_maker._border.token_ids([TEXT])
     requests = [
         add(model, p, o) for p, o in zip([*PROMPTS, prompt], [*PARAMS, VICTIMS], strict=True)
     ]

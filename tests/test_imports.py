@@ -42,7 +42,7 @@ LAYERS = (
     "scheduler scoring",
     "host_logits text_border",
     "engine",
-    "stream",
+    "jobs stream",
     "generator hf.kv_rows",
     "hf.cache hf.options hf.packing hf.stop_strings",
     "hf.forward",

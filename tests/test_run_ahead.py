@@ -47,7 +47,7 @@ def test_tokens_are_those_of_steps_that_are_waited_for(engine: Engine) -> None:
         {"temperature": 0},
         {"seed": 5, "top_k": 20},
         {"seed": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5},
-        {"temperature": 0, "logprobs": 1, "max_new_tokens": 4},
+        {"temperature": 0, "logprobs": 1, "max_new_tokens": 2},
     ]
     found = []
     for num_at_once in (4, 1):
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_steps_that_are_waited_for(engine: Engine) -> None:
                 run_all(engine, requests)
         run_all(engine, requests)
         found.append([new_tokens(request) for request in requests])
-        assert fed_back(engine.decoder.batches[before:]) > 3, "no step was started ahead"
+        assert fed_back(engine.decoder.batches[before:]) > 2, "no step was started ahead"
     assert found[0] == found[1]
 
 
