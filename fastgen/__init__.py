@@ -13,18 +13,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgen.async_engine import AsyncEngine, AsyncStream
     from fastgen.decoders.choice import Backend, backends
-    from fastgen.errors import CheckpointError, EngineError
+    from fastgen.engine_thread import Terms
+    from fastgen.errors import CheckpointError, EngineError, QueueFull
     from fastgen.generator import Generator, load
     from fastgen.hf.model import GPT2LMHeadModel, accelerate
     from fastgen.limits import Limits
     from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
     from fastgen.sampling_params import SamplingParams
     from fastgen.stream import Stream
+    from fastgen.threaded_engine import ThreadedEngine, ThreadedStream
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AsyncEngine": "async_engine",
+    "AsyncStream": "async_engine",
     "Backend": "decoders.choice",
     "CheckpointError": "errors",
     "Completion": "results",
@@ -34,9 +39,13 @@ _MODULES = {
     "Generator": "generator",
     "Limits": "limits",
     "Piece": "results",
+    "QueueFull": "errors",
     "SamplingParams": "sampling_params",
     "Score": "results",
     "Stream": "stream",
+    "Terms": "engine_thread",
+    "ThreadedEngine": "threaded_engine",
+    "ThreadedStream": "threaded_engine",
     "Timings": "results",
     "TokenLogprobs": "results",
     "accelerate": "hf.model",
@@ -45,6 +54,8 @@ _MODULES = {
 }
 
 __all__ = [
+    "AsyncEngine",
+    "AsyncStream",
     "Backend",
     "CheckpointError",
     "Completion",
@@ -54,9 +65,13 @@ __all__ = [
     "Generator",
     "Limits",
     "Piece",
+    "QueueFull",
     "SamplingParams",
     "Score",
     "Stream",
+    "Terms",
+    "ThreadedEngine",
+    "ThreadedStream",
     "Timings",
     "TokenLogprobs",
     "__version__",

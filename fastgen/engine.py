@@ -9,7 +9,6 @@ brings a TextSink for each row.
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import secrets
 import time
@@ -17,18 +16,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
-from fastgen.checks import real
 from fastgen.decoders.interface import Decoder, Draw, PendingStep
 from fastgen.driver_place import DriverPlace
+from fastgen.engine_stats import EngineStats
 from fastgen.errors import EngineError, NothingToDrawError
 from fastgen.host_logits import Outcome, needs_logits, outcomes_of
 from fastgen.inbox import Inbox
 from fastgen.interrupts import deferred_interrupts
 from fastgen.limits import Limits
-from fastgen.request import Request, Row
+from fastgen.request import Listener, Request, Row
 from fastgen.request_checks import (
     check_ids,
     check_options,
@@ -42,17 +39,6 @@ from fastgen.scheduler import Admission, Entry, Scheduler, StepPlan
 from fastgen.text_sink import Sink
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine was made."""
-
-    steps: int = 0
-    prefill_tokens: int = 0  # prompt tokens computed
-    reused_tokens: int = 0  # prompt tokens found in the KV cache instead
-    decode_tokens: int = 0  # drawn tokens fed back
-    largest_step: int = 0  # tokens
 
 
 class Engine:
@@ -86,6 +72,11 @@ class Engine:
         return self._scheduler.pool.num_free
 
     @property
+    def num_waiting(self) -> int:
+        """Rows that have no seat yet."""
+        return len(self._inbox.arrived) + len(self._scheduler.waiting)
+
+    @property
     def num_unfinished(self) -> int:
         """Rows that wait or run."""
         return len(self._inbox.arrived) + self._scheduler.num_unfinished
@@ -100,6 +91,7 @@ class Engine:
         cache_salt: str | None = None,
         priority: int = 0,
         keeps_logits: bool = False,
+        listener: Listener | None = None,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
 
@@ -112,6 +104,7 @@ class Engine:
             priority: -1000 to 1000; rows with a lower one go before those with a higher one that
                 came up to 1000 rows earlier, a level.
             keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
+            listener: is told of the request's tokens and of its end.
 
         Raises:
             TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
@@ -120,7 +113,7 @@ class Engine:
         """
         prompt = self.check_request(token_ids, params)
         check_options(params, sinks, deadline, cache_salt, priority)
-        request = Request(prompt, params, deadline, cache_salt, priority)
+        request = Request(prompt, params, deadline, cache_salt, priority, listener)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -139,11 +132,15 @@ class Engine:
             self._inbox.add(request)
         return request
 
-    def cancel(self, request: Request) -> None:
-        """End those of the request's rows that run with "cancelled", before the next step."""
+    def cancel(self, request: Request, *, if_idle: bool = True) -> None:
+        """End those of the request's rows that run with "cancelled", before the next step.
+
+        `if_idle`: now, if nobody drives; False leaves that to whoever drives next.
+        """
         with self._progress:
             self._inbox.cancelled.append(request)
-        self._sweep_if_idle()
+        if if_idle:
+            self._sweep_if_idle()
 
     def run(self, until: Callable[[], bool]) -> None:
         """Take part in running the engine until `until()` is true; it is asked after every step.
@@ -251,7 +248,7 @@ class Engine:
         with self._failing_together(lambda: rows):
             try:
                 outcomes = outcomes_of(plan, step)  # all first: logits are gone after another call
-                self._count(plan)
+                self.stats.count(plan)
                 for entry, outcome in zip(plan.entries, outcomes, strict=True):
                     self._hand_out(entry, outcome)
             finally:
@@ -276,6 +273,7 @@ class Engine:
             yield
         except BaseException as error:
             hurt = rows()
+            self.stats.failed_steps += 1
             self._fail(hurt, error)
             if not (hurt and isinstance(error, Exception)):
                 raise
@@ -309,8 +307,7 @@ class Engine:
             self._scheduler.advance(entry)
             if isinstance(outcome, Draw):
                 row.accept(outcome, self._eos_ids)
-                if row.request.first_token is None:
-                    row.request.first_token = time.monotonic()
+                row.request.row_drew(row)
             elif outcome is not None:
                 row.fail(outcome)
             elif entry.end >= row.prefill_len:
@@ -365,13 +362,6 @@ class Engine:
                 request.error = error
                 self._end(request, "error", error)
 
-    def _count(self, plan: StepPlan) -> None:
-        tokens = len(plan.batch.token_ids)
-        self.stats.steps += 1
-        self.stats.decode_tokens += plan.num_decoding
-        self.stats.prefill_tokens += tokens - plan.num_decoding
-        self.stats.largest_step = max(self.stats.largest_step, tokens)
-
     def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
         check_ids(name, token_ids, self._vocab_size)
@@ -390,10 +380,3 @@ def _close_all() -> None:
     for engine in list(_engines):
         if engine.pid == os.getpid():  # a forked child has none of its parent's threads
             engine.close(timeout=5)  # a row's function may never return
-
-
-def deadline_in(timeout: Any) -> float | None:
-    """The time.monotonic() that is `timeout` seconds away; None for None."""
-    if timeout is None:
-        return None
-    return time.monotonic() + real("timeout", timeout, 0, math.inf)

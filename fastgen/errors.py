@@ -11,6 +11,10 @@ class EngineError(Exception):
     """The engine could not do what was asked, through no fault in the request itself."""
 
 
+class QueueFull(EngineError):  # noqa: N818
+    """As many rows run and wait as are allowed: try again later."""
+
+
 class NothingToDrawError(EngineError):
     """A row's logits gave it no next token."""
 

@@ -18,8 +18,9 @@ from fastgen.checks import reject_unknown
 from fastgen.config import GPT2Config
 from fastgen.decoders.choice import build_decoder, plan_decoder
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.engine import Engine, deadline_in
+from fastgen.engine import Engine
 from fastgen.errors import EngineError
+from fastgen.inbox import deadline_in
 from fastgen.jobs import Job, JobMaker
 from fastgen.model_tensors import checkpoint_of_model
 from fastgen.native import native

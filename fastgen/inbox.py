@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
+from fastgen.checks import real
 from fastgen.request import Request, Row
 
 
@@ -48,3 +51,10 @@ class Inbox:
             heapq.heappop(self._deadlines)
             late.append(request)
         return late
+
+
+def deadline_in(timeout: Any) -> float | None:
+    """The time.monotonic() that is `timeout` seconds away; None for None."""
+    if timeout is None:
+        return None
+    return time.monotonic() + real("timeout", timeout, 0, math.inf)

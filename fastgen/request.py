@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,6 +141,18 @@ class Row:
         self.keys.append(next_key(self.keys, self.token_ids, self.request.cache_salt))
 
 
+class Listener(Protocol):
+    """Is told on the step's thread, within the step: it must be quick, and must not raise."""
+
+    def row_drew(self, row: Row) -> None:
+        """A row has got a token; it may have ended with it."""
+        ...
+
+    def request_ended(self, request: Request) -> None:
+        """The last of its rows has ended, and holds nothing any more."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One prompt with its options; see Engine.add_request.
@@ -152,6 +165,7 @@ class Request:
     deadline: float | None = None  # time.monotonic()
     cache_salt: str | None = None
     priority: int = 0  # lower is sooner
+    listener: Listener | None = None
     rows: list[Row] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: BaseException | None = None
@@ -173,12 +187,21 @@ class Request:
     def done(self) -> bool:
         return self.finished is not None
 
+    def row_drew(self, row: Row) -> None:
+        """One of the rows has got a token."""
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+        if self.listener is not None:
+            self.listener.row_drew(row)
+
     def row_ended(self) -> None:
         """One of the rows has ended; the request is done with the last of them."""
         self.num_ended += 1
         assert self.num_ended <= len(self.rows), "a row ended twice"
         if self.num_ended == len(self.rows):
             self.finished = time.monotonic()
+            if self.listener is not None:
+                self.listener.request_ended(self)
 
     @property
     def timings(self) -> Timings:

@@ -19,7 +19,8 @@ from engine_harness import (
     random_prompt,
     run_all,
 )
-from fastgen.engine import Engine, deadline_in
+from fastgen.engine import Engine
+from fastgen.inbox import deadline_in
 from fastgen.request import Request
 
 

@@ -1,0 +1,274 @@
+"""AsyncEngine: a model in an asyncio program, without ever blocking its event loop.
+
+The engine runs on a thread of its own. Texts that take long are encoded and decoded on others.
+Once a step, one call wakes all tasks that the step has something for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from fastgen.engine_thread import EngineThread, Terms, Ticket, sized
+from fastgen.generator import Generator
+from fastgen.inbox import deadline_in
+from fastgen.jobs import Job
+from fastgen.prompts import Params, Prompt, as_list
+from fastgen.request import Request
+from fastgen.results import Generation, Piece, Score
+from fastgen.sampling_params import SamplingParams
+
+T = TypeVar("T")
+_QUICK_SIZE = 2048  # characters or ids that an event loop may encode itself: well below 1 ms
+
+
+class AsyncEngine:
+    """One model for many tasks of one event loop. Use it in an `async with` block.
+
+    Args:
+        model: stays the caller's: closing the engine does not close it.
+        terms: how much may wait, and for how long.
+
+    A task that is cancelled, and a stream that is closed, end their requests before the next step.
+    """
+
+    def __init__(self, model: Generator, terms: Terms | None = None) -> None:
+        self.thread = EngineThread(model, terms or Terms())
+        self._make = model.job_maker
+        self._pool = ThreadPoolExecutor(2, "fastgen-texts")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken and, if there are any, steps make progress."""
+        return self.thread.ready
+
+    async def generate(
+        self,
+        prompts: Any,
+        params: Params = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Continue one prompt or many, as Generator.generate does.
+
+        Args:
+            cache_salt: prompts with different salts share no computed beginnings.
+
+        Raises:
+            TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
+            QueueFull: too many are waiting.
+            EngineError: a step failed, or the engine takes no requests.
+        """
+        size = sized(as_list(prompts))
+        jobs = await self._off_loop(size, lambda: list(self._make.jobs(prompts, params, options)))
+        requests = await self._run(jobs, deadline_in(timeout), priority, cache_salt)
+        size = sum(len(row.new_token_ids) for request in requests for row in request.rows)
+        return await self._off_loop(size, lambda: [self._make.generation(r) for r in requests])
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **options: Any,
+    ) -> AsyncStream:
+        """Continue one prompt, piece by piece: `async for piece in engine.stream(...)`.
+
+        It begins when its first piece is asked for, or with `await stream.open()`; either raises
+        what `generate` would raise.
+        """
+
+        async def begin() -> Ticket:
+            size = sized([prompt])
+            job = await self._off_loop(size, lambda: self._make.streamed(prompt, params, options))
+            [ticket] = self.thread.submit(
+                [job], self._tell(), streams=True, deadline=deadline_in(timeout),
+                priority=priority, cache_salt=cache_salt,
+            )  # fmt: skip
+            return ticket
+
+        return AsyncStream(self, begin)
+
+    async def score(
+        self,
+        texts: Any,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[Score]:
+        """Log-probability of each token of each text, as Generator.score does.
+
+        Raises:
+            TypeError, ValueError: a text is wrong.
+            QueueFull: too many are waiting.
+            EngineError: a text could not be scored to its end.
+        """
+        size = sized(as_list(texts))
+        scoring = await self._off_loop(size, lambda: self._make.scoring(texts))
+        requests = await self._run(scoring.jobs, deadline_in(timeout), priority, cache_salt)
+        return await self._off_loop(size, lambda: scoring.scores(requests))
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those under way; whether all have ended by then."""
+        self.thread.refuse("is shutting down")
+        return await asyncio.get_running_loop().run_in_executor(None, self.thread.drain, timeout)
+
+    async def close(self) -> None:
+        """End all requests with "cancelled". Safe to call twice."""
+        await asyncio.get_running_loop().run_in_executor(None, self.thread.stop)
+        self._pool.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def news_of(self, ticket: Ticket) -> None:
+        """Wait until there is something new for it, or it has ended."""
+        ticket.look()
+        if ticket.has_news:
+            return
+        assert self._loop is not None
+        self._waiters[ticket] = waiter = self._loop.create_future()
+        try:
+            await waiter
+        finally:
+            del self._waiters[ticket]
+
+    async def _run(
+        self,
+        jobs: Sequence[Job],
+        deadline: float | None,
+        priority: int,
+        cache_salt: str | None,
+    ) -> list[Request]:
+        tickets = self.thread.submit(
+            jobs, self._tell(), deadline=deadline, priority=priority, cache_salt=cache_salt
+        )
+        try:
+            for ticket in tickets:
+                while not ticket.done:
+                    await self.news_of(ticket)
+                ticket.raise_failure()
+        except BaseException:
+            for ticket in tickets:
+                self.thread.cancel(ticket)
+            raise
+        return [ticket.request for ticket in tickets if ticket.request is not None]
+
+    async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
+        """Do it at once if it is quick, else on another thread."""
+        if size <= _QUICK_SIZE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _tell(self) -> Callable[[list[Ticket]], None]:
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise RuntimeError("an AsyncEngine belongs to the event loop that used it first")
+        return self._wake_soon
+
+    def _wake_soon(self, tickets: list[Ticket]) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._wake, tickets)
+
+    def _wake(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            waiter = self._waiters.get(ticket)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+
+class AsyncStream:
+    """An asynchronous iterator over the Pieces of one request.
+
+    Closing it (`aclose`, or `async with`), cancelling the task that reads it, or dropping it ends
+    the generation. A reader that leaves too many tokens unread is cut off with an EngineError.
+    """
+
+    def __init__(self, engine: AsyncEngine, begin: Callable[[], Any]) -> None:
+        self._engine, self._begin = engine, begin
+        self._ticket: Ticket | None = None
+
+    async def open(self) -> None:
+        """Put the request into the engine, if it is not there yet."""
+        if self._ticket is None:
+            self._ticket = await self._begin()
+
+    @property
+    def request(self) -> Request | None:
+        return None if self._ticket is None else self._ticket.request
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """The next piece.
+
+        Raises:
+            EngineError: a step failed, or too much was left unread.
+        """
+        try:
+            await self.open()
+            ticket = self._ticket
+            assert ticket is not None and ticket.reader is not None
+            while (piece := self._piece(ticket)) is None:
+                if ticket.reader.ended:
+                    raise StopAsyncIteration
+                await self._engine.news_of(ticket)
+        except StopAsyncIteration:
+            raise
+        except BaseException:
+            self._close()
+            raise
+        return piece
+
+    def _piece(self, ticket: Ticket) -> Piece | None:
+        assert ticket.reader is not None
+        if ticket.stalled or ticket.failure is not None:
+            ticket.raise_failure()
+        return ticket.reader.piece()
+
+    async def aclose(self) -> None:
+        """End the generation; its seat and blocks are free at the next step."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._ticket is not None and self._ticket.reader is not None:
+            self._engine.thread.cancel(self._ticket)
+            self._ticket.reader.end()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def __del__(self) -> None:
+        self._close()

@@ -1,0 +1,316 @@
+"""An engine on a thread of its own, for servers: a bounded queue, news for whoever waits, health.
+
+AsyncEngine and ThreadedEngine are its two faces. Results are read from the rows of a request, as
+everywhere; what comes from here is only the word that there is something new, once a step for all
+that the step brought.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastgen.checks import integer, real
+from fastgen.errors import EngineError, QueueFull, message_of
+from fastgen.generator import Generator
+from fastgen.jobs import Job
+from fastgen.request import Request, Row
+from fastgen.stream import PieceReader, raise_error
+from fastgen.turns import Turns
+
+T = TypeVar("T")
+logger = logging.getLogger("fastgen")
+_FAILURES = 3  # steps that fail one after another, and no other between: the decoder is lost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """How much of an engine callers may take; the same for all models of a server.
+
+    Attributes:
+        max_waiting: rows that may wait for a seat; what exceeds that is refused with QueueFull.
+        max_unread: tokens of a streamed row that may wait for its reader; more cancel the request.
+        stall_timeout: seconds without a step, with work to do, after which an engine is not ready.
+        turns: of models that share a processor.
+    """
+
+    max_waiting: int = 1024
+    max_unread: int = 512
+    stall_timeout: float = 10.0
+    turns: Turns | None = None
+
+    def __post_init__(self) -> None:
+        integer("max_waiting", self.max_waiting, 0)
+        integer("max_unread", self.max_unread, 1)
+        real("stall_timeout", self.stall_timeout, 0, float("inf"), above=True)
+
+
+class Ticket:
+    """A request under way, in the hands of whoever waits for it. It is the request's Listener.
+
+    Attributes:
+        request: None until it has been put into the engine.
+        reader: of a streamed request.
+        stalled: it has been cancelled because its reader did not read.
+    """
+
+    def __init__(self, thread: EngineThread, tell: Tell, *, streams: bool) -> None:
+        self.request: Request | None = None
+        self.reader: PieceReader | None = None
+        self.stalled = False
+        self.failure: EngineError | None = None  # the engine's, not the request's
+        self.tell = tell
+        self._thread, self._streams = thread, streams
+        self._is_told = False  # it is in the news, or its owner has been told and not looked yet
+
+    @property
+    def done(self) -> bool:
+        return self.failure is not None or (self.request is not None and self.request.done)
+
+    @property
+    def has_news(self) -> bool:
+        return self.done or (self.reader is not None and self.reader.has_news())
+
+    def look(self) -> None:
+        """Its owner looks at what it has now: from here on it is told again."""
+        self._is_told = False
+
+    def raise_failure(self) -> None:
+        """Raise EngineError if the request ended for a reason that is not its own."""
+        if self.failure is not None:
+            raise self.failure
+        if self.stalled:
+            most = self._thread.terms.max_unread
+            raise EngineError(f"cancelled: more than {most} tokens of a row waited to be read")
+        if self.request is not None:
+            raise_error(self.request)
+
+    def row_drew(self, row: Row) -> None:
+        if not self._streams:
+            return
+        if self.reader is not None and self.reader.num_unread(row) > self._thread.terms.max_unread:
+            self.stalled = True
+            self._thread.cancel(self)
+        self._announce()
+
+    def request_ended(self, request: Request) -> None:
+        self._thread.ended(self, request)
+        self._announce()
+
+    def fail(self, error: EngineError) -> None:
+        self.failure = error
+        self._announce()
+
+    def _announce(self) -> None:
+        if not self._is_told:
+            self._is_told = True
+            self._thread.news.append(self)
+
+
+Tell = Callable[[list[Ticket]], None]
+
+
+class EngineThread:
+    """Drives a model's engine while there is work. Thread-safe. It does not own the model."""
+
+    def __init__(self, model: Generator, terms: Terms) -> None:
+        self.model, self.terms = model, terms
+        self.news: deque[Ticket] = deque()
+        self.failure: str | None = None  # why the engine cannot go on
+        self._engine = model.engine
+        self._tickets: set[Ticket] = set()  # those that have not ended
+        self._changed = threading.Condition()  # guards what follows, and its waiters
+        self._refusal: str | None = None
+        self._stopped = False
+        self._failures = 0  # in a row
+        self._last_error: BaseException | None = None
+        self._progress = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="fastgen-steps", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken and, if there are any, steps make progress."""
+        return self._refusal is None and self.failure is None and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether no step has ended for long, though there is work."""
+        waited = time.monotonic() - self._progress
+        return bool(self._engine.num_unfinished) and waited > self.terms.stall_timeout
+
+    def submit(
+        self,
+        jobs: Sequence[Job],
+        tell: Tell,
+        *,
+        streams: bool = False,
+        deadline: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[Ticket]:
+        """Put all jobs into the engine, or none.
+
+        Args:
+            tell: is called on the step's thread with those of its tickets that have news.
+            streams: there is news for each token, not only at the end.
+
+        Raises:
+            QueueFull: they would be too many.
+            EngineError: no requests are taken any more.
+            TypeError, ValueError: deadline, priority or cache_salt is wrong.
+        """
+        tickets: list[Ticket] = []
+        with self._changed:
+            self._refuse(sum(job.params.num_rows for job in jobs))
+            if not self._engine.num_unfinished:
+                self._progress = time.monotonic()  # the work begins now
+            try:
+                for job in jobs:
+                    ticket = Ticket(self, tell, streams=streams)
+                    tickets.append(ticket)
+                    self._tickets.add(ticket)
+                    ticket.request = self._engine.add_request(
+                        job.token_ids, job.params, sinks=job.sinks, deadline=deadline,
+                        priority=priority, cache_salt=cache_salt, listener=ticket,
+                    )  # fmt: skip
+                    ticket.reader = PieceReader(ticket.request) if streams else None
+            except BaseException:
+                for ticket in tickets:
+                    self._tickets.discard(ticket)
+                    self.cancel(ticket)
+                raise
+            self._changed.notify_all()
+        self._spread_news()  # what has nothing to compute has ended already
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request before the next step; it does not wait for that."""
+        if ticket.request is not None and not ticket.request.done:
+            self._engine.cancel(ticket.request, if_idle=False)
+
+    def ended(self, ticket: Ticket, request: Request) -> None:
+        """One of its requests has; called by the ticket."""
+        self._tickets.discard(ticket)
+        self._last_error = request.error or self._last_error
+
+    def refuse(self, why: str) -> None:
+        """Take no more requests; those under way go on."""
+        with self._changed:
+            self._refusal = self._refusal or why
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those under way; whether all have ended by then."""
+        self.refuse("is shutting down")
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._tickets, timeout)
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Cancel all requests, and end the thread. Safe to call twice.
+
+        A step that does not end is waited for no longer than `timeout` seconds.
+        """
+        self.refuse("has been closed")
+        for ticket in list(self._tickets):
+            self.cancel(ticket)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._tickets, timeout)
+            self._stopped = True
+            self._changed.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        self._fail_all(EngineError("this engine has been closed"))
+
+    def _refuse(self, num_rows: int) -> None:
+        if self.failure is not None:
+            raise EngineError(f"this engine cannot go on: {self.failure}")
+        if self._refusal is not None:
+            raise EngineError(f"this engine {self._refusal}")
+        room = self._engine.decoder.limits.num_seats + self.terms.max_waiting
+        if self._engine.num_unfinished + num_rows > room:
+            raise QueueFull(
+                f"{num_rows} more would exceed the {room} completions that may run and wait"
+            )
+
+    def _work(self) -> None:
+        while self._awaits_work():
+            self._step()
+            self._spread_news()
+            with self._changed:
+                self._changed.notify_all()
+
+    def _awaits_work(self) -> bool:
+        """False when there is none to come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._engine.num_unfinished or self._stopped)
+            return not self._stopped
+
+    def _step(self) -> None:
+        """One step of the engine, whoever runs it."""
+        engine, stats = self._engine, self._engine.stats
+        steps, failed = stats.steps, stats.failed_steps
+
+        def moved_on() -> bool:
+            return (stats.steps, stats.failed_steps) != (steps, failed) or not engine.num_unfinished
+
+        failure: BaseException | None = None
+        try:
+            if self.terms.turns is None:
+                engine.run(moved_on)
+            else:
+                with self.terms.turns:
+                    engine.run(moved_on)
+        except BaseException as error:
+            failure = error
+            logger.exception("a step raised what is no request's fault")
+        self._progress = time.monotonic()
+        if stats.steps != steps:
+            self._failures = 0
+        elif failure is not None or stats.failed_steps != failed:
+            self._failures += 1
+            if self._failures == _FAILURES:
+                self._break(failure or self._last_error)
+
+    def _break(self, error: BaseException | None) -> None:
+        """The decoder cannot go on: say so, and end everything."""
+        self.failure = "no reason was given" if error is None else message_of(error)
+        logger.critical("%d steps failed in a row; the engine cannot go on: %s",
+                        _FAILURES, self.failure, exc_info=error)  # fmt: skip
+        self._fail_all(EngineError(f"this engine cannot go on: {self.failure}"))
+        self._stopped = True
+
+    def _fail_all(self, error: EngineError) -> None:
+        for ticket in list(self._tickets):
+            try:
+                if ticket.request is not None:
+                    self._engine.cancel(ticket.request)
+            except Exception:
+                logger.exception("a request could not be ended")
+            ticket.fail(error)
+        self._tickets.clear()
+        self._spread_news()
+
+    def _spread_news(self) -> None:
+        news: dict[Tell, list[Ticket]] = {}
+        while self.news:
+            try:
+                ticket = self.news.popleft()
+            except IndexError:  # another thread was faster
+                break
+            news.setdefault(ticket.tell, []).append(ticket)
+        for tell, tickets in news.items():
+            try:
+                tell(tickets)
+            except RuntimeError:  # its event loop, or its pool, has been closed
+                for ticket in tickets:
+                    self.cancel(ticket)
+
+
+def sized(items: Iterable[object]) -> int:
+    """Characters and ids that prompts hold, for a guess at how long they take."""
+    return sum(len(item) if isinstance(item, (str, list, tuple)) else 1 for item in items)
