@@ -39,6 +39,6 @@ native.optional = True  # an editable install then does not look for what was no
 setup(
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuildExt},
-    packages=["fastgen", "fastgen.decoders", "fastgen.hf", "fastgen.kernels"],
+    packages=["fastgen", "fastgen.decoders", "fastgen.hf", "fastgen.kernels", "fastgen.server"],
     package_dir={"fastgen.kernels": "kernels"},
 )

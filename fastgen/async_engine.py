@@ -20,6 +20,7 @@ from fastgen.prompts import Params, Prompt, as_list
 from fastgen.request import Request
 from fastgen.results import Generation, Piece, Score
 from fastgen.sampling_params import SamplingParams
+from fastgen.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _QUICK_SIZE = 2048  # characters or ids that an event loop may encode itself: well below 1 ms
@@ -119,6 +120,24 @@ class AsyncEngine:
         scoring = await self._off_loop(size, lambda: self._make.scoring(texts))
         requests = await self._run(scoring.jobs, deadline_in(timeout), priority, cache_salt)
         return await self._off_loop(size, lambda: scoring.scores(requests))
+
+    async def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text.
+
+        Raises:
+            ValueError: the model has no tokenizer, or a text is not valid Unicode.
+        """
+        return await self._off_loop(sized(texts), lambda: self._tokenizer().encode(texts))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return await self._off_loop(len(token_ids), lambda: self._tokenizer().decode(token_ids))
+
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = self.thread.model.tokenizer
+        if tokenizer is None:
+            raise ValueError("this model has no tokenizer")
+        return tokenizer
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""

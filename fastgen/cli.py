@@ -1,4 +1,4 @@
-"""The command line: fastgen generate, score, info."""
+"""The command line: fastgen generate, score, serve, info."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fastgen.errors import CheckpointError, EngineError
 from fastgen.generator import Generator, load, open_model
 from fastgen.results import Generation, Score
 from fastgen.sampling_params import SamplingParams
+from fastgen.server import command
 
 _REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -57,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="print the result as JSON")
     score.set_defaults(run=_score)
 
+    serve = commands.add_parser(
+        "serve",
+        parents=[_loading_options()],
+        help="serve models over HTTP, in OpenAI's completions protocol",
+    )
+    command.add_options(serve)
+    serve.set_defaults(run=_serve)
+
     info = commands.add_parser(
         "info", parents=[model], help="what would be loaded: shapes, decoder, memory"
     )
@@ -66,9 +75,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False, parents=[_loading_options()])
+    options.add_argument(
+        "--model", metavar="PATH", help="folder or hub id (default: the bundled model)"
+    )
+    return options
+
+
+def _loading_options() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(add_help=False)
     add = options.add_argument_group("model").add_argument
-    add("--model", metavar="PATH", help="folder or hub id (default: the bundled model)")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
@@ -135,9 +151,9 @@ def _bias(argument: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{argument!r} is not ID=VALUE") from None
 
 
-def _load(arguments: argparse.Namespace) -> Generator:
+def _load(arguments: argparse.Namespace, model: str | None) -> Generator:
     return load(
-        arguments.model,
+        model,
         device=arguments.device,
         dtype=arguments.dtype,
         quantize=arguments.quantize,
@@ -154,7 +170,7 @@ def _load(arguments: argparse.Namespace) -> Generator:
 def _generate(arguments: argparse.Namespace) -> int:
     params = params_of(arguments)
     prompt = _text(arguments.prompt)
-    with _load(arguments) as model:
+    with _load(arguments, arguments.model) as model:
         if params.num_rows == 1 and not arguments.json:
             return _print_stream(model, prompt, params, arguments.timeout)
         [generation] = model.generate(prompt, params, timeout=arguments.timeout)
@@ -203,7 +219,7 @@ def _exit_code(errors: Iterable[str | None]) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     text = _text(arguments.text)
-    with _load(arguments) as model:
+    with _load(arguments, arguments.model) as model:
         [score] = model.score([text])
         if arguments.json:
             print(json.dumps(_score_record(model, score), ensure_ascii=False))
@@ -275,6 +291,10 @@ def _info(arguments: argparse.Namespace) -> int:
     for backend in backends():
         print(f"{'':<11} {backend}")
     return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    return command.run(arguments, lambda model: _load(arguments, model))
 
 
 def _text(argument: str) -> str:

@@ -1,0 +1,147 @@
+"""The ASGI application: routes, who may call them, and what becomes of errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastgen.server import endpoints
+from fastgen.server.errors import ApiError, api_error
+from fastgen.server.schema import schema_of
+from fastgen.server.service import Service
+
+logger = logging.getLogger("fastgen.server")
+OPEN_PATHS = ("/health/live", "/health/ready")  # for these no key is needed
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_GONE = 499  # nobody reads it; it stands in the log
+_INSTEAD = "this server continues text: use /v1/completions"
+
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+def make_app(service: Service) -> Starlette:
+    """OpenAI's completions, and fastgen's own: for uvicorn, or to be mounted in another app."""
+    routes = [
+        Route("/v1/completions", _answering(endpoints.completions), methods=["POST"]),
+        Route("/v1/score", _answering(endpoints.score), methods=["POST"]),
+        Route("/v1/models", _answering(endpoints.models), methods=["GET"]),
+        Route("/v1/models/{name:path}", _answering(endpoints.model), methods=["GET"]),
+        Route("/tokenize", _answering(endpoints.tokenize), methods=["POST"]),
+        Route("/detokenize", _answering(endpoints.detokenize), methods=["POST"]),
+        Route("/health/live", _answering(endpoints.live), methods=["GET"]),
+        Route("/health/ready", _answering(endpoints.ready), methods=["GET"]),
+        Route("/metrics", _answering(endpoints.metrics), methods=["GET"]),
+        Route("/openapi.json", _answering(_schema), methods=["GET"]),
+        Route("/v1/chat/completions", _answering(_no_chat), methods=["POST"]),
+        Route("/v1/embeddings", _answering(_no_embeddings), methods=["POST"]),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(_Calls, service=service)],
+        exception_handlers={HTTPException: _refused},
+    )
+    app.state.service = service
+    return app
+
+
+def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """The handler's answer, an object or a Response, as a Response; so are its errors."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            answered = await handler(request)
+        except ClientDisconnect:
+            return Response(status_code=_GONE)
+        except Exception as error:
+            told = api_error(error)
+            if told.status >= 500:
+                logger.error("%s failed", request.scope["state"]["id"], exc_info=error)
+            return _error(told, request)
+        return answered if callable(answered) else JSONResponse(answered)
+
+    return answer
+
+
+def _error(error: ApiError, request: Request) -> Response:
+    service: Service = request.app.state.service
+    if error.status in (401, 429, 503):
+        service.metrics.refusals.labels(error.code or error.kind).inc()
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """What the router has no route for."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:100]
+    why = "no such path" if error.status_code == 404 else error.detail
+    told = ApiError(error.status_code, f"{request.method} {path}: {why}", code="unknown_url")
+    return JSONResponse(told.body, told.status, error.headers)
+
+
+async def _schema(request: Request) -> dict[str, Any]:
+    return schema_of(request.app.state.service)
+
+
+async def _no_chat(request: Request) -> None:
+    raise ApiError(404, f"GPT-2 has no chat format; {_INSTEAD}", code="unknown_url")
+
+
+async def _no_embeddings(request: Request) -> None:
+    raise ApiError(404, f"there are no embeddings here; {_INSTEAD}", code="unknown_url")
+
+
+class _Calls:
+    """Around every call: its id, whether its key is known, a line in the log, a count."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request, began = Request(scope), time.perf_counter()
+        given = request.headers.get("x-request-id", "")
+        name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        scope.setdefault("state", {})["id"] = name
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", name.encode())]
+            await send(message)
+
+        try:
+            await self._let_in(scope, receive, send_with_id)
+        finally:
+            path = scope["path"] if scope.get("route") else "other"
+            self._service.metrics.requests.labels(path, str(status)).inc()
+            logger.info("%s %s %r %d %.1f ms", name, scope["method"], scope["path"][:100], status,
+                        1e3 * (time.perf_counter() - began))  # fmt: skip
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            scope["state"]["salt"] = None
+            if scope["path"] not in OPEN_PATHS:
+                authorization = Request(scope).headers.get("authorization", "")
+                scope["state"]["salt"] = self._service.keys.salt_of(authorization)
+        except ApiError as error:
+            self._service.metrics.refusals.labels(error.code or error.kind).inc()
+            response = JSONResponse(error.body, error.status, error.headers)
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

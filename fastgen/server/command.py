@@ -1,0 +1,92 @@
+"""`fastgen serve`: its options, and what they make."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from fastgen.engine_thread import Terms
+from fastgen.generator import Generator
+from fastgen.limits import Limits
+from fastgen.server.limits import ServerLimits
+
+BUNDLED = "fastgen-bundled"
+_TERMS = ("max_waiting", "max_unread", "stall_timeout")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this "
+        "machine only)")  # fmt: skip
+    add("--port", type=int, default=8000, help="port; 0 is any free one (default: 8000)")
+    add("--uds", metavar="PATH", help="a Unix socket instead")
+    add("--model", dest="models", action="append", default=[], metavar="NAME=PATH",
+        help="serve this folder or hub id under this name; may be repeated; without NAME= it has "
+        "the folder's (default: the bundled model)")  # fmt: skip
+    add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, one a line")
+    add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    group = parser.add_argument_group("limits of the server").add_argument
+    for field in (*fields(ServerLimits), *_fields(Terms)):
+        _add(group, field.name, type(field.default), field.default)
+    group = parser.add_argument_group("limits of a request").add_argument
+    for name, bound in vars(Limits.for_serving()).items():
+        kind = float if isinstance(bound, float) else int
+        _add(group, f"limit_{name}", kind, bound)
+
+
+def _add(add: Callable[..., Any], name: str, kind: Any, default: Any) -> None:
+    told = "no limit but the context" if default is None else f"{default:g}"
+    add(f"--{name.replace('_', '-')}", type=kind, default=default,
+        metavar="SECONDS" if name.endswith("timeout") or name == "keep_alive" else "N",
+        help=f"(default: {told})")  # fmt: skip
+
+
+def _fields(kind: Any) -> list[Field[Any]]:
+    return [f for f in fields(kind) if f.name in _TERMS and f.default is not MISSING]
+
+
+def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) -> int:
+    """Load the models, and serve them until the process is told to end."""
+    try:
+        from fastgen.server.run import Address, serve
+        from fastgen.server.service import Keys, Service
+    except ModuleNotFoundError as error:
+        message = f"fastgen serve needs {error.name}: pip install 'fastgen[server]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+    logging.basicConfig(level=arguments.log_level.upper(), stream=sys.stderr,
+                        format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # fmt: skip
+    given = vars(arguments)
+    keys = Keys() if arguments.api_key_file is None else Keys.from_file(arguments.api_key_file)
+    limits = ServerLimits(**{field.name: given[field.name] for field in fields(ServerLimits)})
+    request_limits = Limits(**{f.name: given[f"limit_{f.name}"] for f in fields(Limits)})
+    terms = Terms(**{name: given[name] for name in _TERMS})
+    with ExitStack() as models:
+        served: dict[str, Generator] = {}
+        for name, path in _named(arguments):
+            if name in served:
+                raise ValueError(f"two models are named {name!r}")
+            served[name] = models.enter_context(load(path))
+        service = Service(
+            served, limits=limits, request_limits=request_limits, terms=terms, keys=keys
+        )
+        serve(service, Address(host=arguments.host, port=arguments.port, uds=arguments.uds))
+    return 0
+
+
+def _named(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
+    """Names and paths of the models."""
+    named: list[tuple[str, str | None]] = []
+    for given in arguments.models:
+        name, equals, path = given.rpartition("=")
+        path = path if equals else given
+        name = name if equals else Path(path).name
+        if not name or not path:
+            raise ValueError(f"--model {given!r} is not NAME=PATH")
+        named.append((name, path))
+    return named or [(BUNDLED, None)]

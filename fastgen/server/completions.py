@@ -1,0 +1,222 @@
+"""/v1/completions: what a request means, and what its results look like."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastgen.checks import boolean, integer, real, reject_unknown
+from fastgen.results import Completion, Generation
+from fastgen.sampling_params import SamplingParams
+from fastgen.server.errors import ApiError
+from fastgen.server.limits import ServerLimits
+from fastgen.server.logprobs import LogprobsWriter
+from fastgen.tokenizer import Tokenizer
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+# Names of this protocol for what SamplingParams calls otherwise.
+RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
+_OWN = {"rank", "logits_processor", "prompt_logprobs", "logprobs", "max_new_tokens",
+        "min_new_tokens"}  # fmt: skip
+SAMPLING = [f.name for f in fields(SamplingParams) if f.name not in _OWN] + [*RENAMED]
+# What is not the sampler's.
+OTHERS = ("model", "prompt", "stream", "stream_options", "logprobs", "echo", "suffix", "user",
+          "timeout", "priority", "cache_salt")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A request that has been understood; the sampling options are checked, the ids are not."""
+
+    model: str
+    prompts: list[Any]  # each a string or a list of ids
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    echo: bool
+    timeout: float
+    priority: int
+    cache_salt: str | None
+
+    @property
+    def shows_prompt_logprobs(self) -> bool:
+        return self.echo and self.params.logprobs is not None
+
+
+def completion_request(body: dict[str, Any], limits: ServerLimits) -> CompletionRequest:
+    """Raises TypeError, ValueError or ApiError where it cannot be understood."""
+    given = {name: value for name, value in body.items() if value is not None}
+    reject_unknown(given, [*SAMPLING, *OTHERS])
+    if given.get("suffix", "") != "":
+        raise ApiError(400, "suffix: this model cannot insert text, only continue it", "suffix")
+    text("user", given.get("user", ""))
+    echo = boolean("echo", given.get("echo", False))
+    stream = boolean("stream", given.get("stream", False))
+    params = _params(given, echo, limits)
+    if stream and params.best_of is not None:
+        raise ApiError(400, "best_of cannot be streamed: it chooses when all is there", "best_of")
+    return CompletionRequest(
+        model=text("model", given.get("model", "")),
+        prompts=prompts_of(given.get("prompt"), limits.prompts),
+        params=params,
+        stream=stream,
+        include_usage=_include_usage(given.get("stream_options"), stream),
+        echo=echo,
+        timeout=timeout_of(given, limits),
+        priority=integer("priority", given.get("priority", 0), 0, 1000),
+        cache_salt=text("cache_salt", given["cache_salt"]) if "cache_salt" in given else None,
+    )
+
+
+def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> SamplingParams:
+    options = {RENAMED.get(name, name): given[name] for name in SAMPLING if name in given}
+    options.setdefault("max_new_tokens", _DEFAULT_MAX_TOKENS)
+    for name in ("logit_bias", "sequence_bias"):
+        if name in options:
+            options[name] = _biases(name, options[name])
+    if options.get("best_of") == options.get("n", 1):
+        options.pop("best_of", None)
+    if "logprobs" in given:
+        most = limits.completion_logprobs
+        options["logprobs"] = integer("logprobs", given["logprobs"], 0, most)
+        if echo:
+            options["prompt_logprobs"] = options["logprobs"]
+    if options["max_new_tokens"] == 0 and type(options["max_new_tokens"]) is int:
+        if not echo:
+            raise ApiError(400, "max_tokens of 0 is only of use with echo", "max_tokens")
+        options.setdefault("prompt_logprobs", 0)
+    return SamplingParams(**options)
+
+
+def _biases(name: str, value: Any) -> Any:
+    """JSON's keys are strings: ids, or for sequence_bias ids with commas between them."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be an object, not {type(value).__name__}")
+    try:
+        if name == "logit_bias":
+            return {int(key): bias for key, bias in value.items()}
+        return {tuple(map(int, key.split(","))): bias for key, bias in value.items()}
+    except ValueError:
+        raise ValueError(f"{name} must have token ids as its keys") from None
+
+
+def prompts_of(prompt: Any, most: int) -> list[Any]:
+    """A string, a list of ids, or a list of either, as a list of prompts."""
+    if prompt is None:
+        raise ApiError(400, "prompt is missing", "prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list):
+        raise TypeError(f"prompt must be a string or a list, not {type(prompt).__name__}")
+    if not prompt:
+        raise ApiError(400, "prompt is an empty list", "prompt")
+    if isinstance(prompt[0], (str, list)):
+        if len(prompt) > most:
+            raise ApiError(400, f"prompt: {len(prompt)} exceed the limit of {most}", "prompt")
+        if not all(isinstance(one, type(prompt[0])) for one in prompt):
+            raise ApiError(400, "prompt must hold either texts or lists of token ids", "prompt")
+        return prompt
+    return [prompt]
+
+
+def timeout_of(given: dict[str, Any], limits: ServerLimits) -> float:
+    most = limits.request_timeout
+    return real("timeout", given.get("timeout", most), 0, most, above=True)
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {type(value).__name__}")
+    return value
+
+
+def _include_usage(options: Any, stream: bool) -> bool:
+    if options is None:
+        return False
+    if not stream:
+        raise ApiError(400, "stream_options is only of use with stream", "stream_options")
+    if not isinstance(options, dict):
+        raise TypeError(f"stream_options must be an object, not {type(options).__name__}")
+    reject_unknown(options, ["include_usage", "include_obfuscation"])
+    return boolean("stream_options.include_usage", options.get("include_usage", False))
+
+
+class Answer:
+    """What all objects of one response have in common."""
+
+    def __init__(self, request: CompletionRequest, tokenizer: Tokenizer | None) -> None:
+        self.id = f"cmpl-{secrets.token_hex(16)}"
+        self._request, self._tokenizer = request, tokenizer
+        self._created = int(time.time())
+
+    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        n = self._request.params.n
+        choices = [
+            self._choice(at * n + place, self._request.prompts[at], generation, completion)
+            for at, generation in enumerate(generations)
+            for place, completion in enumerate(generation.completions)
+        ]
+        usage = usage_of(
+            (len(generation.prompt_token_ids) for generation in generations),
+            (len(c.token_ids) for generation in generations for c in generation.completions),
+        )
+        return self.object(choices) | {"usage": usage}
+
+    def object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._request.model,
+            "choices": choices,
+        }
+
+    def prompt_text(self, prompt: Any) -> str:
+        """As the caller wrote it; of ids, what they stand for."""
+        if isinstance(prompt, str):
+            return prompt
+        return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
+
+    def _choice(
+        self, index: int, prompt: Any, generation: Generation, completion: Completion
+    ) -> dict[str, Any]:
+        refuse_failed(completion.finish_reason, completion.error)
+        writer = LogprobsWriter(self._tokenizer)
+        shown = ""
+        if self._request.echo:
+            shown = self.prompt_text(prompt)
+            if self._request.shows_prompt_logprobs:
+                writer.add_prompt(generation.prompt_token_ids, generation.prompt_logprobs or ())
+            else:
+                writer.skip(shown)
+        if completion.logprobs is not None:
+            writer.add(completion.logprobs)
+        return {
+            "index": index,
+            "text": shown + completion.text,
+            "logprobs": None if self._request.params.logprobs is None else writer.take(),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+            "seed": completion.seed,
+        }
+
+
+def refuse_failed(finish_reason: str | None, error: str | None) -> None:
+    """Raise ApiError for a completion that did not end as one should."""
+    if finish_reason == "cancelled":
+        raise ApiError(503, "cancelled: the server is shutting down", code="unavailable")
+    if finish_reason == "error":
+        raise ApiError(500, error or "generation failed", code="generation_failed")
+
+
+def usage_of(prompts: Any, completions: Any) -> dict[str, int]:
+    prompt_tokens, completion_tokens = sum(prompts), sum(completions)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

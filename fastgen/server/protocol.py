@@ -1,0 +1,86 @@
+"""HTTP/1.1 connections with bounds that uvicorn leaves open: silent and never-reading clients are
+cut off, and bytes that are no HTTP get an answer of the server's form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastgen.server.errors import ApiError
+from fastgen.server.limits import ServerLimits
+
+
+class BoundedProtocol(H11Protocol):
+    """See `bounded`."""
+
+    limits = ServerLimits()
+    _headers_due: asyncio.TimerHandle | None = None
+    _reading_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._headers_due, self._reading_due):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def pause_writing(self) -> None:
+        """The client does not take what it is sent."""
+        super().pause_writing()
+        self._reading_due = self.loop.call_later(self.limits.send_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
+
+    def send_400_response(self, msg: str) -> None:
+        """What was received is no HTTP, or has more headers than are allowed."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()  # an answer is under way: there is no room for another
+            return
+        too_large = getattr(sys.exception(), "error_status_hint", 400) == 431
+        error = ApiError(400, "this is not a valid HTTP request")
+        if too_large:
+            error = ApiError(431, f"the headers exceed {self.limits.header_bytes} bytes")
+        body = json.dumps(error.body).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _watch_headers(self) -> None:
+        """The time for a request's headers begins with the connection, or with their first byte."""
+        if self.conn.their_state is not h11.IDLE:
+            if self._headers_due is not None:
+                self._headers_due.cancel()
+                self._headers_due = None
+        elif self._headers_due is None:
+            timeout = self.limits.header_timeout
+            self._headers_due = self.loop.call_later(timeout, self.transport.abort)
+
+
+def bounded(limits: ServerLimits) -> type[BoundedProtocol]:
+    """The protocol with these limits, for uvicorn's `http`."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})

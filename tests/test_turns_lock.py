@@ -1,0 +1,190 @@
+"""Turns, the fair lock: in the order of asking, one at a time; and two models that share it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+import fastgen
+from engine_harness import assert_idle, greedy
+from fastgen.engine_thread import Terms
+from fastgen.threaded_engine import ThreadedEngine
+from fastgen.turns import Turns
+
+WITHIN = 60  # seconds, on a machine that is busy with other things
+
+
+def started(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def soon(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + WITHIN
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.001)
+
+
+def joined(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join(WITHIN)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_it_is_handed_on_in_the_order_of_asking() -> None:
+    turns, order = Turns(), list[int]()
+
+    def work(index: int) -> None:
+        with turns:
+            order.append(index)
+
+    threads = []
+    with turns:
+        for index in range(40):
+            threads.append(started(lambda index=index: work(index)))  # type: ignore[misc]
+            soon(lambda count=index + 1: len(turns._waiting) == count)
+        assert order == []
+    joined(threads)
+    assert order == list(range(40))
+    with turns:  # and it is free again
+        pass
+
+
+def test_whoever_leaves_goes_behind_those_who_wait() -> None:
+    """threading.Lock would let them take it again at once."""
+    turns, order = Turns(), list[str]()
+
+    def other() -> None:
+        for _ in range(50):
+            with turns:
+                order.append("other")
+                soon(lambda: turns._waiting or len(order) >= 99)
+
+    with turns:
+        thread = started(other)
+        soon(lambda: len(turns._waiting) == 1)
+    for _ in range(50):
+        with turns:
+            order.append("mine")
+            soon(lambda: turns._waiting or len(order) >= 99)
+    joined([thread])
+    assert order == ["other", "mine"] * 50
+
+
+def test_many_threads_hold_it_one_at_a_time_and_none_starves() -> None:
+    turns, inside, most = Turns(), 0, 0
+    counts = [0] * 12
+
+    def work(index: int) -> None:
+        nonlocal inside, most
+        for _ in range(200):
+            with turns:
+                inside += 1
+                most = max(most, inside)
+                counts[index] += 1
+                if counts[index] % 50 == 0:
+                    time.sleep(0.0005)  # others run meanwhile, and must not come in
+                inside -= 1
+
+    joined([started(lambda index=index: work(index)) for index in range(12)])  # type: ignore[misc]
+    assert most == 1
+    assert counts == [200] * 12
+    assert not turns._waiting and not turns._taken
+
+
+def test_an_exception_inside_hands_it_on() -> None:
+    turns, entered = Turns(), threading.Event()
+
+    def other() -> None:
+        with turns:
+            entered.set()
+
+    def fail() -> None:
+        with turns:
+            started(other)
+            soon(lambda: turns._waiting)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert entered.wait(WITHIN)
+    with turns:
+        pass
+
+
+@pytest.fixture
+def models() -> Iterator[list[fastgen.Generator]]:
+    with ExitStack() as stack:
+        two = [
+            stack.enter_context(fastgen.load(max_batch_size=2, max_seq_len=256)) for _ in range(2)
+        ]
+        yield two
+        for model in two:
+            soon(lambda model=model: model.engine.num_unfinished == 0)
+            assert_idle(model.engine)
+
+
+def test_models_that_share_a_processor_both_make_progress(
+    models: list[fastgen.Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step: the short request of one does not wait for the long one of the other."""
+    turns, steps = Turns(), list[int]()
+    inside, most = 0, 0
+
+    def watched(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(batch: Any) -> Any:
+            nonlocal inside, most
+            inside += 1
+            most = max(most, inside)
+            steps.append(index)
+            time.sleep(0.002)
+            try:
+                return original(batch)
+            finally:
+                inside -= 1
+
+        return step
+
+    for index, model in enumerate(models):
+        decoder = model.engine.decoder
+        monkeypatch.setattr(decoder, "step", watched(index, decoder.step))
+    terms = Terms(turns=turns)
+    with ThreadedEngine(models[0], terms) as first, ThreadedEngine(models[1], terms) as second:
+        for slow, quick in ((first, second), (second, first)):
+            long = slow.submit("And it came to pass", greedy(max_new_tokens=240, ignore_eos=True))
+            soon(lambda: len(steps) > 3)
+            before = len(steps)
+            short = quick.submit("In the beginning", greedy(max_new_tokens=20, ignore_eos=True))
+            assert len(short.result(WITHIN).completions[0].token_ids) == 20
+            assert not long.done(), "the short one has waited for the long one"
+            meanwhile = steps[before:]
+            other = models.index(slow.thread.model)
+            assert meanwhile.count(other) >= 5, "the long one has waited for the short one"
+            assert len(long.result(WITHIN).completions[0].token_ids) == 240
+            steps.clear()
+    assert most == 1, "two steps at the same time"
+
+
+def test_a_failing_step_hands_the_turn_to_the_other_model(
+    models: list[fastgen.Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(batch: Any) -> Any:
+        raise OSError("boom")
+
+    terms = Terms(turns=Turns())
+    with ThreadedEngine(models[0], terms) as first, ThreadedEngine(models[1], terms) as second:
+        with monkeypatch.context() as patch:
+            patch.setattr(models[0].engine.decoder, "step", broken)
+            for _ in range(4):  # beyond the first three it refuses
+                with pytest.raises(fastgen.EngineError):
+                    first.submit("And", max_new_tokens=5).result(WITHIN)
+        assert not first.ready and second.ready
+        assert second.submit("And", max_new_tokens=5).result(WITHIN).completions
+    assert models[0].generate("And", max_new_tokens=5)
