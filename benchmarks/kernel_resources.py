@@ -289,9 +289,12 @@ def faults(line: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90, 100])
+    known = list(SHARED_LIMITS)
+    parser.add_argument("--architectures", type=int, nargs="+", default=known, choices=known)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
+    if launch.INTERPRETED:
+        parser.error("nothing is compiled with TRITON_INTERPRET=1: unset it")
     calls = recorded()
     tasks = [
         (call, architecture)

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fastgen.decoders.interface import Decoder, Draw, PendingStep
 from fastgen.driver_place import DriverPlace
@@ -229,9 +229,9 @@ class Engine:
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
                 step = self.decoder.step(plan.batch)
-                self._under_way.append((plan, step))
                 for row in rows:
                     row.num_under_way += 1
+                self._under_way.append((plan, step))
                 return step.is_async and not needs_logits(plan)
             if not admissions and not self._under_way:
                 # whoever runs the engine waits for something that cannot come
@@ -241,20 +241,24 @@ class Engine:
 
     def _take(self) -> None:
         """Wait for the oldest step under way, and give its rows what they got of it."""
-        plan, step = self._under_way.popleft()
+        plan, step = self._under_way[0]
         rows = [entry.row for entry in plan.entries]
-        for row in rows:
-            row.num_under_way -= 1
-        with self._failing_together(lambda: rows):
-            try:
-                outcomes = outcomes_of(plan, step)  # all first: logits are gone after another call
-                self.stats.count(plan)
-                for entry, outcome in zip(plan.entries, outcomes, strict=True):
-                    self._hand_out(entry, outcome)
-            finally:
-                for row in rows:
-                    if row.finish_reason is not None and row.seat >= 0:
-                        self._release(row)
+        with self._failing_together(lambda: rows), ExitStack() as afterwards:
+            afterwards.callback(self._free, rows)
+            outcomes = outcomes_of(plan, step)  # all first: logits are gone after another call
+            self.stats.count(plan)
+            for entry, outcome in zip(plan.entries, outcomes, strict=True):
+                self._hand_out(entry, outcome)
+
+    def _free(self, rows: Sequence[Row]) -> None:
+        """The oldest step holds its rows no more; those that have ended give back what they had,
+        each of them whatever happens to another."""
+        self._under_way.popleft()
+        with ExitStack() as releases:
+            for row in rows:
+                row.num_under_way -= 1
+                if row.finish_reason is not None and row.seat >= 0:
+                    releases.callback(self._release, row)
 
     def _take_all(self) -> None:
         while self._under_way:
@@ -358,7 +362,7 @@ class Engine:
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for request in dict.fromkeys(row.request for row in rows):
-            if not request.done:
+            if any(row.finish_reason is None for row in request.rows):
                 request.error = error
                 self._end(request, "error", error)
 

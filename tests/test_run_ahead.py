@@ -151,6 +151,48 @@ def test_a_step_that_fails_while_it_is_under_way(
     assert joining.error is None and len(joining.rows[0].new_token_ids) == 4
 
 
+def test_rows_give_back_what_they_had_whatever_happens_to_another(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        engine.add_request(prompt, greedy(max_new_tokens=3, ignore_eos=True)) for prompt in PROMPTS
+    ]
+    release, failed = engine.decoder.release, []
+
+    def fail_once(seat: int) -> None:
+        release(seat)
+        if not failed:
+            failed.append(seat)
+            raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.decoder, "release", fail_once, raising=False)
+    run_all(engine, requests, may_fail=True)
+    assert failed and all(request.done for request in requests)
+    assert [row.finish_reason for r in requests for row in r.rows] == ["length"] * 4
+
+
+def test_a_row_that_ended_well_gets_no_error_of_a_later_step(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = engine.add_request(PROMPTS[0], greedy(max_new_tokens=12, ignore_eos=True))
+    run_all(engine, [first])
+    [tokens] = new_tokens(first)
+    ending = engine.add_request(PROMPTS[0], greedy(max_new_tokens=12, stop_token_ids=[tokens[3]]))
+    staying = engine.add_request(PROMPTS[1], greedy(max_new_tokens=12, ignore_eos=True))
+    engine.run(lambda: ending.rows[0].finish_reason is not None)
+    assert not ending.done, "a step should be under way with it"
+    schedule = engine._scheduler.schedule
+
+    def fail() -> None:
+        monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(engine._scheduler, "schedule", fail)
+    run_all(engine, [ending, staying], may_fail=True)
+    assert ending.error is None and ending.rows[0].finish_reason == "stop"
+    assert isinstance(staying.error, MemoryError)
+
+
 def test_close_waits_for_the_step_under_way(variant: Callable[[str], Path]) -> None:
     engine = make_engine(max_seq_len=64, decoder=DECODERS[0], model=variant("one_layer"))
     request = engine.add_request(PROMPTS[3], greedy(max_new_tokens=30, ignore_eos=True))

@@ -31,10 +31,12 @@ def why_not_cuda(config: GPT2Config, options: LoadOptions) -> str | None:
     """What keeps the CUDA decoder from running this; None if it can."""
     if config.head_dim > MOST_HEAD_DIM:
         return f"heads of {config.head_dim} dimensions (at most {MOST_HEAD_DIM})"
-    if INTERPRETED:
-        return None
+    if INTERPRETED:  # NumPy, which it computes with, knows no bfloat16
+        return "Triton's interpreter has no bfloat16" if options.dtype_name == "bfloat16" else None
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) is built without CUDA"
     device = chosen_device(options.device)
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device.type != "cuda":
         return f"device {device} is no NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
