@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ class FinishedStep:
 
     draws: list[Draw]
     logits: NDArray[np.float32]
+    is_async: ClassVar[bool] = False
 
     def wait(self) -> list[Draw]:
         return self.draws

@@ -12,7 +12,8 @@ import fastgen
 from fastgen import SamplingParams
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "sampling.md", ROOT / "docs" / "transformers.md"]
+NAMES = ("sampling", "serving", "transformers")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

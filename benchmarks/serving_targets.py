@@ -1,0 +1,126 @@
+"""What bench_serving.py loads: the engine in this process, and servers in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from open_loop import Send
+
+import fastgen
+
+HERE = Path(__file__).parent
+MOST_ROWS = 32
+START = 180  # seconds for a server to load its model
+
+
+@contextlib.asynccontextmanager
+async def in_process(folder: Path, load: dict[str, Any], max_len: int) -> AsyncIterator[Send]:
+    """AsyncEngine, ids in and ids out."""
+    room = {"max_batch_size": MOST_ROWS, "max_seq_len": max_len}
+    with fastgen.load(folder, **load, **room) as model:
+        async with fastgen.AsyncEngine(model) as engine:
+
+            async def send(prompt: list[int], new_tokens: int) -> AsyncIterator[None]:
+                params = fastgen.SamplingParams(
+                    temperature=0, max_new_tokens=new_tokens, ignore_eos=True
+                )
+                async with engine.stream(prompt, params) as stream:
+                    async for piece in stream:
+                        for _ in piece.token_ids:
+                            yield
+
+            yield send
+
+
+@contextlib.asynccontextmanager
+async def fastgen_server(folder: Path, load: dict[str, Any], max_len: int) -> AsyncIterator[Send]:
+    """`fastgen serve`."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in load.items()]
+    command = [
+        *(sys.executable, "-m", "fastgen", "serve", "--port", "0", "--model", f"model={folder}"),
+        *(f"--max-batch-size={MOST_ROWS}", f"--max-seq-len={max_len}", "--log-level=warning"),
+        *options,
+    ]
+    extra = {"ignore_eos": True, "logprobs": None}
+    async with _server(command) as address:
+        yield _client(*address, extra)
+
+
+@contextlib.asynccontextmanager
+async def transformers_server(
+    folder: Path, load: dict[str, Any], max_len: int
+) -> AsyncIterator[Send]:
+    """transformers' generate behind a lock: what a service is before it has an engine."""
+    script = HERE / "peers" / "transformers_server.py"
+    dtype = load.get("dtype", "float32")
+    async with _server([sys.executable, str(script), str(folder), dtype]) as address:
+        yield _client(*address, {})
+
+
+TARGETS = {
+    "in-process": in_process,
+    "fastgen serve": fastgen_server,
+    "transformers with a lock": transformers_server,
+}
+
+
+@contextlib.asynccontextmanager
+async def _server(command: list[str]) -> AsyncIterator[tuple[str, int]]:
+    """Host and port of a server that tells them on its standard output."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    try:
+        yield await asyncio.wait_for(_address(process), START)
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def _address(process: asyncio.subprocess.Process) -> tuple[str, int]:
+    assert process.stdout is not None
+    async for line in process.stdout:
+        if found := re.search(rb"at http://([\d.]+):(\d+)", line):
+            return found[1].decode(), int(found[2])
+    raise RuntimeError("the server ended before it served")
+
+
+def _client(host: str, port: int, extra: dict[str, Any]) -> Send:
+    """Streams over a connection of its own: no more than what HTTP needs, to leave the processor to
+    the server."""
+
+    async def send(prompt: list[int], new_tokens: int) -> AsyncIterator[None]:
+        request = {"model": "model", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0,
+                   "stream": True, **extra}  # fmt: skip
+        body = json.dumps(request).encode()
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            status = await reader.readline()
+            if b" 200 " not in status:
+                raise RuntimeError(status.decode().strip())
+            async for line in reader:
+                if line.startswith(b"data: {"):
+                    choices = json.loads(line[6:]).get("choices")
+                    if choices is None:
+                        raise RuntimeError(line.decode()[:200])
+                    if choices:
+                        yield
+        finally:
+            writer.close()
+
+    return send
