@@ -39,7 +39,7 @@ class AsyncEngine:
     def __init__(self, model: Generator, terms: Terms | None = None) -> None:
         self.thread = EngineThread(model, terms or Terms())
         self._make = model.job_maker
-        self._pool = ThreadPoolExecutor(2, "fastgen-texts")
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(2, "fastgen-texts")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: dict[Ticket, asyncio.Future[None]] = {}
 
@@ -68,7 +68,7 @@ class AsyncEngine:
             QueueFull: too many are waiting.
             EngineError: a step failed, or the engine takes no requests.
         """
-        size = sized(as_list(prompts))
+        size = sized(as_list(prompts)) + _words_in(params, options)
         jobs = await self._off_loop(size, lambda: list(self._make.jobs(prompts, params, options)))
         requests = await self._run(jobs, deadline_in(timeout), priority, cache_salt)
         size = sum(len(row.new_token_ids) for request in requests for row in request.rows)
@@ -91,7 +91,7 @@ class AsyncEngine:
         """
 
         async def begin() -> Ticket:
-            size = sized([prompt])
+            size = sized([prompt]) + _words_in(params, options)
             job = await self._off_loop(size, lambda: self._make.streamed(prompt, params, options))
             [ticket] = self.thread.submit(
                 [job], self._tell(), streams=True, deadline=deadline_in(timeout),
@@ -147,7 +147,9 @@ class AsyncEngine:
     async def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
         await asyncio.get_running_loop().run_in_executor(None, self.thread.stop)
-        self._pool.shutdown(wait=False)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -228,6 +230,7 @@ class AsyncStream:
     def __init__(self, engine: AsyncEngine, begin: Callable[[], Any]) -> None:
         self._engine, self._begin = engine, begin
         self._ticket: Ticket | None = None
+        self._is_read = False  # by some task, just now
 
     async def open(self) -> None:
         """Put the request into the engine, if it is not there yet."""
@@ -246,20 +249,29 @@ class AsyncStream:
 
         Raises:
             EngineError: a step failed, or too much was left unread.
+            RuntimeError: another task waits for it.
         """
+        if self._is_read:
+            raise RuntimeError("a stream is read by one task at a time")
+        self._is_read = True
         try:
-            await self.open()
-            ticket = self._ticket
-            assert ticket is not None and ticket.reader is not None
-            while (piece := self._piece(ticket)) is None:
-                if ticket.reader.ended:
-                    raise StopAsyncIteration
-                await self._engine.news_of(ticket)
+            return await self._next()
         except StopAsyncIteration:
             raise
         except BaseException:
             self._close()
             raise
+        finally:
+            self._is_read = False
+
+    async def _next(self) -> Piece:
+        await self.open()
+        ticket = self._ticket
+        assert ticket is not None and ticket.reader is not None
+        while (piece := self._piece(ticket)) is None:
+            if ticket.reader.ended:
+                raise StopAsyncIteration
+            await self._engine.news_of(ticket)
         return piece
 
     def _piece(self, ticket: Ticket) -> Piece | None:
@@ -291,3 +303,10 @@ class AsyncStream:
 
     def __del__(self) -> None:
         self._close()
+
+
+def _words_in(params: Params, options: dict[str, Any]) -> int:
+    """What bad_words hold: they are encoded, too."""
+    each = [params] if isinstance(params, SamplingParams) else params or ()
+    given = options.get("bad_words") or ()
+    return sized(given) + sum(sized(one.bad_words) for one in each if hasattr(one, "bad_words"))

@@ -68,6 +68,10 @@ class Engine:
         _engines.add(self)
 
     @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
     def num_free_blocks(self) -> int:
         return self._scheduler.pool.num_free
 

@@ -93,10 +93,14 @@ class Ticket:
     def row_drew(self, row: Row) -> None:
         if not self._streams:
             return
-        if self.reader is not None and self.reader.num_unread(row) > self._thread.terms.max_unread:
+        if self.reader is not None and row.finish_reason is None:
+            self._cut_off(self.reader.num_unread(row))
+        self._announce()
+
+    def _cut_off(self, num_unread: int) -> None:
+        if num_unread > self._thread.terms.max_unread and not self.stalled:
             self.stalled = True
             self._thread.cancel(self)
-        self._announce()
 
     def request_ended(self, request: Request) -> None:
         self._thread.ended(self, request)
@@ -136,13 +140,14 @@ class EngineThread:
     @property
     def ready(self) -> bool:
         """Whether requests are taken and, if there are any, steps make progress."""
-        return self._refusal is None and self.failure is None and not self.stalled
+        takes = self._refusal is None and self.failure is None and not self._engine.closed
+        return takes and not self.stalled
 
     @property
     def stalled(self) -> bool:
-        """Whether no step has ended for long, though there is work."""
+        """Whether no step has ended for long, though requests are under way."""
         waited = time.monotonic() - self._progress
-        return bool(self._engine.num_unfinished) and waited > self.terms.stall_timeout
+        return bool(self._tickets) and waited > self.terms.stall_timeout
 
     def submit(
         self,
@@ -168,7 +173,7 @@ class EngineThread:
         tickets: list[Ticket] = []
         with self._changed:
             self._refuse(sum(job.params.num_rows for job in jobs))
-            if not self._engine.num_unfinished:
+            if not self._tickets:
                 self._progress = time.monotonic()  # the work begins now
             try:
                 for job in jobs:
@@ -183,7 +188,8 @@ class EngineThread:
             except BaseException:
                 for ticket in tickets:
                     self._tickets.discard(ticket)
-                    self.cancel(ticket)
+                    if ticket.request is not None:
+                        self._engine.cancel(ticket.request)  # now: the thread may be asleep
                 raise
             self._changed.notify_all()
         self._spread_news()  # what has nothing to compute has ended already
@@ -218,12 +224,13 @@ class EngineThread:
         self.refuse("has been closed")
         for ticket in list(self._tickets):
             self.cancel(ticket)
+        end = time.monotonic() + timeout
         with self._changed:
             self._changed.wait_for(lambda: not self._tickets, timeout)
             self._stopped = True
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+            self._thread.join(max(0.1, end - time.monotonic()))
         self._fail_all(EngineError("this engine has been closed"))
 
     def _refuse(self, num_rows: int) -> None:
@@ -247,7 +254,7 @@ class EngineThread:
     def _awaits_work(self) -> bool:
         """False when there is none to come."""
         with self._changed:
-            self._changed.wait_for(lambda: self._engine.num_unfinished or self._stopped)
+            self._changed.wait_for(lambda: self._tickets or self._stopped)
             return not self._stopped
 
     def _step(self) -> None:
@@ -278,7 +285,8 @@ class EngineThread:
 
     def _break(self, error: BaseException | None) -> None:
         """The decoder cannot go on: say so, and end everything."""
-        self.failure = "no reason was given" if error is None else message_of(error)
+        with self._changed:  # whoever submits has put in all, or finds this
+            self.failure = "no reason was given" if error is None else message_of(error)
         logger.critical("%d steps failed in a row; the engine cannot go on: %s",
                         _FAILURES, self.failure, exc_info=error)  # fmt: skip
         self._fail_all(EngineError(f"this engine cannot go on: {self.failure}"))
@@ -312,5 +320,5 @@ class EngineThread:
 
 
 def sized(items: Iterable[object]) -> int:
-    """Characters and ids that prompts hold, for a guess at how long they take."""
-    return sum(len(item) if isinstance(item, (str, list, tuple)) else 1 for item in items)
+    """Characters and ids that texts hold, and 1 for each, for a guess at how long they take."""
+    return sum(1 + len(item) if isinstance(item, (str, list, tuple)) else 1 for item in items)

@@ -16,6 +16,8 @@ from fastgen.prompts import Prompt, is_one, listed
 from fastgen.results import Generation, Piece, Score
 from fastgen.sampling_params import SamplingParams
 
+_POLL = 0.1  # seconds: a word that came before anybody listened is not said again
+
 
 class ThreadedEngine:
     """One model for many threads. Use it in a `with` block; it does not close the model.
@@ -85,9 +87,38 @@ class ThreadedEngine:
         self._streams[ticket] = news = threading.Event()
         return ThreadedStream(self, ticket, news)
 
-    def score(self, texts: Any) -> list[Score]:
-        """As Generator.score, which joins the steps of this engine's thread."""
-        return self.thread.model.score(texts, progress=False)
+    def score(
+        self,
+        texts: Any,
+        *,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[Score]:
+        """Log-probability of each token of each text, as Generator.score does; it is waited for.
+
+        Raises:
+            TypeError, ValueError: a text is wrong.
+            QueueFull: too many are waiting.
+            EngineError: a text could not be scored to its end.
+        """
+        scoring, news = self._make.scoring(texts), threading.Event()
+        tickets = self.thread.submit(
+            scoring.jobs, self._tell, deadline=deadline_in(timeout), priority=priority,
+            cache_salt=cache_salt,
+        )  # fmt: skip
+        self._streams.update(dict.fromkeys(tickets, news))
+        try:
+            for ticket in tickets:
+                while not ticket.done:
+                    news.wait(_POLL)
+                    news.clear()
+                ticket.raise_failure()
+        finally:
+            for ticket in tickets:
+                self.thread.cancel(ticket)
+                self.forget(ticket)
+        return scoring.scores([ticket.request for ticket in tickets if ticket.request is not None])
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""
@@ -96,7 +127,7 @@ class ThreadedEngine:
     def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
         self.thread.stop()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=False)  # it may be the one that calls this
 
     def __enter__(self) -> Self:
         return self

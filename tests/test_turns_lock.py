@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -48,8 +49,8 @@ def test_it_is_handed_on_in_the_order_of_asking() -> None:
     threads = []
     with turns:
         for index in range(40):
-            threads.append(started(lambda index=index: work(index)))  # type: ignore[misc]
-            soon(lambda count=index + 1: len(turns._waiting) == count)
+            threads.append(started(partial(work, index)))
+            soon(lambda: len(turns._waiting) == len(threads))
         assert order == []
     joined(threads)
     assert order == list(range(40))
@@ -93,7 +94,7 @@ def test_many_threads_hold_it_one_at_a_time_and_none_starves() -> None:
                     time.sleep(0.0005)  # others run meanwhile, and must not come in
                 inside -= 1
 
-    joined([started(lambda index=index: work(index)) for index in range(12)])  # type: ignore[misc]
+    joined([started(partial(work, index)) for index in range(12)])
     assert most == 1
     assert counts == [200] * 12
     assert not turns._waiting and not turns._taken
@@ -126,8 +127,8 @@ def models() -> Iterator[list[fastgen.Generator]]:
             stack.enter_context(fastgen.load(max_batch_size=2, max_seq_len=256)) for _ in range(2)
         ]
         yield two
+        soon(lambda: not any(model.engine.num_unfinished for model in two))
         for model in two:
-            soon(lambda model=model: model.engine.num_unfinished == 0)
             assert_idle(model.engine)
 
 
