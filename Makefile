@@ -1,6 +1,7 @@
 # Everything is installed into .venv, once, and again only after a change of what decides it.
 #   make demo      install, and let the bundled model continue a prompt
 #   make test      the quick checks          make test-all  the longer ones
+#   make soak      the server's checks, over and over (MINUTES=10)
 #   make lint      style and types           make format    put the style right
 
 export PYTHONSAFEPATH = 1
@@ -14,7 +15,7 @@ INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp tests/native/*.h benchmarks/*.cpp)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all soak lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
@@ -25,6 +26,10 @@ test: .venv/test.stamp
 
 test-all: .venv/test.stamp
 	$(BIN)/python -m pytest -m slow
+
+MINUTES ?= 10
+soak: .venv/test.stamp
+	PYTHONPATH=tests $(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

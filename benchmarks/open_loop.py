@@ -52,7 +52,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 async def drive(
     send: Send, prompts: Sequence[list[int]], new_tokens: int, due: Sequence[float], limit: float
 ) -> list[Outcome]:
-    """Send each prompt when it is due; what has not ended `limit` seconds after the last is lost."""
+    """Send each prompt when it is due; what has not ended `limit` seconds after that is lost."""
     start = time.perf_counter()
 
     async def one(prompt: list[int], at: float) -> Outcome:

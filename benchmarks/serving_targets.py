@@ -1,4 +1,4 @@
-"""What bench_serving.py loads: the engine in this process, and servers in processes of their own."""
+"""What bench_serving.py loads: the engine in this process, and servers in their own processes."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ async def fastgen_server(folder: Path, load: dict[str, Any], max_len: int) -> As
         *(f"--max-batch-size={MOST_ROWS}", f"--max-seq-len={max_len}", "--log-level=warning"),
         *options,
     ]
-    extra = {"ignore_eos": True, "logprobs": None}
+    extra = {"ignore_eos": True, "return_token_ids": True}
     async with _server(command) as address:
-        yield _client(*address, extra)
+        yield client(*address, extra)
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +63,7 @@ async def transformers_server(
     script = HERE / "peers" / "transformers_server.py"
     dtype = load.get("dtype", "float32")
     async with _server([sys.executable, str(script), str(folder), dtype]) as address:
-        yield _client(*address, {})
+        yield client(*address, {})
 
 
 TARGETS = {
@@ -97,7 +97,7 @@ async def _address(process: asyncio.subprocess.Process) -> tuple[str, int]:
     raise RuntimeError("the server ended before it served")
 
 
-def _client(host: str, port: int, extra: dict[str, Any]) -> Send:
+def client(host: str, port: int, extra: dict[str, Any]) -> Send:
     """Streams over a connection of its own: no more than what HTTP needs, to leave the processor to
     the server."""
 
@@ -118,7 +118,7 @@ def _client(host: str, port: int, extra: dict[str, Any]) -> Send:
                     choices = json.loads(line[6:]).get("choices")
                     if choices is None:
                         raise RuntimeError(line.decode()[:200])
-                    if choices:
+                    for _ in choices[0].get("token_ids", [0]) if choices else ():
                         yield
         finally:
             writer.close()

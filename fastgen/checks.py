@@ -34,7 +34,7 @@ def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
     number = operator.index(value)
     if not low <= number <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {_brief(number)}")
+        raise ValueError(f"{name} must be between {low} and {high}, not {brief(number)}")
     return number
 
 
@@ -45,7 +45,7 @@ def real(name: str, value: Any, low: float, high: float, *, above: bool = False)
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be finite, not {_brief(value)}") from None
+        raise ValueError(f"{name} must be finite, not {brief(value)}") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, not {number}")
     if not low <= number <= high or (above and number == low):
@@ -89,7 +89,7 @@ def text(name: str, value: str) -> str:
     return value
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A number that may have thousands of digits."""
     try:
         shown = str(value)

@@ -238,10 +238,21 @@ class EngineThread:
             raise EngineError(f"this engine cannot go on: {self.failure}")
         if self._refusal is not None:
             raise EngineError(f"this engine {self._refusal}")
-        room = self._engine.decoder.limits.num_seats + self.terms.max_waiting
-        if self._engine.num_unfinished + num_rows > room:
+        self.check_size(num_rows)
+        if self._engine.num_unfinished + num_rows > self._room:
             raise QueueFull(
-                f"{num_rows} more would exceed the {room} completions that may run and wait"
+                f"{num_rows} more would exceed the {self._room} completions that may run and wait"
+            )
+
+    @property
+    def _room(self) -> int:
+        return self._engine.decoder.limits.num_seats + self.terms.max_waiting
+
+    def check_size(self, num_rows: int) -> None:
+        """Raise ValueError for so many rows together that they can never be had."""
+        if num_rows > self._room:
+            raise ValueError(
+                f"{num_rows} completions exceed the {self._room} that may run and wait"
             )
 
     def _work(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from fastgen.checks import integer, real
@@ -106,7 +106,9 @@ _MEASURES: tuple[tuple[str, str, _Measure | None], ...] = (
     ("logit_bias", "ids in logit_bias", lambda params: len(params.logit_bias)),
     ("logit_bias", "ids in sequence_bias",
      lambda params: sum(len(ids) for ids, _ in params.sequence_bias)),
-    ("logit_bias_value", "a value in logit_bias", lambda params: max(_biases(params), default=0)),
+    ("logit_bias_value", "a value in logit_bias", lambda params: _largest(params.logit_bias)),
+    ("logit_bias_value", "a value in sequence_bias",
+     lambda params: _largest(params.sequence_bias)),
     ("bad_words", "token ids in bad_words", lambda params: sum(map(len, params.bad_words))),
     ("allowed_token_ids", "ids in allowed_token_ids",
      lambda params: len(params.allowed_token_ids or ())),
@@ -123,5 +125,5 @@ def _sizes(params: SamplingParams) -> list[int]:
     return [len(stop.encode()) for stop in params.stop]
 
 
-def _biases(params: SamplingParams) -> list[float]:
-    return [abs(bias) for _, bias in (*params.logit_bias, *params.sequence_bias)]
+def _largest(biases: Iterable[tuple[object, float]]) -> float:
+    return max((abs(bias) for _, bias in biases), default=0)

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastgen.checks import integer, is_integer, real, text
+from fastgen.checks import brief, integer, is_integer, real, text
 from fastgen.decoders.interface import DecoderLimits
+from fastgen.errors import shown
 from fastgen.kv_cache import BLOCK_SIZE, blocks_needed
 from fastgen.sampling_params import SamplingParams
 
@@ -20,10 +21,10 @@ def check_ids(name: str, token_ids: Sequence[int], vocab_size: int) -> None:
         return  # nearly always, and much faster than one by one
     for token_id in token_ids:
         if not is_integer(token_id):
-            raise TypeError(f"{name} holds {token_id!r}, which is not an integer token id")
+            raise TypeError(f"{name} holds {shown(token_id)}, which is not an integer token id")
         if not 0 <= token_id < vocab_size:
             raise ValueError(
-                f"{name} holds token id {token_id}, outside the vocabulary of {vocab_size}"
+                f"{name} holds token id {brief(token_id)}, outside the vocabulary of {vocab_size}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -52,6 +53,7 @@ def make_app(service: Service) -> Starlette:
         middleware=[Middleware(_Calls, service=service)],
         exception_handlers={HTTPException: _refused},
     )
+    app.router.redirect_slashes = False  # it would name the host that the caller says this is
     app.state.service = service
     return app
 
@@ -62,14 +64,18 @@ def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         try:
             answered = await handler(request)
+            return answered if callable(answered) else JSONResponse(answered)
         except ClientDisconnect:
             return Response(status_code=_GONE)
+        except asyncio.CancelledError:  # by uvicorn, when the end has taken too long
+            if not request.app.state.service.ends:
+                raise
+            return _error(ApiError(503, "the server is shutting down", code="unavailable"), request)
         except Exception as error:
             told = api_error(error)
-            if told.status >= 500:
+            if told.status == 500:
                 logger.error("%s failed", request.scope["state"]["id"], exc_info=error)
             return _error(told, request)
-        return answered if callable(answered) else JSONResponse(answered)
 
     return answer
 
@@ -128,14 +134,15 @@ class _Calls:
         try:
             await self._let_in(scope, receive, send_with_id)
         finally:
-            path = scope["path"] if scope.get("route") else "other"
-            self._service.metrics.requests.labels(path, str(status)).inc()
+            route = getattr(scope.get("route"), "path", "other")  # not the path: there are many
+            self._service.metrics.requests.labels(route, str(status)).inc()
             logger.info("%s %s %r %d %.1f ms", name, scope["method"], scope["path"][:100], status,
                         1e3 * (time.perf_counter() - began))  # fmt: skip
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             scope["state"]["salt"] = None
+            self._check_headers(scope)
             if scope["path"] not in OPEN_PATHS:
                 authorization = Request(scope).headers.get("authorization", "")
                 scope["state"]["salt"] = self._service.keys.salt_of(authorization)
@@ -145,3 +152,11 @@ class _Calls:
             await response(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _check_headers(self, scope: Scope) -> None:
+        """What arrives in one piece has not been measured by the connection."""
+        size = len(scope.get("raw_path", b"")) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+        most = self._service.limits.header_bytes
+        if size > most:
+            raise ApiError(431, f"the headers exceed {most} bytes")

@@ -83,9 +83,9 @@ def _named(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Names and paths of the models."""
     named: list[tuple[str, str | None]] = []
     for given in arguments.models:
-        name, equals, path = given.rpartition("=")
-        path = path if equals else given
-        name = name if equals else Path(path).name
+        name, equals, path = given.partition("=")
+        if not equals:
+            name, path = Path(given).name, given
         if not name or not path:
             raise ValueError(f"--model {given!r} is not NAME=PATH")
         named.append((name, path))

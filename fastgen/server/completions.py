@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen.checks import boolean, integer, real, reject_unknown
+from fastgen.errors import EngineError
 from fastgen.results import Completion, Generation
 from fastgen.sampling_params import SamplingParams
-from fastgen.server.errors import ApiError
+from fastgen.server.errors import ApiError, row_failed, unavailable
 from fastgen.server.limits import ServerLimits
 from fastgen.server.logprobs import LogprobsWriter
 from fastgen.tokenizer import Tokenizer
@@ -22,9 +24,12 @@ RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 _OWN = {"rank", "logits_processor", "prompt_logprobs", "logprobs", "max_new_tokens",
         "min_new_tokens"}  # fmt: skip
 SAMPLING = [f.name for f in fields(SamplingParams) if f.name not in _OWN] + [*RENAMED]
+_ID = re.compile("0|[1-9][0-9]{0,9}")
+_LONGEST_NAME = 64
+_BAD_TEXT = 16_384  # characters of all bad words: some 50 ms, for which other requests wait
 # What is not the sampler's.
 OTHERS = ("model", "prompt", "stream", "stream_options", "logprobs", "echo", "suffix", "user",
-          "timeout", "priority", "cache_salt")  # fmt: skip
+          "timeout", "priority", "cache_salt", "return_token_ids")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class CompletionRequest:
     stream: bool
     include_usage: bool
     echo: bool
+    return_token_ids: bool
     timeout: float
     priority: int
     cache_salt: str | None
@@ -49,7 +55,7 @@ class CompletionRequest:
 def completion_request(body: dict[str, Any], limits: ServerLimits) -> CompletionRequest:
     """Raises TypeError, ValueError or ApiError where it cannot be understood."""
     given = {name: value for name, value in body.items() if value is not None}
-    reject_unknown(given, [*SAMPLING, *OTHERS])
+    check_names(given, [*SAMPLING, *OTHERS])
     if given.get("suffix", "") != "":
         raise ApiError(400, "suffix: this model cannot insert text, only continue it", "suffix")
     text("user", given.get("user", ""))
@@ -65,6 +71,7 @@ def completion_request(body: dict[str, Any], limits: ServerLimits) -> Completion
         stream=stream,
         include_usage=_include_usage(given.get("stream_options"), stream),
         echo=echo,
+        return_token_ids=boolean("return_token_ids", given.get("return_token_ids", False)),
         timeout=timeout_of(given, limits),
         priority=integer("priority", given.get("priority", 0), 0, 1000),
         cache_salt=text("cache_salt", given["cache_salt"]) if "cache_salt" in given else None,
@@ -77,8 +84,10 @@ def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> Sampling
     for name in ("logit_bias", "sequence_bias"):
         if name in options:
             options[name] = _biases(name, options[name])
-    if options.get("best_of") == options.get("n", 1):
-        options.pop("best_of", None)
+    _check_bad_text(options.get("bad_words"))
+    best_of = options.get("best_of")
+    if type(best_of) is int and best_of == options.get("n", 1):
+        del options["best_of"]  # there is nothing to choose
     if "logprobs" in given:
         most = limits.completion_logprobs
         options["logprobs"] = integer("logprobs", given["logprobs"], 0, most)
@@ -91,16 +100,29 @@ def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> Sampling
     return SamplingParams(**options)
 
 
+def _check_bad_text(words: Any) -> None:
+    """Long text is refused before it is encoded, not when it turns out to be too many tokens."""
+    texts = [words] if isinstance(words, str) else words if isinstance(words, list) else []
+    size = sum(len(word) for word in texts if isinstance(word, str))
+    if size > _BAD_TEXT:
+        told = f"bad_words: {size} characters exceed the limit of {_BAD_TEXT}"
+        raise ApiError(400, told, "bad_words")
+
+
 def _biases(name: str, value: Any) -> Any:
     """JSON's keys are strings: ids, or for sequence_bias ids with commas between them."""
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be an object, not {type(value).__name__}")
-    try:
-        if name == "logit_bias":
-            return {int(key): bias for key, bias in value.items()}
-        return {tuple(map(int, key.split(","))): bias for key, bias in value.items()}
-    except ValueError:
-        raise ValueError(f"{name} must have token ids as its keys") from None
+    if name == "logit_bias":
+        return {_id(name, key): bias for key, bias in value.items()}
+    return {tuple(_id(name, part) for part in key.split(",")): bias for key, bias in value.items()}
+
+
+def _id(name: str, key: str) -> int:
+    """In one way only, so that no two keys are the same id."""
+    if not _ID.fullmatch(key):
+        raise ValueError(f"{name} must have token ids as its keys")
+    return int(key)
 
 
 def prompts_of(prompt: Any, most: int) -> list[Any]:
@@ -127,6 +149,14 @@ def timeout_of(given: dict[str, Any], limits: ServerLimits) -> float:
     return real("timeout", given.get("timeout", most), 0, most, above=True)
 
 
+def check_names(given: dict[str, Any], known: list[str]) -> None:
+    """As reject_unknown; a name that is very long is not compared to others."""
+    for name in given:
+        if len(name) > _LONGEST_NAME:
+            raise ApiError(400, f"unknown option {name[:_LONGEST_NAME]!r}...")
+    reject_unknown(given, known)
+
+
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, not {type(value).__name__}")
@@ -140,7 +170,7 @@ def _include_usage(options: Any, stream: bool) -> bool:
         raise ApiError(400, "stream_options is only of use with stream", "stream_options")
     if not isinstance(options, dict):
         raise TypeError(f"stream_options must be an object, not {type(options).__name__}")
-    reject_unknown(options, ["include_usage", "include_obfuscation"])
+    check_names(options, ["include_usage", "include_obfuscation"])
     return boolean("stream_options.include_usage", options.get("include_usage", False))
 
 
@@ -190,12 +220,13 @@ class Answer:
         if self._request.echo:
             shown = self.prompt_text(prompt)
             if self._request.shows_prompt_logprobs:
-                writer.add_prompt(generation.prompt_token_ids, generation.prompt_logprobs or ())
+                prompt_logprobs = generation.prompt_logprobs or ()
+                writer.add_prompt(shown, generation.prompt_token_ids, prompt_logprobs)
             else:
                 writer.skip(shown)
         if completion.logprobs is not None:
             writer.add(completion.logprobs)
-        return {
+        choice = {
             "index": index,
             "text": shown + completion.text,
             "logprobs": None if self._request.params.logprobs is None else writer.take(),
@@ -203,14 +234,17 @@ class Answer:
             "stop_reason": completion.stop_reason,
             "seed": completion.seed,
         }
+        if self._request.return_token_ids:
+            choice["token_ids"] = list(completion.token_ids)
+        return choice
 
 
 def refuse_failed(finish_reason: str | None, error: str | None) -> None:
     """Raise ApiError for a completion that did not end as one should."""
     if finish_reason == "cancelled":
-        raise ApiError(503, "cancelled: the server is shutting down", code="unavailable")
+        raise unavailable()
     if finish_reason == "error":
-        raise ApiError(500, error or "generation failed", code="generation_failed")
+        raise row_failed(error or "") from EngineError(error)  # for the log
 
 
 def usage_of(prompts: Any, completions: Any) -> dict[str, int]:

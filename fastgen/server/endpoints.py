@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fastgen.async_engine import AsyncStream
-from fastgen.checks import integer, reject_unknown
+from fastgen.checks import integer
+from fastgen.engine_thread import sized
 from fastgen.results import Score
 from fastgen.server.bodies import read_json
 from fastgen.server.completions import (
     Answer,
     CompletionRequest,
+    check_names,
     completion_request,
     refuse_failed,
     text,
@@ -26,12 +30,16 @@ from fastgen.server.completions import (
 from fastgen.server.errors import ApiError
 from fastgen.server.logprobs import LogprobsWriter
 from fastgen.server.service import ServedModel, Service
-from fastgen.server.streaming import EventStream, merged, unless_disconnected
+from fastgen.server.streaming import EventStream, as_json, merged, unless_disconnected
+
+T = TypeVar("T")
+_QUICK_SIZE = 1024  # options' values, or tokens of an answer: some milliseconds
 
 
 async def completions(request: Request) -> Any:
     service = _service(request)
-    asked = completion_request(await read_json(request, service.limits), service.limits)
+    body = await read_json(request, service.limits)
+    asked = await _off_loop(_size(body), lambda: completion_request(body, service.limits))
     model = service.model(asked.model)
     asked = replace(asked, model=model.name)
     salt = _salt(request, asked.cache_salt)
@@ -44,18 +52,38 @@ async def completions(request: Request) -> Any:
             cache_salt=salt,
         ),
     )  # fmt: skip
+    size = 0
     for generation in generations:
         new_tokens = [len(completion.token_ids) for completion in generation.completions]
-        service.metrics.ended(
-            model.name, generation.timings, len(generation.prompt_token_ids), new_tokens
-        )
-    return Answer(asked, model.generator.tokenizer).whole(generations)
+        prompt_tokens = len(generation.prompt_token_ids)
+        service.metrics.ended(model.name, generation.timings, prompt_tokens, new_tokens)
+        size += prompt_tokens * asked.shows_prompt_logprobs * asked.params.n + sum(new_tokens)
+    answer = Answer(asked, model.generator.tokenizer)
+    return await _off_loop(size, lambda: _json(answer.whole(generations)))
+
+
+def _json(value: dict[str, Any]) -> Response:
+    return Response(as_json(value), media_type="application/json")
+
+
+def _size(body: dict[str, Any]) -> int:
+    """Values of options that have to be looked at."""
+    options = (value for name, value in body.items() if name != "prompt")
+    return sum(sized(value) for value in options if isinstance(value, (list, dict)))
+
+
+async def _off_loop(size: int, work: Callable[[], T]) -> T:
+    """Do it at once if it is quick, else on another thread, so that nobody waits for it."""
+    if size <= _QUICK_SIZE:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(None, work)
 
 
 async def _streamed(
     service: Service, model: ServedModel, asked: CompletionRequest, salt: str | None
 ) -> EventStream:
     """All prompts' streams have begun, or none."""
+    model.engine.thread.check_size(len(asked.prompts) * asked.params.num_rows)
     streams = [
         model.engine.stream(
             prompt, asked.params, timeout=asked.timeout, priority=asked.priority, cache_salt=salt
@@ -79,24 +107,27 @@ async def _events(
     writers: dict[int, LogprobsWriter] = {}
     usage = {"usage": None} if asked.include_usage else {}
     try:
-        async for at, piece in merged(streams):
-            refuse_failed(piece.finish_reason, piece.error)
-            index = at * asked.params.n + piece.index
-            shown = piece.text
-            if index not in writers:
-                writers[index] = LogprobsWriter(model.generator.tokenizer)
-                shown = _echo(asked, answer, streams[at], writers[index], at) + shown
-            if piece.logprobs is not None:
-                writers[index].add(piece.logprobs)
-            choice = {
-                "index": index,
-                "text": shown,
-                "logprobs": None if asked.params.logprobs is None else writers[index].take(),
-                "finish_reason": piece.finish_reason,
-            }
-            if piece.finish_reason is not None:
-                choice["stop_reason"] = piece.stop_reason
-            yield answer.object([choice]) | usage
+        async with aclosing(merged(streams)) as pieces:
+            async for at, piece in pieces:
+                refuse_failed(piece.finish_reason, piece.error)
+                index = at * asked.params.n + piece.index
+                shown = piece.text
+                if index not in writers:
+                    writers[index] = LogprobsWriter(model.generator.tokenizer)
+                    shown = _echo(asked, answer, streams[at], writers[index], at) + shown
+                if piece.logprobs is not None:
+                    writers[index].add(piece.logprobs)
+                choice = {
+                    "index": index,
+                    "text": shown,
+                    "logprobs": None if asked.params.logprobs is None else writers[index].take(),
+                    "finish_reason": piece.finish_reason,
+                }
+                if piece.finish_reason is not None:
+                    choice["stop_reason"] = piece.stop_reason
+                if asked.return_token_ids:
+                    choice["token_ids"] = list(piece.token_ids)
+                yield answer.object([choice]) | usage
         if asked.include_usage:
             yield answer.object([]) | {"usage": _usage(streams)}
     finally:
@@ -118,7 +149,7 @@ def _echo(
     prompt = answer.prompt_text(asked.prompts[at])
     request = stream.request
     if asked.shows_prompt_logprobs and request is not None:
-        writer.add_prompt(request.prompt_token_ids, request.prompt_logprobs or ())
+        writer.add_prompt(prompt, request.prompt_token_ids, request.prompt_logprobs or ())
     else:
         writer.skip(prompt)
     return prompt
@@ -146,7 +177,7 @@ async def score(request: Request) -> dict[str, Any]:
     service = _service(request)
     body = await read_json(request, service.limits)
     given = {name: value for name, value in body.items() if value is not None}
-    reject_unknown(given, ["model", "input", "prompt", "labels", "timeout", "cache_salt"])
+    check_names(given, ["model", "input", "prompt", "labels", "timeout", "cache_salt"])
     model = service.model(text("model", given.get("model", "")))
     if ("input" in given) == ("labels" in given) or ("prompt" in given) != ("labels" in given):
         raise ApiError(400, "give input, or prompt with labels", "input")
@@ -226,7 +257,7 @@ def _model(served: ServedModel) -> dict[str, Any]:
 async def tokenize(request: Request) -> dict[str, Any]:
     service = _service(request)
     body = await read_json(request, service.limits)
-    reject_unknown(body, ["model", "prompt"])
+    check_names(body, ["model", "prompt"])
     served = service.model(text("model", body.get("model") or ""))
     [ids] = await served.engine.tokenize([text("prompt", body.get("prompt"))])
     return {"tokens": ids, "count": len(ids), "max_model_len": served.max_seq_len}
@@ -235,14 +266,13 @@ async def tokenize(request: Request) -> dict[str, Any]:
 async def detokenize(request: Request) -> dict[str, Any]:
     service = _service(request)
     body = await read_json(request, service.limits)
-    reject_unknown(body, ["model", "tokens"])
+    check_names(body, ["model", "tokens"])
     served = service.model(text("model", body.get("model") or ""))
     tokens = body.get("tokens")
     if not isinstance(tokens, list):
         raise TypeError(f"tokens must be a list of token ids, not {type(tokens).__name__}")
     most = served.generator.config.vocab_size - 1
-    for token_id in tokens:
-        integer("tokens", token_id, 0, most)
+    await _off_loop(len(tokens), lambda: [integer("tokens", one, 0, most) for one in tokens])
     return {"prompt": await served.engine.detokenize(tokens)}
 
 

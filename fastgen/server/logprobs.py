@@ -17,8 +17,7 @@ class LogprobsWriter:
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._sink: TextSink | None = None if tokenizer is None else tokenizer.sink()
-        self._offset = 0
+        self._begin_text(0)
         self._clear()
 
     def skip(self, text: str) -> None:
@@ -26,10 +25,15 @@ class LogprobsWriter:
         self._offset += len(text)
 
     def add_prompt(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
+        self, text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
     ) -> None:
+        """A prompt that is shown as this text; the tokens after it are a text of their own."""
         for token_id, own in zip(token_ids, logprobs, strict=True):
+            at = self._offset
             self._add(token_id, own)
+            if self._offset == at and _stands_at(at, text, self._text(token_id)):
+                self._offset += len(self._text(token_id))  # a special one, as its caller wrote it
+        self._begin_text(len(text))
 
     def add(self, logprobs: Iterable[TokenLogprobs]) -> None:
         for own in logprobs:
@@ -45,6 +49,10 @@ class LogprobsWriter:
         }
         self._clear()
         return taken
+
+    def _begin_text(self, offset: int) -> None:
+        self._sink: TextSink | None = None if self._tokenizer is None else self._tokenizer.sink()
+        self._offset = offset
 
     def _clear(self) -> None:
         self._tokens: list[str] = []
@@ -72,3 +80,8 @@ class LogprobsWriter:
         if self._tokenizer is None:
             return f"token_id:{token_id}"
         return self._tokenizer.token_text(token_id)
+
+
+def _stands_at(at: int, text: str, token: str) -> bool:
+    """Whether the text has this token there; of part of a character that cannot be said."""
+    return "\ufffd" not in token and text.startswith(token, at)

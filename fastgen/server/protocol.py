@@ -7,12 +7,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastgen.server.errors import ApiError
 from fastgen.server.limits import ServerLimits
+
+_LINGER = 1.0  # seconds for which a refused client may go on sending, so that it sees why
 
 
 class BoundedProtocol(H11Protocol):
@@ -21,9 +24,11 @@ class BoundedProtocol(H11Protocol):
     limits = ServerLimits()
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
+    _is_refused = False  # what it sends is no longer looked at
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # whatever is left unread is waited for
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -33,8 +38,11 @@ class BoundedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
         self._watch_headers()
+        self._read_ahead()
 
     def pause_writing(self) -> None:
         """The client does not take what it is sent."""
@@ -52,33 +60,48 @@ class BoundedProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # an answer is under way: there is no room for another
             return
+        self._is_refused = True
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         too_large = getattr(sys.exception(), "error_status_hint", 400) == 431
         error = ApiError(400, "this is not a valid HTTP request")
         if too_large:
             error = ApiError(431, f"the headers exceed {self.limits.header_bytes} bytes")
-        body = json.dumps(error.body).encode()
+        body, reason = json.dumps(error.body).encode(), HTTPStatus(error.status).phrase.encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
         for event in (
-            h11.Response(status_code=error.status, headers=headers),
+            h11.Response(status_code=error.status, headers=headers, reason=reason),
             h11.Data(data=body),
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER, self.transport.close)
 
     def _watch_headers(self) -> None:
-        """The time for a request's headers begins with the connection, or with their first byte."""
-        if self.conn.their_state is not h11.IDLE:
+        """The time for a request's headers begins with the connection, or with their first byte.
+
+        It is also the time for what is left of a body that nobody waits for any more.
+        """
+        theirs, ours = self.conn.their_state, self.conn.our_state
+        if theirs is not h11.IDLE and not (theirs is h11.SEND_BODY and ours is h11.DONE):
             if self._headers_due is not None:
                 self._headers_due.cancel()
                 self._headers_due = None
         elif self._headers_due is None:
             timeout = self.limits.header_timeout
             self._headers_due = self.loop.call_later(timeout, self.transport.abort)
+
+    def _read_ahead(self) -> None:
+        """Read on behind a request that is under way: else nobody would see its client go."""
+        ahead, _ = self.conn.trailing_data
+        if self.conn.their_state is h11.DONE and len(ahead) <= self.limits.header_bytes:
+            self.flow.resume_reading()
 
 
 def bounded(limits: ServerLimits) -> type[BoundedProtocol]:

@@ -1,13 +1,16 @@
 """A server process: uvicorn, with an end that loses nothing.
 
 SIGTERM or Ctrl-C: no new requests, those under way end (for a while; then they are told that they
-were cancelled), exit code 0. A second one ends the process at once.
+were cancelled), exit code 0. A second one ends the process at once. Exit code 1: a step hung, and
+could not be waited for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import os
 import signal
 import socket
@@ -19,11 +22,13 @@ from types import FrameType
 
 import uvicorn
 
+from fastgen.checks import integer
 from fastgen.server.app import make_app
 from fastgen.server.protocol import bounded
 from fastgen.server.service import Service
 
-_GRACE = 5.0  # seconds beyond the drain for responses to be written
+logger = logging.getLogger("fastgen.server")
+_GRACE = 12.0  # seconds beyond the drain: a step that hangs is waited for, responses are written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,9 @@ class Address:
     host: str = "127.0.0.1"
     port: int = 8000
     uds: str | None = None
+
+    def __post_init__(self) -> None:
+        integer("port", self.port, 0, 65535)
 
 
 class Server(uvicorn.Server):
@@ -51,6 +59,7 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 h11_max_incomplete_event_size=limits.header_bytes,
                 timeout_keep_alive=max(1, round(limits.keep_alive)),
@@ -112,15 +121,25 @@ def serve(service: Service, address: Address) -> None:
         OSError: the address cannot be had.
     """
     server = Server(service, address)
-    server.run()
+    with contextlib.suppress(SystemExit):  # uvicorn's, which has logged why
+        server.run()
     if not server.started:
         raise OSError(f"cannot listen at {address.uds or f'{address.host}:{address.port}'}")
+    if service.is_stuck:
+        logger.critical("a step does not end; the process ends without it")
+        os._exit(1)
 
 
 def _remove_stale(path: str | None) -> None:
-    """A socket that nobody listens at any more, left by a process that was killed."""
+    """A socket that nobody listens at any more, left by a process that was killed.
+
+    Raises:
+        OSError: somebody listens; asyncio would take the path away from them.
+    """
     if path is None or not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
         return
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
-        if probe.connect_ex(path) != 0:
-            os.unlink(path)
+        probe.setblocking(False)
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, f"Address {path!r} is already in use")
+    os.unlink(path)

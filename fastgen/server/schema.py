@@ -70,14 +70,14 @@ def _completion(service: Service, limits: Limits, names: list[str]) -> Schema:
         "echo": {"type": "boolean"},
         "suffix": {"const": "", "description": "text cannot be inserted"},
         "user": {"type": "string"},
-        "timeout": {"type": "number", "exclusiveMinimum": 0,
-                    "maximum": service.limits.request_timeout},
+        "timeout": _above_zero(service.limits.request_timeout),
         "priority": _integer(0, 1000) | {"description": "lower is sooner"},
         "cache_salt": {"type": "string"},
+        "return_token_ids": {"type": "boolean"},
         "stop": {"oneOf": [stop, _array(stop, limits.stop)]},
         "seed": _integer(0, 2**64 - 1),
         "temperature": _number(0, limits.temperature),
-        "top_p": _number(0, 1),
+        "top_p": _above_zero(1),
         "presence_penalty": _number(_minus(penalty), penalty),
         "frequency_penalty": _number(_minus(penalty), penalty),
         "logit_bias": biases,
@@ -97,7 +97,7 @@ def _score(service: Service, names: list[str]) -> Schema:
     texts = {"oneOf": [{"type": "string"}, _array({"type": "string"}, most)]}
     fields = {"model": _model(names), "input": texts, "prompt": {"type": "string"},
               "labels": _array({"type": "string"}, most), "cache_salt": {"type": "string"},
-              "timeout": _number(0, service.limits.request_timeout)}  # fmt: skip
+              "timeout": _above_zero(service.limits.request_timeout)}  # fmt: skip
     return _object(fields)
 
 
@@ -147,6 +147,10 @@ def _integer(low: int, high: int | None = None) -> Schema:
 def _number(low: float | None, high: float | None) -> Schema:
     bounds = {"minimum": low, "maximum": high}
     return {"type": "number"} | {name: at for name, at in bounds.items() if at is not None}
+
+
+def _above_zero(high: float) -> Schema:
+    return {"type": "number", "exclusiveMinimum": 0, "maximum": high}
 
 
 def _minus(bound: float | None) -> float | None:

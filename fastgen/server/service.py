@@ -108,7 +108,7 @@ class Service:
             self.models[name] = ServedModel(name, generator, AsyncEngine(generator, terms), created)
         engines = {name: generator.engine for name, generator in models.items()}
         self.metrics = Metrics(engines, lambda: not self.troubles)
-        self._ends = False
+        self.ends = False
 
     @property
     def troubles(self) -> dict[str, str]:
@@ -118,7 +118,7 @@ class Service:
             thread = model.engine.thread
             if thread.failure is not None:
                 found[name] = "cannot go on"
-            elif self._ends:
+            elif self.ends:
                 found[name] = "is shutting down"
             elif not thread.ready:
                 found[name] = "makes no progress"
@@ -129,8 +129,13 @@ class Service:
         """Whether only a new process can help."""
         return any(model.engine.thread.failure is not None for model in self.models.values())
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether something is still under way after `close`: a step does not end."""
+        return any(model.generator.engine.num_unfinished for model in self.models.values())
+
     def model(self, name: str) -> ServedModel:
-        """ "" is the only one.
+        """By its name; no name is the only one.
 
         Raises:
             ApiError: there is none of this name.
@@ -146,7 +151,7 @@ class Service:
 
     def begin_to_end(self) -> None:
         """Take no more requests."""
-        self._ends = True
+        self.ends = True
         for model in self.models.values():
             model.engine.thread.refuse("is shutting down")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -73,7 +73,7 @@ class EventStream:
         await send(_body(DONE, more=False))
 
 
-async def merged(streams: Sequence[AsyncStream]) -> AsyncIterator[tuple[int, Piece]]:
+async def merged(streams: Sequence[AsyncStream]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Pieces of several streams as they come, each with its stream's place."""
     if len(streams) == 1:
         async for piece in streams[0]:
@@ -111,9 +111,21 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def as_json(value: dict[str, Any]) -> bytes:
+    """What a response holds.
+
+    Raises:
+        RuntimeError: it holds a number that JSON has not; that is not its reader's fault.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except ValueError as error:
+        raise RuntimeError("a response cannot be written as JSON") from error
+    return text.encode("utf-8", "replace")
+
+
 def _data(event: dict[str, Any]) -> bytes:
-    text = json.dumps(event, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + as_json(event) + b"\n\n"
 
 
 def _body(data: bytes, *, more: bool = True) -> Message:
