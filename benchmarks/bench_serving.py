@@ -1,6 +1,8 @@
 """Latency of a served model against offered load: Poisson arrivals, open loop.
 
     python benchmarks/bench_serving.py --rates 1,2,4,8 --requests 60 --save
+    python benchmarks/bench_serving.py --targets "fastgen serve,OpenVINO GenAI" \\
+        --python openvino=OTHER/bin/python
 
 For each load in turn, and within it for each target in turn: time to the first token and between
 tokens, at the middle and at the 99th of a hundred, and the requests a second that came in good time
@@ -20,9 +22,18 @@ from typing import Any
 
 import harness
 import numpy as np
-from models import NEW, PRECISIONS, PROMPT, SHAPES, names, random_prompts, save_checkpoint
+from models import (
+    NEW,
+    PRECISIONS,
+    PROMPT,
+    SHAPES,
+    add_choice,
+    names,
+    random_prompts,
+    save_checkpoint,
+)
 from open_loop import arrivals, drive, summary
-from serving_targets import TARGETS
+from serving_targets import TARGETS, Work
 from timed_decoder import TimedDecoder
 
 import fastgen
@@ -42,14 +53,17 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40, help="of each load")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--targets", default=",".join(TARGETS), help=", ".join(TARGETS))
+    add_choice(parser, "--targets", ",".join([*TARGETS][:3]), TARGETS)
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="PEER=PATH",
+        help="the interpreter that has llama_cpp or openvino (see bench_peers.py)",
+    )  # fmt: skip
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_checkpoint(Path(scratch) / "model", SHAPES[options.shape])
-        load = PRECISIONS[options.precision].load
-        loads = asyncio.run(_all_loads(folder, load, options))
-        overhead = _engine_over_decoder(folder, load, rounds=5)
+        loads = asyncio.run(_all_loads(folder, options))
+        overhead = _engine_over_decoder(folder, PRECISIONS[options.precision].load, rounds=5)
     _print(loads)
     print(f"engine over decoder at batch {BATCH}: {overhead}")
     record = {
@@ -64,16 +78,17 @@ def main() -> None:
     harness.report("bench_serving", record, save=options.save, packages=["transformers", "uvicorn"])
 
 
-async def _all_loads(folder: Path, load: Record, options: argparse.Namespace) -> list[Record]:
+async def _all_loads(folder: Path, options: argparse.Namespace) -> list[Record]:
+    python = dict(pair.split("=", 1) for pair in options.python)
+    work = Work(folder, options.precision, PROMPT + options.new_tokens, python)
     found: list[Record] = []
     rng = np.random.default_rng(0)
     for turn in range(options.rounds):
         for rate in map(float, names(options.rates)):
             due = arrivals(rate, options.requests, seed=turn)
             prompts = random_prompts(options.requests, PROMPT, rng)
-            for name in names(options.targets):
-                max_len = PROMPT + options.new_tokens
-                async with TARGETS[name](folder, load, max_len) as send:
+            for name in options.targets:
+                async with TARGETS[name](work) as send:
                     await drive(send, prompts[:1], options.new_tokens, [0.0], LIMIT)  # warm
                     start = time.perf_counter()
                     outcomes = await drive(send, prompts, options.new_tokens, due, LIMIT)

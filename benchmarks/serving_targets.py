@@ -9,10 +9,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models import PRECISIONS
 from open_loop import Send
 
 import fastgen
@@ -22,11 +25,28 @@ MOST_ROWS = 32
 START = 180  # seconds for a server to load its model
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is served: a checkpoint, in a precision, and how long rows become.
+
+    `python`: interpreters that have a peer, by its name; else this one.
+    """
+
+    folder: Path
+    precision: str
+    max_len: int
+    python: dict[str, str]
+
+    @property
+    def load(self) -> dict[str, Any]:
+        return PRECISIONS[self.precision].load
+
+
 @contextlib.asynccontextmanager
-async def in_process(folder: Path, load: dict[str, Any], max_len: int) -> AsyncIterator[Send]:
+async def in_process(work: Work) -> AsyncIterator[Send]:
     """AsyncEngine, ids in and ids out."""
-    room = {"max_batch_size": MOST_ROWS, "max_seq_len": max_len}
-    with fastgen.load(folder, **load, **room) as model:
+    room = {"max_batch_size": MOST_ROWS, "max_seq_len": work.max_len}
+    with fastgen.load(work.folder, **work.load, **room) as model:
         async with fastgen.AsyncEngine(model) as engine:
 
             async def send(prompt: list[int], new_tokens: int) -> AsyncIterator[None]:
@@ -42,34 +62,43 @@ async def in_process(folder: Path, load: dict[str, Any], max_len: int) -> AsyncI
 
 
 @contextlib.asynccontextmanager
-async def fastgen_server(folder: Path, load: dict[str, Any], max_len: int) -> AsyncIterator[Send]:
+async def fastgen_server(work: Work) -> AsyncIterator[Send]:
     """`fastgen serve`."""
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in load.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in work.load.items()]
     command = [
-        *(sys.executable, "-m", "fastgen", "serve", "--port", "0", "--model", f"model={folder}"),
-        *(f"--max-batch-size={MOST_ROWS}", f"--max-seq-len={max_len}", "--log-level=warning"),
+        *(sys.executable, "-m", "fastgen", "serve", "--port", "0"),
+        *(f"--model=model={work.folder}", f"--max-batch-size={MOST_ROWS}"),
+        *(f"--max-seq-len={work.max_len}", "--log-level=warning"),
         *options,
     ]
-    extra = {"ignore_eos": True, "return_token_ids": True}
     async with _server(command) as address:
-        yield client(*address, extra)
+        yield client(*address, {"ignore_eos": True, "return_token_ids": True})
 
 
-@contextlib.asynccontextmanager
-async def transformers_server(
-    folder: Path, load: dict[str, Any], max_len: int
-) -> AsyncIterator[Send]:
-    """transformers' generate behind a lock: what a service is before it has an engine."""
-    script = HERE / "peers" / "transformers_server.py"
-    dtype = load.get("dtype", "float32")
-    async with _server([sys.executable, str(script), str(folder), dtype]) as address:
-        yield client(*address, {})
+def peer(name: str, rows: int = 1) -> Callable[[Work], AbstractAsyncContextManager[Send]]:
+    """A peer behind peers/token_server.py, `rows` at a time."""
+
+    @contextlib.asynccontextmanager
+    async def target(work: Work) -> AsyncIterator[Send]:
+        scratch = work.folder.parent / f"{name}-{work.precision}"
+        scratch.mkdir(exist_ok=True)
+        job = {"peer": name, "folder": str(work.folder), "scratch": str(scratch),
+               "precision": work.precision, "threads": len(os.sched_getaffinity(0)),
+               "batch": rows, "max_len": work.max_len, "decoder": "auto"}  # fmt: skip
+        python = work.python.get(name, sys.executable)
+        command = [python, str(HERE / "peers" / "token_server.py"), json.dumps(job)]
+        async with _server(command) as address:
+            yield client(*address, {})
+
+    return target
 
 
 TARGETS = {
     "in-process": in_process,
     "fastgen serve": fastgen_server,
-    "transformers with a lock": transformers_server,
+    "transformers with a lock": peer("transformers"),
+    "llama.cpp with a lock": peer("llama_cpp"),
+    "OpenVINO GenAI": peer("openvino", MOST_ROWS),
 }
 
 

@@ -7,7 +7,7 @@ values are float32 with float32 weights, else float16, llama.cpp's default.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
 
@@ -23,6 +23,7 @@ _TYPES = {
     "int8": gguf.GGMLQuantizationType.Q8_0,
 }
 PRECISIONS = tuple(_TYPES)
+SERVES_TOGETHER = False
 _NAMES = {  # of GPT-2's parameters in a GGUF
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -41,6 +42,20 @@ def version() -> str:
 
 
 def load(job: Job) -> Generate:
+    return _open(job).generate
+
+
+def serve(job: Job) -> Callable[[list[int], int, Callable[[int], None]], None]:
+    """See token_server.py. Behind a lock, as llama-cpp-python's own server has it."""
+    session = _open(job)
+
+    def generate(prompt: list[int], count: int, emit: Callable[[int], None]) -> None:
+        session.generate([prompt], count, lambda drawn: emit(drawn[0]))
+
+    return generate
+
+
+def _open(job: Job) -> Session:
     path = job.scratch / "model.gguf"
     if not path.exists():
         _convert(job.folder, path, _TYPES[job.precision])
@@ -58,7 +73,7 @@ def load(job: Job) -> Generate:
     if not context:
         raise RuntimeError("llama.cpp could not make a context")
     vocab_size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    return Session(context, vocab_size, params.n_batch, job.batch).generate
+    return Session(context, vocab_size, params.n_batch, job.batch)
 
 
 class Session:
@@ -68,13 +83,17 @@ class Session:
         self._context, self._vocab_size = context, vocab_size
         self._batch = api.llama_batch_init(room, 0, rows)
 
-    def generate(self, prompts: Ids, new_tokens: int) -> Ids:
+    def generate(
+        self, prompts: Ids, new_tokens: int, on_step: Callable[[list[int]], None] = lambda ids: None
+    ) -> Ids:
+        """`on_step` gets a token of each row."""
         api.llama_memory_clear(api.llama_get_memory(self._context), True)
         found: Ids = [[] for _ in prompts]
         new: Sequence[Sequence[int]] = prompts
         cached = [0] * len(prompts)
         for _ in range(new_tokens):
             drawn = self._step(new, cached)
+            on_step(drawn)
             cached = [before + len(tokens) for before, tokens in zip(cached, new, strict=True)]
             new = [[token] for token in drawn]
             for row, token in zip(found, drawn, strict=True):

@@ -7,8 +7,12 @@ and values are float32 in float32, else as OpenVINO chooses.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ import openvino_genai as genai
 from worker import Generate, Ids, Job
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+SERVES_TOGETHER = True
 _EXPORT = """
 from optimum.intel import OVModelForCausalLM
 options = {{"export": True, "compile": False, "load_in_8bit": {int8}}}
@@ -29,6 +34,54 @@ def version() -> str:
 
 
 def load(job: Job) -> Generate:
+    pipeline = _open(job)
+
+    def generate(prompts: Ids, new_tokens: int) -> Ids:
+        tensors = [openvino.Tensor(np.array([prompt])) for prompt in prompts]
+        found = pipeline.generate(tensors, [_greedy(new_tokens)] * len(tensors))
+        return [list(result.m_generation_ids[0]) for result in found]
+
+    return generate
+
+
+def serve(job: Job) -> Callable[[list[int], int, Callable[[int], None]], None]:
+    """See token_server.py: requests join the batch of a thread that steps."""
+    pipeline, numbers = _open(job), itertools.count()
+    work = threading.Event()
+
+    def step() -> None:
+        while True:
+            work.wait()
+            work.clear()
+            while pipeline.has_non_finished_requests():
+                pipeline.step()
+
+    threading.Thread(target=step, daemon=True).start()
+
+    def generate(prompt: list[int], count: int, emit: Callable[[int], None]) -> None:
+        tensor = openvino.Tensor(np.array([prompt]))
+        handle = pipeline.add_request(next(numbers), tensor, _greedy(count))
+        work.set()
+        left = count
+        while left > 0:
+            if not handle.can_read():
+                time.sleep(5e-4)
+                continue
+            for output in handle.read().values():
+                for token_id in output.generated_ids:
+                    emit(int(token_id))
+                    left -= 1
+
+    return generate
+
+
+def _greedy(new_tokens: int) -> genai.GenerationConfig:
+    config = genai.GenerationConfig()
+    config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
+    return config
+
+
+def _open(job: Job) -> genai.ContinuousBatchingPipeline:
     folder = job.scratch / "model"
     if not folder.exists():
         _export(job.folder, folder, int8=job.precision == "int8")
@@ -42,18 +95,7 @@ def load(job: Job) -> Generate:
     scheduling.max_num_seqs = job.batch
     scheduling.enable_prefix_caching = False
     tokenizer = genai.Tokenizer(str(folder))  # there is none; it would fail if it were used
-    pipeline = genai.ContinuousBatchingPipeline(
-        str(folder), tokenizer, scheduling, "CPU", **properties
-    )
-
-    def generate(prompts: Ids, new_tokens: int) -> Ids:
-        config = genai.GenerationConfig()
-        config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
-        tensors = [openvino.Tensor(np.array([prompt])) for prompt in prompts]
-        found = pipeline.generate(tensors, [config] * len(tensors))
-        return [list(result.m_generation_ids[0]) for result in found]
-
-    return generate
+    return genai.ContinuousBatchingPipeline(str(folder), tokenizer, scheduling, "CPU", **properties)
 
 
 def _export(source: Path, folder: Path, *, int8: bool) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import transformers
 from worker import Generate, Ids, Job
 
 PRECISIONS = ("float32", "bfloat16")
+SERVES_TOGETHER = False
 
 
 def version() -> str:
@@ -20,11 +24,32 @@ def load(job: Job) -> Generate:
     model.generation_config.eos_token_id = None  # never ends a row
 
     @torch.inference_mode()
-    def generate(prompts: Ids, new_tokens: int) -> Ids:
+    def generate(prompts: Ids, new_tokens: int, streamer: Streamer | None = None) -> Ids:
         ids = torch.tensor(prompts)
         mask = torch.ones_like(ids)
         options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
-        found = model.generate(ids, attention_mask=mask, **options)
+        found = model.generate(ids, attention_mask=mask, streamer=streamer, **options)
         return found[:, ids.shape[1] :].tolist()
 
     return generate
+
+
+class Streamer:
+    """Hands one row's tokens on as they come; what comes first is the prompt."""
+
+    def __init__(self, emit: Callable[[int], None]) -> None:
+        self._emit, self._is_prompt = emit, True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._is_prompt:
+            self._emit(int(value.item()))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        pass
+
+
+def serve(job: Job) -> Callable[[list[int], int, Callable[[int], None]], None]:
+    """See token_server.py."""
+    generate: Any = load(job)
+    return lambda prompt, count, emit: generate([prompt], count, Streamer(emit))
