@@ -46,7 +46,7 @@ timeout "$(left 40)" "$PYTHON" -m fastgen info --device cuda || failed=1
 step "tests on the GPU"
 TESTS=(tests/test_kernel_products.py tests/test_kernel_attention.py tests/test_kernel_sampling.py
   tests/test_decoder_interface.py tests/test_cuda_decoder.py tests/test_run_ahead.py
-  tests/test_cuda.py)
+  tests/test_cuda_warmup.py tests/test_cuda.py)
 parallel=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
 timeout "$(left 170)" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${parallel[@]}" "${TESTS[@]}" \

@@ -209,6 +209,15 @@ class Generator:
         jobs = scoring.jobs
         return scoring.scores(self._run(jobs, len(jobs), None, 0, progress))
 
+    def warmup(self) -> None:
+        """Do now what the first requests would have to: on a GPU, compile kernels and make graphs.
+
+        Raises:
+            EngineError: the model is closed.
+        """
+        with self.engine.between_steps():
+            self.engine.decoder.warmup()
+
     def close(self) -> None:
         """End all generations and free memory. Safe to call twice."""
         self.engine.close()

@@ -18,7 +18,7 @@ TESTS = Path(__file__).parent
 GROUPS = (
     ("test_kernel_products.py", "test_kernel_attention.py", "test_kernel_sampling.py",
      "test_decoder_interface.py"),
-    ("test_cuda_decoder.py", "test_run_ahead.py"),
+    ("test_cuda_decoder.py", "test_run_ahead.py", "test_cuda_warmup.py"),
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(

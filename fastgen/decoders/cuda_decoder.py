@@ -35,12 +35,14 @@ from fastgen.decoders.cuda_sampler import RING, CudaSampler, Kind
 from fastgen.decoders.cuda_weights import CudaWeights
 from fastgen.decoders.interface import DecoderLimits, Draw, Ints, StepBatch, check_batch, grown
 from fastgen.kernels.launch import Settings
+from fastgen.kv_cache import blocks_for
 from fastgen.memory import MemoryPlan
 from fastgen.sampling_params import SamplingParams
 
 P = ParamSpec("P")
 T = TypeVar("T")
 _NO_SEAT = np.int32(-1)
+_PREFILLS = (2, 24, 100, 700, 2048)  # tokens: one for each way that products are cut
 _UNKNOWN = np.iinfo(np.int32).min  # in _last_ids: drawn, and not yet seen; no feedback id
 
 
@@ -233,10 +235,32 @@ class CudaDecoder:
 
     @_on_stream
     def warmup(self) -> None:
-        """Make the graphs of greedy rows and of rows that sample, for every bucket."""
+        """Make the graphs of greedy rows and of rows that sample, for every bucket, and compile
+        what prompts of any length need."""
         if self._graphs is not None:
             self._graphs.make_all([Kind(), Kind(samples=True), Kind(samples=True, weighs=True)])
+        if self._stream is not None:  # nothing is compiled in the interpreter
+            for num_tokens in _PREFILLS:
+                self.rehearse(min(num_tokens, self.limits.max_tokens))
         self._synchronize()
+
+    @_on_stream
+    def rehearse(self, num_tokens: int) -> None:
+        """Run a prompt's step with so many tokens, in the block that belongs to nobody."""
+        width = blocks_for(self.limits.max_seq_len)
+        starts = np.arange(0, num_tokens, self.limits.max_seq_len, dtype=np.int32)
+        row_starts = np.append(starts, np.int32(num_tokens))
+        row_of = np.repeat(np.arange(len(starts)), np.diff(row_starts))
+        batch = StepBatch(
+            token_ids=np.zeros(num_tokens, np.int32),
+            positions=np.arange(num_tokens, dtype=np.int32) - starts[row_of],
+            row_starts=row_starts,
+            cache_lens=np.zeros_like(starts),
+            block_tables=np.full((len(starts), width), self._model.spare_block, np.int32),
+            logits_at=np.array([num_tokens - 1], np.int32),
+            seats=np.array([-1], np.int32),
+        )
+        self._run(batch, batch.seats)
 
     def close(self) -> None:
         self._synchronize()

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
             if name in served:
                 raise ValueError(f"two models are named {name!r}")
             served[name] = models.enter_context(load(path))
+            served[name].warmup()
         service = Service(
             served, limits=limits, request_limits=request_limits, terms=terms, keys=keys
         )
