@@ -32,8 +32,7 @@ app = FastAPI(title="A story teller", lifespan=lifespan)
 
 @app.get("/complete")
 async def complete(prompt: str, max_new_tokens: int = 50, temperature: float = 0.8) -> dict:
-    """The whole text. A client that goes away ends its generation: FastAPI cancels the task only
-    for streams, so long generations are better streamed."""
+    """The whole text; it is generated even if the client goes, which FastAPI tells streams only."""
     try:
         [generation] = await app.state.engine.generate(
             prompt, max_new_tokens=max_new_tokens, temperature=temperature, timeout=30

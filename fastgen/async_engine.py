@@ -23,6 +23,10 @@ from fastgen.sampling_params import SamplingParams
 from fastgen.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_LISTS = (
+    *("bad_words", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("logit_bias", "sequence_bias", "stop", "stop_token_ids"),
+)
 _QUICK_SIZE = 2048  # characters or ids that an event loop may encode itself: well below 1 ms
 
 
@@ -68,7 +72,7 @@ class AsyncEngine:
             QueueFull: too many are waiting.
             EngineError: a step failed, or the engine takes no requests.
         """
-        size = sized(as_list(prompts)) + _words_in(params, options)
+        size = sized(many := as_list(prompts)) + len(many) * _values_in(params, options)
         jobs = await self._off_loop(size, lambda: list(self._make.jobs(prompts, params, options)))
         requests = await self._run(jobs, deadline_in(timeout), priority, cache_salt)
         size = sum(len(row.new_token_ids) for request in requests for row in request.rows)
@@ -91,7 +95,7 @@ class AsyncEngine:
         """
 
         async def begin() -> Ticket:
-            size = sized([prompt]) + _words_in(params, options)
+            size = sized([prompt]) + _values_in(params, options)
             job = await self._off_loop(size, lambda: self._make.streamed(prompt, params, options))
             [ticket] = self.thread.submit(
                 [job], self._tell(), streams=True, deadline=deadline_in(timeout),
@@ -230,12 +234,17 @@ class AsyncStream:
     def __init__(self, engine: AsyncEngine, begin: Callable[[], Any]) -> None:
         self._engine, self._begin = engine, begin
         self._ticket: Ticket | None = None
+        self._opening = asyncio.Lock()
+        self._is_closed = False
         self._is_read = False  # by some task, just now
 
     async def open(self) -> None:
         """Put the request into the engine, if it is not there yet."""
-        if self._ticket is None:
-            self._ticket = await self._begin()
+        async with self._opening:
+            if self._ticket is None and not self._is_closed:
+                self._ticket = await self._begin()
+            if self._is_closed:  # perhaps meanwhile
+                self._close()
 
     @property
     def request(self) -> Request | None:
@@ -267,7 +276,9 @@ class AsyncStream:
     async def _next(self) -> Piece:
         await self.open()
         ticket = self._ticket
-        assert ticket is not None and ticket.reader is not None
+        if ticket is None:  # it was closed before it began
+            raise StopAsyncIteration
+        assert ticket.reader is not None
         while (piece := self._piece(ticket)) is None:
             if ticket.reader.ended:
                 raise StopAsyncIteration
@@ -285,6 +296,7 @@ class AsyncStream:
         self._close()
 
     def _close(self) -> None:
+        self._is_closed = True
         if self._ticket is not None and self._ticket.reader is not None:
             self._engine.thread.cancel(self._ticket)
             self._ticket.reader.end()
@@ -305,8 +317,8 @@ class AsyncStream:
         self._close()
 
 
-def _words_in(params: Params, options: dict[str, Any]) -> int:
-    """What bad_words hold: they are encoded, too."""
-    each = [params] if isinstance(params, SamplingParams) else params or ()
-    given = options.get("bad_words") or ()
-    return sized(given) + sum(sized(one.bad_words) for one in each if hasattr(one, "bad_words"))
+def _values_in(params: Params, options: dict[str, Any]) -> int:
+    """What has to be looked at for each prompt: words and ids that options hold."""
+    one = params if isinstance(params, SamplingParams) or not params else params[0]
+    values = (options.get(name, getattr(one, name, None)) for name in _LISTS)
+    return sum(sized(value) for value in values if isinstance(value, (str, list, tuple, dict)))

@@ -96,6 +96,7 @@ class Engine:
         priority: int = 0,
         keeps_logits: bool = False,
         listener: Listener | None = None,
+        is_checked: bool = False,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
 
@@ -109,13 +110,14 @@ class Engine:
                 came up to 1000 rows earlier, a level.
             keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
             listener: is told of the request's tokens and of its end.
+            is_checked: check_request has returned these ids, for these params.
 
         Raises:
             TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
                 is untouched.
             EngineError: the engine is closed.
         """
-        prompt = self.check_request(token_ids, params)
+        prompt = tuple(token_ids) if is_checked else self.check_request(token_ids, params)
         check_options(params, sinks, deadline, cache_salt, priority)
         request = Request(prompt, params, deadline, cache_salt, priority, listener)
         if params.prompt_logprobs is not None:

@@ -126,6 +126,8 @@ class EngineThread:
         self.model, self.terms = model, terms
         self.news: deque[Ticket] = deque()
         self.failure: str | None = None  # why the engine cannot go on
+        # Is told of each request that has ended, on the step's thread: it must be quick.
+        self.observe: Callable[[Request], None] = lambda request: None
         self._engine = model.engine
         self._tickets: set[Ticket] = set()  # those that have not ended
         self._changed = threading.Condition()  # guards what follows, and its waiters
@@ -183,6 +185,7 @@ class EngineThread:
                     ticket.request = self._engine.add_request(
                         job.token_ids, job.params, sinks=job.sinks, deadline=deadline,
                         priority=priority, cache_salt=cache_salt, listener=ticket,
+                        is_checked=True,
                     )  # fmt: skip
                     ticket.reader = PieceReader(ticket.request) if streams else None
             except BaseException:
@@ -204,6 +207,7 @@ class EngineThread:
         """One of its requests has; called by the ticket."""
         self._tickets.discard(ticket)
         self._last_error = request.error or self._last_error
+        self.observe(request)
 
     def refuse(self, why: str) -> None:
         """Take no more requests; those under way go on."""

@@ -29,11 +29,16 @@ class Inbox:
     arrived: deque[Row] = field(default_factory=deque)
     cancelled: deque[Request] = field(default_factory=deque)
     _deadlines: list[tuple[float, int, Request]] = field(default_factory=list)  # a heap
+    _most_deadlines: int = 64  # with more, those of finished requests are dropped
 
     def add(self, request: Request) -> None:
         self.arrived.extend(request.rows)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, id(request), request))
+            if len(self._deadlines) > self._most_deadlines:
+                self._deadlines = [one for one in self._deadlines if not one[2].done]
+                heapq.heapify(self._deadlines)
+                self._most_deadlines = max(64, 2 * len(self._deadlines))
 
     def take(self) -> News:
         """All in one piece: a request that is ended has its rows in the queue by then."""

@@ -95,6 +95,10 @@ class JobMaker:
                 self._engine.check_ids("text", token_ids)
         return Scoring(ids, [windows_of(token_ids, self._max_seq_len) for token_ids in ids])
 
+    def start(self) -> list[int]:
+        """What an empty prompt starts from; see TextBorder.start."""
+        return self._border.start()
+
     def generation(self, request: Request) -> Generation:
         """Of a request that is done."""
         return self._border.generation(request)

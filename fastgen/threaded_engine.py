@@ -63,6 +63,7 @@ class ThreadedEngine:
 
         def ended(future: Future[Generation]) -> None:
             if future.cancelled():
+                future.set_running_or_notify_cancel()  # else nobody who waits for several is told
                 self._futures.pop(ticket, None)
                 self.thread.cancel(ticket)
 

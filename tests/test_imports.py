@@ -5,6 +5,7 @@ imports one above it, so that each layer can be read, tested and replaced withou
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,9 +49,10 @@ LAYERS = (
     "engine_thread",
     "async_engine threaded_engine server server.limits",
     "server.errors server.logprobs",
-    "server.bodies server.completions server.metrics server.protocol server.streaming",
-    "server.service",
-    "server.endpoints server.schema",
+    "server.bodies server.metrics server.protocol server.streaming",
+    "server.completions server.service",
+    "server.calls",
+    "server.endpoints server.schema server.scoring",
     "server.app",
     "server.run",
     "server.command",
@@ -69,7 +71,10 @@ BUILDS = {
     ("decoders.choice", "decoders.torch_plan"),
 }
 # Packages that functions may import, since one can do without them, or they load slowly.
-OPTIONAL = {"huggingface_hub", "torch", "transformers", "triton"}
+OPTIONAL = {
+    *("huggingface_hub", "torch", "transformers", "triton"),
+    *("prometheus_client", "starlette", "uvicorn"),
+}
 
 
 class Import(NamedTuple):
@@ -87,6 +92,7 @@ def is_kernel(name: str) -> bool:
     return name.partition(".")[0] == "kernels"
 
 
+@functools.cache
 def imports_of(path: Path) -> list[Import]:
     return list(_walk(ast.parse(path.read_text()), in_function=False))
 
@@ -121,13 +127,16 @@ def _named(name: str, in_function: bool) -> Import:
     return Import(inner, inside=True, in_function=in_function)
 
 
-def imports_torch(name: str) -> bool:
-    """Whether importing this module of fastgen imports torch."""
+@functools.cache
+def imports_optional(name: str) -> bool:
+    """Whether importing this module of fastgen imports what may not be installed."""
     if is_kernel(name):
         return True
     path = ROOT / "fastgen" / (name.replace(".", "/") + ".py")
     found = [item for item in imports_of(path) if not item.in_function] if path.exists() else []
-    return any(imports_torch(item.name) if item.inside else item.name == "torch" for item in found)
+    return any(
+        imports_optional(item.name) if item.inside else item.name in OPTIONAL for item in found
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +195,7 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_functions_import_only_what_is_heavy_and_optional(path: Path) -> None:
     for item in imports_of(path):
         if item.in_function:
-            heavy = imports_torch(item.name) if item.inside else item.name in OPTIONAL
+            heavy = imports_optional(item.name) if item.inside else item.name in OPTIONAL
             assert heavy, f"{item.name} belongs to the top of the file"
 
 

@@ -374,7 +374,7 @@ def test_the_openapi_document_names_what_is_accepted(server: RunningServer) -> N
     fields = schema(document, "/v1/completions")
     assert fields.keys() == {*SAMPLING, *OTHERS}
     assert fields["n"]["maximum"] == 128 and fields["temperature"]["maximum"] == 2
-    assert fields["logprobs"]["maximum"] == 5 and fields["max_tokens"]["maximum"] == 1024
+    assert fields["logprobs"]["maximum"] == 5 and "1024" in fields["max_tokens"]["description"]
     for name, field in fields.items():
         for bound in ("minimum", "maximum"):
             if bound in field:

@@ -266,7 +266,7 @@ def test_path_tricks_lead_nowhere(server: RunningServer) -> None:
 
 
 def test_path_tricks_open_no_locked_door(server: RunningServer, model: fastgen.Generator) -> None:
-    locked = ("/v1/models", "/metrics", "/openapi.json", "/health", "/health/live/x")
+    locked = ("/v1/models", "/metrics", "/openapi.json", "/healthy", "/health/live/x")
     with serving({MODEL: model}, keys=Keys(["key"])) as other:
         for path in (*PATHS, *locked, "/v1/models?/health/live"):
             for line in ("a: b", "authorization: Bearer no", "authorization: Basic key",
@@ -278,7 +278,7 @@ def test_path_tricks_open_no_locked_door(server: RunningServer, model: fastgen.G
         routes = {route.path for route in other.server.config.app.routes}
         assert len(routes) > 10
         shut = {path for path in routes if answer(other.port, get(path)).status == 401}
-        assert routes - shut == {"/health/live", "/health/ready"}
+        assert routes - shut == {"/health", "/health/live", "/health/ready"}
         for path in ("/health/live", "/%68ealth/live", "/health/ready?x"):
             assert answer(other.port, get(path)).status == 200
         assert answer(other.port, get("/v1/models", "authorization: bearer key")).status == 200

@@ -153,8 +153,8 @@ def test_of_jobs_that_come_together_one_bad_one_refuses_all(model: fastgen.Gener
     params, told = greedy(max_new_tokens=4), list[Ticket]()
     thread = EngineThread(model, Terms())
     try:
-        with pytest.raises(ValueError, match="empty"):
-            thread.submit([Job([5, 6], params, None), Job([], params, None)], told.extend)
+        with pytest.raises(ValueError, match="0 sinks"):
+            thread.submit([Job([5, 6], params, None), Job([7], params, [])], told.extend)
         soon(lambda: model.engine.num_unfinished == 0, within=2)
     finally:
         model.engine.run(lambda: model.engine.num_unfinished == 0)

@@ -21,10 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastgen.server import endpoints
 from fastgen.server.errors import ApiError, api_error
 from fastgen.server.schema import schema_of
+from fastgen.server.scoring import score
 from fastgen.server.service import Service
 
 logger = logging.getLogger("fastgen.server")
-OPEN_PATHS = ("/health/live", "/health/ready")  # for these no key is needed
+OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # for these no key is needed
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _GONE = 499  # nobody reads it; it stands in the log
 _INSTEAD = "this server continues text: use /v1/completions"
@@ -36,11 +37,12 @@ def make_app(service: Service) -> Starlette:
     """OpenAI's completions, and fastgen's own: for uvicorn, or to be mounted in another app."""
     routes = [
         Route("/v1/completions", _answering(endpoints.completions), methods=["POST"]),
-        Route("/v1/score", _answering(endpoints.score), methods=["POST"]),
+        Route("/v1/score", _answering(score), methods=["POST"]),
         Route("/v1/models", _answering(endpoints.models), methods=["GET"]),
         Route("/v1/models/{name:path}", _answering(endpoints.model), methods=["GET"]),
         Route("/tokenize", _answering(endpoints.tokenize), methods=["POST"]),
         Route("/detokenize", _answering(endpoints.detokenize), methods=["POST"]),
+        Route("/health", _answering(endpoints.ready), methods=["GET"]),
         Route("/health/live", _answering(endpoints.live), methods=["GET"]),
         Route("/health/ready", _answering(endpoints.ready), methods=["GET"]),
         Route("/metrics", _answering(endpoints.metrics), methods=["GET"]),
@@ -143,7 +145,8 @@ class _Calls:
         try:
             scope["state"]["salt"] = None
             self._check_headers(scope)
-            if scope["path"] not in OPEN_PATHS:
+            # Where this is mounted in another app, the path begins with the place.
+            if scope["path"].removeprefix(scope.get("root_path", "")) not in OPEN_PATHS:
                 authorization = Request(scope).headers.get("authorization", "")
                 scope["state"]["salt"] = self._service.keys.salt_of(authorization)
         except ApiError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,19 +34,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, one a line")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     group = parser.add_argument_group("limits of the server").add_argument
+    texts = _described(ServerLimits) | _described(Terms)
     for field in (*fields(ServerLimits), *_fields(Terms)):
-        _add(group, field.name, type(field.default), field.default)
+        _add(group, field.name, type(field.default), field.default, texts[field.name])
     group = parser.add_argument_group("limits of a request").add_argument
+    texts = _described(Limits)
     for name, bound in vars(Limits.for_serving()).items():
         kind = float if isinstance(bound, float) else int
-        _add(group, f"limit_{name}", kind, bound)
+        _add(group, f"limit_{name}", kind, bound, f"the most: {texts[name]}")
 
 
-def _add(add: Callable[..., Any], name: str, kind: Any, default: Any) -> None:
-    told = "no limit but the context" if default is None else f"{default:g}"
+def _described(kind: Any) -> dict[str, str]:
+    """What a class says of its attributes: "names: text", over several lines, text without % ."""
+    _, _, told = inspect.getdoc(kind).partition("Attributes:\n")  # type: ignore[union-attr]
+    found: dict[str, str] = {}
+    for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n        .*)*)", told, re.MULTILINE):
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()).rstrip("."))
+    return found
+
+
+def _add(add: Callable[..., Any], name: str, kind: Any, default: Any, text: str) -> None:
+    told = "no limit but the context" if default is None else f"{default}"
     add(f"--{name.replace('_', '-')}", type=kind, default=default,
         metavar="SECONDS" if name.endswith("timeout") or name == "keep_alive" else "N",
-        help=f"(default: {told})")  # fmt: skip
+        help=f"{text} (default: {told})")  # fmt: skip
 
 
 def _fields(kind: Any) -> list[Field[Any]]:
@@ -66,6 +79,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
     limits = ServerLimits(**{field.name: given[field.name] for field in fields(ServerLimits)})
     request_limits = Limits(**{f.name: given[f"limit_{f.name}"] for f in fields(Limits)})
     terms = Terms(**{name: given[name] for name in _TERMS})
+    address = Address(host=arguments.host, port=arguments.port, uds=arguments.uds)
     with ExitStack() as models:
         served: dict[str, Generator] = {}
         for name, path in _named(arguments):
@@ -76,7 +90,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
         service = Service(
             served, limits=limits, request_limits=request_limits, terms=terms, keys=keys
         )
-        serve(service, Address(host=arguments.host, port=arguments.port, uds=arguments.uds))
+        serve(service, address)
     return 0
 
 
@@ -86,7 +100,7 @@ def _named(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
     for given in arguments.models:
         name, equals, path = given.partition("=")
         if not equals:
-            name, path = Path(given).name, given
+            name, path = Path(given).resolve().name, given
         if not name or not path:
             raise ValueError(f"--model {given!r} is not NAME=PATH")
         named.append((name, path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastgen.sampling_params import SamplingParams
 from fastgen.server.errors import ApiError, row_failed, unavailable
 from fastgen.server.limits import ServerLimits
 from fastgen.server.logprobs import LogprobsWriter
+from fastgen.server.streaming import as_json
 from fastgen.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -26,6 +27,7 @@ _OWN = {"rank", "logits_processor", "prompt_logprobs", "logprobs", "max_new_toke
 SAMPLING = [f.name for f in fields(SamplingParams) if f.name not in _OWN] + [*RENAMED]
 _ID = re.compile("0|[1-9][0-9]{0,9}")
 _LONGEST_NAME = 64
+LONGEST_SALT = 256  # characters
 _BAD_TEXT = 16_384  # characters of all bad words: some 50 ms, for which other requests wait
 # What is not the sampler's.
 OTHERS = ("model", "prompt", "stream", "stream_options", "logprobs", "echo", "suffix", "user",
@@ -174,6 +176,21 @@ def _include_usage(options: Any, stream: bool) -> bool:
     return boolean("stream_options.include_usage", options.get("include_usage", False))
 
 
+def check_answer(asked: CompletionRequest, max_seq_len: int, limits: ServerLimits) -> None:
+    """Raise ApiError for an answer that would hold too many log-probabilities."""
+    logprobs, params = asked.params.logprobs, asked.params
+    if logprobs is None:
+        return
+    tokens = 0
+    for prompt in asked.prompts:  # a token is a character at least
+        echoed = len(prompt) if asked.echo else 0
+        tokens += min(echoed + params.max_new_tokens, max_seq_len)
+    values = tokens * params.n * (1 + logprobs)
+    if values > limits.answer_logprobs:
+        told = f"up to {values} in the answer exceed the limit of {limits.answer_logprobs}"
+        raise ApiError(400, f"logprobs: {told}", "logprobs")
+
+
 class Answer:
     """What all objects of one response have in common."""
 
@@ -182,19 +199,26 @@ class Answer:
         self._request, self._tokenizer = request, tokenizer
         self._created = int(time.time())
 
-    def whole(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        n = self._request.params.n
-        choices = [
-            self._choice(at * n + place, self._request.prompts[at], generation, completion)
-            for at, generation in enumerate(generations)
-            for place, completion in enumerate(generation.completions)
-        ]
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        """The response of a request that does not stream, as JSON.
+
+        Choices are written one by one: json lets no other thread run meanwhile.
+        """
         usage = usage_of(
             (len(generation.prompt_token_ids) for generation in generations),
             (len(c.token_ids) for generation in generations for c in generation.completions),
         )
-        return self.object(choices) | {"usage": usage}
+        shell = as_json(self.object([]) | {"usage": usage})
+        choices = b",".join(map(as_json, self._choices(generations)))
+        return shell.replace(b'"choices":[]', b'"choices":[' + choices + b"]", 1)
+
+    def _choices(self, generations: Sequence[Generation]) -> Iterator[dict[str, Any]]:
+        index = 0
+        for prompt, generation in zip(self._request.prompts, generations, strict=True):
+            shown = self.prompt_text(prompt) if self._request.echo else ""
+            for completion in generation.completions:
+                yield self._choice(index, shown, generation, completion)
+                index += 1
 
     def object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -212,13 +236,12 @@ class Answer:
         return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
 
     def _choice(
-        self, index: int, prompt: Any, generation: Generation, completion: Completion
+        self, index: int, shown: str, generation: Generation, completion: Completion
     ) -> dict[str, Any]:
+        """`shown`: the prompt's text, if it is to be there."""
         refuse_failed(completion.finish_reason, completion.error)
         writer = LogprobsWriter(self._tokenizer)
-        shown = ""
         if self._request.echo:
-            shown = self.prompt_text(prompt)
             if self._request.shows_prompt_logprobs:
                 prompt_logprobs = generation.prompt_logprobs or ()
                 writer.add_prompt(shown, generation.prompt_token_ids, prompt_logprobs)

@@ -16,7 +16,8 @@ class ServerLimits:
         json_depth: how deep lists and objects of a body may be nested.
         prompts: of one request.
         completion_logprobs: most likely tokens of each, in completions.
-        score_tokens: of all texts of one request.
+        score_tokens: of all texts of one request, each with the prompt before it.
+        answer_logprobs: log-probabilities that a completion's answer may hold.
         header_timeout: for the headers of a request to arrive, once its connection is open.
         keep_alive: how long a connection without a request stays open.
         body_timeout: for the body to arrive.
@@ -31,6 +32,7 @@ class ServerLimits:
     prompts: int = 128
     completion_logprobs: int = 5
     score_tokens: int = 65_536
+    answer_logprobs: int = 400_000
     header_timeout: float = 10.0
     keep_alive: float = 15.0
     body_timeout: float = 30.0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counts
 from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fastgen.engine import Engine
-from fastgen.results import Timings
+from fastgen.request import Request
 
 _SECONDS = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60)  # fmt: skip
 _TIMES = {
@@ -48,18 +49,23 @@ class Metrics:
             "fastgen_tokens", "Tokens of prompts, and generated ones", ["model", "kind"],
             registry=registry,
         )  # fmt: skip
+        self._completions = Counter(
+            "fastgen_completions", "Completions that have ended, by reason",
+            ["model", "finish_reason"], registry=registry,
+        )  # fmt: skip
         self._rows = Histogram(
             "fastgen_request_completions", "Completions that a request asked for", ["model"],
             buckets=_ROWS, registry=registry,
         )  # fmt: skip
         registry.register(_EngineStates(engines, ready))
 
-    def ended(
-        self, model: str, timings: Timings, prompt_tokens: int, new_tokens: list[int]
-    ) -> None:
-        """A prompt's generation has; `new_tokens` of each of its completions."""
-        self._tokens.labels(model, "prompt").inc(prompt_tokens)
+    def ended(self, model: str, request: Request) -> None:
+        """A prompt's request has, however that was."""
+        timings, new_tokens = request.timings, [len(row.new_token_ids) for row in request.rows]
+        self._tokens.labels(model, "prompt").inc(len(request.prompt_token_ids))
         self._tokens.labels(model, "generated").inc(sum(new_tokens))
+        for reason, count in Counts(row.finish_reason or "error" for row in request.rows).items():
+            self._completions.labels(model, reason).inc(count)
         self._rows.labels(model).observe(len(new_tokens))
         if timings.admitted is not None:
             self._times["queue_time"].labels(model).observe(timings.admitted)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sys
 from http import HTTPStatus
 
@@ -15,6 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fastgen.server.errors import ApiError
 from fastgen.server.limits import ServerLimits
 
+_SEND_BUFFER = 128 << 10  # bytes; Linux takes twice as many
 _LINGER = 1.0  # seconds for which a refused client may go on sending, so that it sees why
 
 
@@ -29,6 +31,9 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # whatever is left unread is waited for
+        # The system would take megabytes, and show for long that a slow client takes nothing.
+        own = transport.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._watch_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -47,13 +52,24 @@ class BoundedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client does not take what it is sent."""
         super().pause_writing()
-        self._reading_due = self.loop.call_later(self.limits.send_timeout, self.transport.abort)
+        self._watch_reading()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._reading_due is not None:
             self._reading_due.cancel()
             self._reading_due = None
+
+    def _watch_reading(self) -> None:
+        left, timeout = self.transport.get_write_buffer_size(), self.limits.send_timeout
+        self._reading_due = self.loop.call_later(timeout, self._look_at_reading, left)
+
+    def _look_at_reading(self, left: int) -> None:
+        """It has to have taken something since."""
+        if self.transport.get_write_buffer_size() < left:
+            self._watch_reading()
+        else:
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """What was received is no HTTP, or has more headers than are allowed."""

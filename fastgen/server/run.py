@@ -85,12 +85,12 @@ class Server(uvicorn.Server):
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._address.uds is not None:  # now: another server may take its place while we drain
+            with contextlib.suppress(OSError):
+                os.unlink(self._address.uds)
         draining = asyncio.ensure_future(self._service.drain())
         await super().shutdown(sockets)
         await draining
-        if self._address.uds is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._address.uds)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

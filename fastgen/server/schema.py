@@ -6,7 +6,7 @@ from typing import Any
 
 import fastgen
 from fastgen.limits import Limits
-from fastgen.server.completions import OTHERS, SAMPLING
+from fastgen.server.completions import LONGEST_SALT, OTHERS, SAMPLING
 from fastgen.server.service import Service
 
 Schema = dict[str, Any]
@@ -26,8 +26,9 @@ def schema_of(service: Service) -> Schema:
             {"model": _model(names), "tokens": _ids()}, ["tokens"])),
         "/v1/models": _get("The models"),
         "/v1/models/{name}": _get("One of them", "name"),
-        "/health/live": _get("Whether the process is of use"),
-        "/health/ready": _get("Whether requests are taken and steps make progress"),
+        "/health": _open("Whether requests are taken and steps make progress"),
+        "/health/live": _open("Whether the process is of use"),
+        "/health/ready": _open("As /health"),
         "/metrics": _get("Prometheus' metrics"),
     }  # fmt: skip
     document: Schema = {
@@ -43,7 +44,6 @@ def schema_of(service: Service) -> Schema:
 
 def _completion(service: Service, limits: Limits, names: list[str]) -> Schema:
     context = max(model.max_seq_len for model in service.models.values())
-    most_new = context if limits.max_new_tokens is None else limits.max_new_tokens
     text_or_ids = [
         {"type": "string"},
         _array({"type": "string"}, service.limits.prompts),
@@ -60,19 +60,22 @@ def _completion(service: Service, limits: Limits, names: list[str]) -> Schema:
     known: Schema = {
         "model": _model(names),
         "prompt": {"oneOf": text_or_ids},
-        "max_tokens": _integer(0, most_new) | {"default": 16},
+        "max_tokens": _integer(0, limits.max_new_tokens)
+        | {"default": 16, "description": f"never past the context of {context} tokens"},
         "min_tokens": _integer(0),
         "n": _integer(1, limits.n),
         "best_of": _integer(1, limits.best_of),
         "stream": {"type": "boolean"},
-        "stream_options": _object({"include_usage": {"type": "boolean"}}),
+        "stream_options": _object(
+            {name: {"type": "boolean"} for name in ("include_usage", "include_obfuscation")}
+        ),
         "logprobs": _integer(0, service.limits.completion_logprobs),
         "echo": {"type": "boolean"},
         "suffix": {"const": "", "description": "text cannot be inserted"},
         "user": {"type": "string"},
         "timeout": _above_zero(service.limits.request_timeout),
         "priority": _integer(0, 1000) | {"description": "lower is sooner"},
-        "cache_salt": {"type": "string"},
+        "cache_salt": _salt(),
         "return_token_ids": {"type": "boolean"},
         "stop": {"oneOf": [stop, _array(stop, limits.stop)]},
         "seed": _integer(0, 2**64 - 1),
@@ -87,8 +90,22 @@ def _completion(service: Service, limits: Limits, names: list[str]) -> Schema:
         "allowed_token_ids": _array(_integer(0), limits.allowed_token_ids),
         "suppress_tokens": _array(_integer(0), limits.suppress_tokens),
         "begin_suppress_tokens": _array(_integer(0), limits.suppress_tokens),
+        "top_k": _integer(0),
+        "min_p": _number(0, 1),
+        "top_h": _above_zero(1),
+        "typical_p": _above_zero(1),
+        "epsilon_cutoff": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        "eta_cutoff": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+        "no_repeat_ngram_size": _integer(0),
+        "exponential_decay_length_penalty": {
+            "type": "array", "prefixItems": [_integer(0), _number(None, None)],
+            "minItems": 2, "maxItems": 2,
+        },
+        "include_stop": {"type": "boolean"},
+        "ignore_eos": {"type": "boolean"},
     }  # fmt: skip
-    fields = {name: known.get(name, {}) for name in [*OTHERS, *SAMPLING]}
+    fields = {name: known[name] for name in [*OTHERS, *SAMPLING]}
     return _object(fields, ["prompt"])
 
 
@@ -96,7 +113,7 @@ def _score(service: Service, names: list[str]) -> Schema:
     most = service.limits.prompts
     texts = {"oneOf": [{"type": "string"}, _array({"type": "string"}, most)]}
     fields = {"model": _model(names), "input": texts, "prompt": {"type": "string"},
-              "labels": _array({"type": "string"}, most), "cache_salt": {"type": "string"},
+              "labels": _array({"type": "string"}, most), "cache_salt": _salt(),
               "timeout": _above_zero(service.limits.request_timeout)}  # fmt: skip
     return _object(fields)
 
@@ -116,6 +133,13 @@ def _get(summary: str, parameter: str | None = None) -> Schema:
     return {"get": operation}
 
 
+def _open(summary: str) -> Schema:
+    """For which no key is needed."""
+    operation = _get(summary)
+    operation["get"]["security"] = []
+    return operation
+
+
 def _responses() -> Schema:
     error = _object({name: {} for name in ("message", "type", "param", "code")})
     content = {"application/json": {"schema": _object({"error": error})}}
@@ -130,6 +154,10 @@ def _object(properties: Schema, required: list[str] | None = None) -> Schema:
 
 def _model(names: list[str]) -> Schema:
     return {"type": "string", "enum": names}
+
+
+def _salt() -> Schema:
+    return {"type": "string", "minLength": 1, "maxLength": LONGEST_SALT}
 
 
 def _ids() -> Schema:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fastgen.async_engine import AsyncEngine
@@ -53,6 +54,8 @@ class Keys:
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise ValueError(f"{path} holds no key")
+        if not all(key.isascii() for key in keys):
+            raise ValueError(f"{path} holds a key with letters that HTTP's headers have not")
         return cls(keys)
 
     @property
@@ -108,6 +111,8 @@ class Service:
             self.models[name] = ServedModel(name, generator, AsyncEngine(generator, terms), created)
         engines = {name: generator.engine for name, generator in models.items()}
         self.metrics = Metrics(engines, lambda: not self.troubles)
+        for name, model in self.models.items():
+            model.engine.thread.observe = partial(self.metrics.ended, name)
         self.ends = False
 
     @property

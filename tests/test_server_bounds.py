@@ -1,0 +1,233 @@
+"""What one client may cost the others: answers and scores are bounded before anything is made, slow
+readers are told from silent ones, and what ends is counted and forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.routing import Mount
+
+import fastgen
+from engine_harness import greedy, make_engine, random_prompt, run_all
+from fastgen.server.app import make_app
+from fastgen.server.limits import ServerLimits
+from fastgen.server.service import Keys, Service
+from raw_client import LONG, answer, begun, everything, get, memory, post, replies
+from server_harness import MODEL, RunningServer, ServerProcess, serving, wait_until
+from test_server_load import metrics
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[fastgen.Generator]:
+    with fastgen.load(max_batch_size=8) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def server(model: fastgen.Generator) -> Iterator[RunningServer]:
+    with serving({MODEL: model}) as running:
+        yield running
+
+
+def refused(server: RunningServer, body: Any, path: str = "/v1/completions") -> str:
+    reply = answer(server.port, post(body, path=path))
+    assert reply.status == 400
+    return reply.message
+
+
+def test_labels_behind_a_long_prompt_are_refused_before_they_are_joined(
+    server: RunningServer,
+) -> None:
+    body = {"prompt": "word " * 60_000, "labels": [f" {at}" for at in range(128)]}
+    refused(server, body, "/v1/score")
+    before = memory()
+    assert "exceed the limit of 65536" in refused(server, body, "/v1/score")
+    assert memory() - before < 60e6
+
+
+def test_labels_need_something_to_be_scored(
+    model: fastgen.Generator, server: RunningServer
+) -> None:
+    assert "empty text" in refused(server, {"prompt": "a", "labels": ["b", ""]}, "/v1/score")
+    reply = answer(server.port, post({"prompt": "", "labels": [" the", "ly"]}, path="/v1/score"))
+    [eos, *_] = model.config.eos_token_ids
+    for item in reply.json["data"]:
+        [score] = model.score([[eos, *item["token_ids"]]])
+        assert item["logprobs"] == list(score.logprobs[1:])
+
+
+def test_an_answer_holds_a_bounded_number_of_logprobs(server: RunningServer) -> None:
+    body = {"prompt": ["word " * 490] * 64, "n": 8, "echo": True, "logprobs": 5, "max_tokens": 1}
+    assert refused(server, body).startswith("logprobs: ")
+    body |= {"n": 1, "logprobs": 1, "prompt": ["word " * 100] * 64}
+    assert answer(server.port, post(body)).status == 200
+
+
+def test_salts_are_short(server: RunningServer) -> None:
+    assert answer(server.port, post({"prompt": "a", "cache_salt": "x" * 256})).status == 200
+    assert "cache_salt" in refused(server, {"prompt": "a", "cache_salt": "x" * 257})
+
+
+def test_a_slow_reader_gets_all_of_it_and_a_silent_one_is_cut_off(
+    model: fastgen.Generator,
+) -> None:
+    body = {"prompt": ["a"] * 100, "n": 8, "max_tokens": 60, "logprobs": 5, "seed": 1}
+    body["ignore_eos"] = True
+    limits = ServerLimits(send_timeout=1.0, answer_logprobs=10_000_000)
+    with serving({MODEL: model}, limits=limits) as server:
+        whole = len(replies_to(server, body, pause=0.0))
+        assert whole > 8e6
+        began = time.monotonic()
+        assert len(replies_to(server, body, pause=0.35)) == whole
+        assert time.monotonic() - began > 2, "it was to be slower than the limit"
+        with closing(begun(server.port, post(body), receive_buffer=4096)) as silent:
+            wait_until(lambda: not server.server.server_state.connections, 60)
+            assert len(everything(silent)) < whole
+
+
+def replies_to(server: RunningServer, body: Any, pause: float) -> bytes:
+    """Read with a small buffer; the first megabytes with pauses."""
+    parts = []
+    with closing(begun(server.port, post(body), receive_buffer=200_000)) as client:
+        while part := client.recv(1 << 20):
+            parts.append(part)
+            if sum(map(len, parts)) < 3e6:
+                time.sleep(pause)
+    [reply] = replies(b"".join(parts))
+    return reply.body
+
+
+def test_what_is_cancelled_is_counted(model: fastgen.Generator, server: RunningServer) -> None:
+    before = metrics(server)
+    for stream in (False, True):
+        with closing(begun(server.port, post({**LONG, "stream": stream}))):
+            wait_until(lambda: model.engine.num_unfinished == 1)
+            wait_until(lambda: model.engine.stats.decode_tokens > 0)
+        wait_until(lambda: not model.engine.num_unfinished)
+    after = metrics(server)
+    name = ("fastgen_completions_total", "cancelled")
+    assert after[name] - before[name] == 2
+    tokens = ("fastgen_tokens_total", "prompt")
+    assert after[tokens] > before[tokens]
+
+
+def test_health_is_open_where_the_app_is_mounted(model: fastgen.Generator) -> None:
+    service = Service({MODEL: model}, keys=Keys(["k1"]))
+    app = Starlette(routes=[Mount("/llm", make_app(service))])
+
+    async def status(path: str) -> int:
+        scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(),
+                 "root_path": "", "query_string": b"", "headers": []}  # fmt: skip
+        found: list[int] = []
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                found.append(message["status"])
+
+        await app(scope, Request(scope).receive, send)
+        return found[0]
+
+    async def all_of() -> list[int]:
+        paths = ("/llm/health", "/llm/health/live", "/llm/health/ready", "/llm/v1/models")
+        found = [await status(path) for path in paths]
+        await service.close()
+        return found
+
+    assert asyncio.run(all_of()) == [200, 200, 200, 401]
+
+
+def test_a_unix_socket_is_its_successors_while_the_first_drains(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with ServerProcess("--uds", path, "--drain-timeout", "30") as first:
+        first.wait_until_ready()
+        with closing(begun(path, post({**LONG, "stream": True, "n": 64}))) as client:
+            client.recv(1)
+            first.terminate()
+            wait_until(lambda: not Path(path).exists())
+            with ServerProcess("--uds", path) as second:
+                second.wait_until_ready()
+                everything(client)
+                assert first.wait() == 0
+                assert answer(path, get("/health/ready")).status == 200
+                second.terminate()
+                assert second.wait() == 0
+
+
+def test_whoever_waits_for_several_futures_is_told_of_a_cancelled_one(
+    model: fastgen.Generator,
+) -> None:
+    with fastgen.ThreadedEngine(model) as engine:
+        futures = [engine.submit("In the", max_new_tokens=500, ignore_eos=True) for _ in range(2)]
+        assert futures[0].cancel()
+        done, _ = concurrent.futures.wait(futures[:1], timeout=10)
+        assert done == {futures[0]}
+        futures[1].cancel()
+        assert set(concurrent.futures.as_completed(futures, timeout=10)) == set(futures)
+
+
+def test_a_stream_that_is_opened_twice_or_closed_while_it_opens_leaves_nothing(
+    model: fastgen.Generator,
+) -> None:
+    text = "In the beginning " * 150  # long enough to be encoded elsewhere
+
+    async def twice(engine: fastgen.AsyncEngine) -> None:
+        stream = engine.stream(text, max_new_tokens=400, ignore_eos=True)
+        await asyncio.gather(stream.open(), stream.open())
+        assert model.engine.num_unfinished == 1
+        await stream.aclose()
+
+    async def closed(engine: fastgen.AsyncEngine) -> None:
+        stream = engine.stream(text, max_new_tokens=400, ignore_eos=True)
+        opening = asyncio.ensure_future(stream.open())
+        await asyncio.sleep(0)
+        await stream.aclose()
+        await opening
+        assert [piece async for piece in stream] == []
+
+    async def main() -> None:
+        async with fastgen.AsyncEngine(model) as engine:
+            for story in (twice, closed):
+                await story(engine)
+                end = time.monotonic() + 10
+                while model.engine.num_unfinished and time.monotonic() < end:
+                    await asyncio.sleep(0.01)
+                assert not model.engine.num_unfinished
+
+    asyncio.run(main())
+
+
+def test_deadlines_of_what_has_ended_are_forgotten() -> None:
+    engine, rng = make_engine(), np.random.default_rng(0)
+    late = time.monotonic() + 1000
+    old = engine.add_request(
+        random_prompt(rng, 9), greedy(max_new_tokens=200, ignore_eos=True), deadline=late
+    )
+    for _ in range(40):
+        run_all(engine, [
+            engine.add_request(random_prompt(rng, 5), greedy(max_new_tokens=1), deadline=late + 1)
+            for _ in range(4)
+        ])  # fmt: skip
+    assert not old.done
+    assert len(engine._inbox._deadlines) <= 2 * 64
+    engine.cancel(old)
+
+
+def test_the_schema_says_what_every_field_may_be(server: RunningServer) -> None:
+    document = json.loads(answer(server.port, get("/openapi.json")).body)
+    for path, operations in document["paths"].items():
+        body = operations.get("post", {}).get("requestBody")
+        if body is not None:
+            fields = body["content"]["application/json"]["schema"]["properties"]
+            assert all(fields.values()), path
