@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -112,18 +113,18 @@ async def _server(command: list[str]) -> AsyncIterator[tuple[str, int]]:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
     )
     try:
-        yield await asyncio.wait_for(_address(process), START)
+        yield await asyncio.wait_for(_address(process, command), START)
     finally:
         process.terminate()
         await process.wait()
 
 
-async def _address(process: asyncio.subprocess.Process) -> tuple[str, int]:
+async def _address(process: asyncio.subprocess.Process, command: list[str]) -> tuple[str, int]:
     assert process.stdout is not None
     async for line in process.stdout:
         if found := re.search(rb"at http://([\d.]+):(\d+)", line):
             return found[1].decode(), int(found[2])
-    raise RuntimeError("the server ended before it served")
+    raise RuntimeError(f"it ended before it served; to see why: {shlex.join(command)}")
 
 
 def client(host: str, port: int, extra: dict[str, Any]) -> Send:
