@@ -279,17 +279,11 @@ class AsyncStream:
         if ticket is None:  # it was closed before it began
             raise StopAsyncIteration
         assert ticket.reader is not None
-        while (piece := self._piece(ticket)) is None:
+        while (piece := ticket.piece()) is None:
             if ticket.reader.ended:
                 raise StopAsyncIteration
             await self._engine.news_of(ticket)
         return piece
-
-    def _piece(self, ticket: Ticket) -> Piece | None:
-        assert ticket.reader is not None
-        if ticket.stalled or ticket.failure is not None:
-            ticket.raise_failure()
-        return ticket.reader.piece()
 
     async def aclose(self) -> None:
         """End the generation; its seat and blocks are free at the next step."""
@@ -297,9 +291,8 @@ class AsyncStream:
 
     def _close(self) -> None:
         self._is_closed = True
-        if self._ticket is not None and self._ticket.reader is not None:
-            self._engine.thread.cancel(self._ticket)
-            self._ticket.reader.end()
+        if self._ticket is not None:
+            self._ticket.close()
 
     async def __aenter__(self) -> Self:
         await self.open()

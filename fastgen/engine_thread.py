@@ -13,17 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fastgen.checks import integer, real
 from fastgen.errors import EngineError, QueueFull, message_of
 from fastgen.generator import Generator
 from fastgen.jobs import Job
 from fastgen.request import Request, Row
+from fastgen.results import Piece
 from fastgen.stream import PieceReader, raise_error
 from fastgen.turns import Turns
 
-T = TypeVar("T")
 logger = logging.getLogger("fastgen")
 _FAILURES = 3  # steps that fail one after another, and no other between: the decoder is lost
 
@@ -89,6 +88,23 @@ class Ticket:
             raise EngineError(f"cancelled: more than {most} tokens of a row waited to be read")
         if self.request is not None:
             raise_error(self.request)
+
+    def piece(self) -> Piece | None:
+        """The next one of a streamed request; None if there is nothing new.
+
+        Raises:
+            EngineError: a step failed, or too much was left unread.
+        """
+        if self.stalled or self.failure is not None:
+            self.raise_failure()
+        assert self.reader is not None
+        return self.reader.piece()
+
+    def close(self) -> None:
+        """End it before the next step, and hand out nothing more."""
+        self._thread.cancel(self)
+        if self.reader is not None:
+            self.reader.end()
 
     def row_drew(self, row: Row) -> None:
         if not self._streams:

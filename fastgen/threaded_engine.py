@@ -199,9 +199,7 @@ class ThreadedStream:
             while True:
                 self._news.clear()
                 self._ticket.look()
-                if self._ticket.stalled or self._ticket.failure is not None:
-                    self._ticket.raise_failure()
-                if (piece := reader.piece()) is not None:
+                if (piece := self._ticket.piece()) is not None:
                     return piece
                 if reader.ended:
                     self._engine.forget(self._ticket)
@@ -215,10 +213,8 @@ class ThreadedStream:
 
     def close(self) -> None:
         """End the generation; rows that had not ended end with "cancelled"."""
-        self._engine.thread.cancel(self._ticket)
+        self._ticket.close()
         self._engine.forget(self._ticket)
-        if self._ticket.reader is not None:
-            self._ticket.reader.end()
 
     def __enter__(self) -> Self:
         return self

@@ -6,9 +6,9 @@ import hmac
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from raw_client import (
     text_of,
 )
 from server_harness import MODEL, RunningServer, serving, wait_until
+from test_threaded_engine import stepping
 
 TERMS = Terms(stall_timeout=0.3)
 SHORT = {"prompt": "And", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
@@ -56,21 +57,6 @@ def left_idle(model: fastgen.Generator, other: fastgen.Generator) -> Iterator[No
     for each in (model, other):
         wait_until(lambda each=each: each.engine.num_unfinished == 0)
         assert_idle(each.engine)
-
-
-@contextmanager
-def stepping(model: fastgen.Generator, before: Callable[[], Any]) -> Iterator[None]:
-    """`before` is called before each step of the decoder, and may raise."""
-    decoder = model.engine.decoder
-    original = decoder.step
-
-    def step(batch: Any) -> Any:
-        before()
-        return original(batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder, "step", step)
-        yield
 
 
 def fail() -> None:
