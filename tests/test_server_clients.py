@@ -111,8 +111,9 @@ def test_a_silent_client_is_cut_off_without_a_word(server: RunningServer) -> Non
 def test_a_client_that_reads_nothing_of_a_large_stream(
     server: RunningServer, model: fastgen.Generator
 ) -> None:
-    """Its rows are cancelled and its connection is cut; a stream beside it is not held up.
+    """Its rows are cancelled and it is cut, or told so; a stream beside it is not held up.
 
+    Which of the two depends on what the system's buffers hold and on when it begins to read.
     What 64 rows of 900 tokens have come to by then is 1 KB a token, and is freed.
     """
     engine = model.engine
@@ -127,7 +128,8 @@ def test_a_client_that_reads_nothing_of_a_large_stream(
             text = text_of(everything(reader))
             assert text == wanted[0].completions[0].text
             wait_until(lambda: engine.num_unfinished == 0, 30)
-            assert b"[DONE]" not in everything(client)
+            got = everything(client)
+            assert b"[DONE]" not in got or b'"code":"unread"' in got
     assert memory() - before < 100 << 20
 
 
