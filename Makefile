@@ -2,6 +2,8 @@
 #   make demo      install, and let the bundled model continue a prompt
 #   make test      the quick checks          make test-all  the longer ones
 #   make soak      the server's checks, over and over (MINUTES=10)
+#   make bench     the engine's parts, timed and saved (ONLY=sampler: some of them)
+#   make bench-compare   the medians of the last two runs, next to each other
 #   make lint      style and types           make format    put the style right
 
 export PYTHONSAFEPATH = 1
@@ -13,9 +15,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp tests/native/*.h benchmarks/*.cpp)
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp tests/native/*.h)
 
-.PHONY: demo test test-all soak lint format clean
+.PHONY: demo test test-all soak bench bench-compare lint format clean
 
 demo: .venv/demo.stamp
 	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
@@ -30,6 +32,22 @@ test-all: .venv/test.stamp
 MINUTES ?= 10
 soak: .venv/test.stamp
 	PYTHONPATH=tests $(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+ONLY ?=
+RUNS := .benchmarks
+bench: .venv/test.stamp
+	$(BIN)/python -m pytest benchmarks/parts -o python_files='bench_*.py' \
+		-o pythonpath='tests benchmarks' -rs -k '$(ONLY)' \
+		-W default::pytest_benchmark.logger.PytestBenchmarkWarning \
+		--benchmark-autosave --benchmark-storage=file://$(RUNS) --benchmark-disable-gc \
+		--benchmark-group-by=group --benchmark-sort=min \
+		--benchmark-columns=min,median,iqr,ops,rounds
+
+bench-compare: .venv/test.stamp
+	@test "$$(ls $(RUNS)/*/*.json 2>/dev/null | wc -l)" -ge 2 || { \
+		echo "Fewer than two runs are saved; make bench saves one" >&2; exit 1; }
+	$(BIN)/pytest-benchmark compare --between=median --sort=name $(if $(ONLY),-k '$(ONLY)') \
+		$$(ls -tr $(RUNS)/*/*.json | tail -n 2)
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check

@@ -1,4 +1,5 @@
-"""The C++ extension, and `kernels/` as fastgen.kernels; all else stands in pyproject.toml."""
+"""The C++ extension, and folders outside of fastgen/ that are parts of it; all else stands in
+pyproject.toml."""
 
 import sys
 from glob import glob
@@ -7,6 +8,8 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError
+
+PARTS = ("bench", "bench.peers", "decoders", "hf", "kernels", "server")
 
 
 class OptionalBuildExt(build_ext):
@@ -39,6 +42,6 @@ native.optional = True  # an editable install then does not look for what was no
 setup(
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuildExt},
-    packages=["fastgen", "fastgen.decoders", "fastgen.hf", "fastgen.kernels", "fastgen.server"],
-    package_dir={"fastgen.kernels": "kernels"},
+    packages=["fastgen", *(f"fastgen.{name}" for name in PARTS)],
+    package_dir={"fastgen.kernels": "kernels", "fastgen.bench.peers": "benchmarks/peers"},
 )

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
-from models import NEW, PRECISIONS, PROMPT, random_prompts
+from models import NEW, PRECISIONS, PROMPT
 from rows import Rows
 from timed_decoder import InstantDecoder, TimedDecoder
 
 import fastgen
+from fastgen.bench import turns
+from fastgen.bench.shapes import random_prompts
 
 Record = dict[str, Any]
 Options = dict[str, Any]
@@ -71,7 +72,7 @@ def engine_overhead(tiny: Path, load: Options, rounds: int) -> list[Record]:
                 measures[f"{case}/{rows}"] = _overhead(
                     generator, prompts, rows, options, kinds.get(case, TimedDecoder)
                 )
-        seconds = harness.take_turns(measures, rounds=rounds, warmups=2)
+        seconds = turns.take_turns(measures, rounds=rounds, warmups=2)
     return [_fitted(case, [seconds[f"{case}/{rows}"] for rows in ROWS]) for case in cases]
 
 
@@ -79,18 +80,18 @@ def sampling_cost(folder: Path, dtype: str, load: Options, rounds: int) -> Itera
     """A decode step's time with each set of options, and its ratio to a greedy one."""
     rng = np.random.default_rng(3)
     room = {"max_batch_size": max(SAMPLING_BATCHES), "max_seq_len": PROMPT + NEW}
-    with fastgen.load(folder, **load, **PRECISIONS[dtype].load, **room) as model:
+    with fastgen.load(folder, **load, **PRECISIONS[dtype], **room) as model:
         for batch in SAMPLING_BATCHES:
             rows = Rows(model.engine.decoder, batch, PROMPT + NEW)
             measures = {name: _decode(rows, options, rng) for name, options in SAMPLING.items()}
-            seconds = harness.take_turns(measures, rounds=rounds)
+            seconds = turns.take_turns(measures, rounds=rounds)
             for name, values in seconds.items():
                 yield {
                     "dtype": dtype,
                     "batch": batch,
                     "options": name,
-                    "step_milliseconds": round(harness.median(values) / NEW * 1e3, 4),
-                    "over_greedy": round(harness.ratio(values, seconds["greedy"]), 4),
+                    "step_milliseconds": round(turns.median(values) / NEW * 1e3, 4),
+                    "over_greedy": round(turns.ratio(values, seconds["greedy"]), 4),
                 }
 
 
@@ -100,7 +101,7 @@ def _overhead(
     rows: int,
     options: Options,
     kind: type[TimedDecoder],
-) -> harness.Measure:
+) -> turns.Measure:
     """Seconds a step of a call of `generate`, without the decoder's."""
 
     def measure() -> float:
@@ -119,7 +120,7 @@ def _overhead(
 
 
 def _fitted(case: str, seconds: list[list[float]]) -> Record:
-    microseconds = [harness.median(values) * 1e6 for values in seconds]
+    microseconds = [turns.median(values) * 1e6 for values in seconds]
     a_row, a_step = np.polyfit(ROWS, microseconds, 1)
     return {
         "case": case,
@@ -131,7 +132,7 @@ def _fitted(case: str, seconds: list[list[float]]) -> Record:
     }
 
 
-def _decode(rows: Rows, options: Options, rng: np.random.Generator) -> harness.Measure:
+def _decode(rows: Rows, options: Options, rng: np.random.Generator) -> turns.Measure:
     batches = rows.decode_batches(PROMPT, NEW)
 
     def measure() -> float:

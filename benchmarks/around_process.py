@@ -10,8 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import harness
-from models import PRECISIONS, PROMPT, Shape
+from models import PRECISIONS, PROMPT
+
+from fastgen.bench import turns
+from fastgen.bench.shapes import Shape
 
 Record = dict[str, Any]
 Options = dict[str, Any]
@@ -36,11 +38,11 @@ print(generation.completions[0].token_ids, flush=True)
 def import_time(rounds: int) -> Record:
     """Seconds that importing adds to an empty interpreter's."""
     measures = {name: partial(_process_seconds, code) for name, code in _IMPORTS.items()}
-    seconds = harness.take_turns(measures, rounds=rounds)
-    record = {"empty interpreter": round(harness.median(seconds["empty"]), 4)}
+    seconds = turns.take_turns(measures, rounds=rounds)
+    record = {"empty interpreter": round(turns.median(seconds["empty"]), 4)}
     for name in list(_IMPORTS)[1:]:
         added = [a - b for a, b in zip(seconds[name], seconds["empty"], strict=True)]
-        record[name] = round(harness.median(added), 4)
+        record[name] = round(turns.median(added), 4)
     return record
 
 
@@ -48,20 +50,20 @@ def cold_start(folder: Path, dtypes: list[str], load: Options, rounds: int) -> l
     """Seconds from starting a process to its first token; the files are in the system's cache."""
     measures = {}
     for dtype in dtypes:
-        options = {**load, **PRECISIONS[dtype].load}
+        options = {**load, **PRECISIONS[dtype]}
         prompt = list(range(PROMPT))
         code = _FIRST_TOKEN.format(folder=str(folder), options=options, prompt=prompt)
         measures[dtype] = partial(_first_line_seconds, code)
-    seconds = harness.take_turns(measures, rounds=rounds)
+    seconds = turns.take_turns(measures, rounds=rounds)
     return [
-        {"dtype": dtype, "seconds": round(harness.median(values), 3)}
+        {"dtype": dtype, "seconds": round(turns.median(values), 3)}
         for dtype, values in seconds.items()
     ]
 
 
 def resident_memory(folder: Path, shape: Shape, dtype: str, load: Options) -> Record:
     """Peak memory that a model adds, against its plan and the file's largest tensor."""
-    options = {**load, **PRECISIONS[dtype].load, "max_batch_size": MEMORY_ROWS}
+    options = {**load, **PRECISIONS[dtype], "max_batch_size": MEMORY_ROWS}
     command = [sys.executable, str(MEMORY_CHILD), str(folder), json.dumps(options)]
     seen = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     largest_tensor = 4 * shape.head  # the embedding, float32

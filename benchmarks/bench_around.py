@@ -23,6 +23,7 @@ import around_process
 import harness
 import models
 
+from fastgen.bench.shapes import SHAPES, save_checkpoint
 from fastgen.machine import granted_cores
 
 Record = dict[str, Any]
@@ -40,7 +41,7 @@ class Run:
 
     def checkpoint(self, shape: str) -> Path:
         folder = self.folder / shape
-        return folder if folder.exists() else models.save_checkpoint(folder, models.SHAPES[shape])
+        return folder if folder.exists() else save_checkpoint(folder, SHAPES[shape])
 
     def importing(self) -> Iterator[Record]:
         yield around_process.import_time(self.rounds)
@@ -59,7 +60,7 @@ class Run:
             yield from around_engine.sampling_cost(folder, dtype, self.load, self.rounds)
 
     def memory(self) -> Iterator[Record]:
-        folder, shape = self.checkpoint(self.shape), models.SHAPES[self.shape]
+        folder, shape = self.checkpoint(self.shape), SHAPES[self.shape]
         for dtype in self.dtypes:
             yield around_process.resident_memory(folder, shape, dtype, self.load)
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     models.add_choice(parser, "--parts", ",".join(PARTS), PARTS)
     models.add_choice(parser, "--dtypes", ",".join(models.PRECISIONS), models.PRECISIONS)
-    parser.add_argument("--shape", default="124M", choices=models.SHAPES)
+    parser.add_argument("--shape", default="gpt2", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=granted_cores())
     parser.add_argument("--decoder", default="cpu", help="of fastgen.load (default: cpu)")

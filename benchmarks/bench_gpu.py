@@ -26,10 +26,13 @@ import harness
 import numpy as np
 import torch
 import triton
-from models import POSITIONS, SHAPES, Shape, random_prompts, save_checkpoint
 from rows import Rows
 
 import fastgen
+from fastgen.bench import turns
+from fastgen.bench.cuda_peaks import cuda_peaks
+from fastgen.bench.machine import machine
+from fastgen.bench.shapes import POSITIONS, SHAPES, Shape, random_prompts, save_checkpoint
 
 STEPS = 48  # in one go; fewer than may be under way
 GREEDY: dict[str, Any] = {"temperature": 0}
@@ -52,20 +55,16 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
         torch.cuda.synchronize()
 
     to_the_end()
-    return harness.median(harness.timed(to_the_end)() for _ in range(rounds))
+    return turns.median(turns.timed(to_the_end)() for _ in range(rounds))
 
 
-def copy_bandwidth(rounds: int, num_bytes: int = 2**32) -> float:
-    """Bytes a second, read and written."""
-    source = torch.randn(num_bytes // 4, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * num_bytes / median_seconds(lambda: target.copy_(source), rounds)
-
-
-def bf16_peak(rounds: int, size: int = 8192) -> float:
-    """Operations a second of a large product, of random numbers."""
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, rounds)
+def card_limits(rounds: int) -> tuple[float, float]:
+    """Bytes a second, read and written, and operations a second in bfloat16."""
+    peaks = cuda_peaks("cuda", ("bfloat16",))
+    read, multiply = (
+        turns.median(peaks[name].measure() for _ in range(rounds)) for name in ("read", "bfloat16")
+    )
+    return read, 2 * multiply
 
 
 @contextmanager
@@ -123,7 +122,7 @@ def generate_rate(model: fastgen.Generator, batch: int, new: int = 128) -> float
         model.generate(random_prompts(batch, 128, rng), **options)
 
     run()
-    return batch * new / harness.median(harness.timed(run)() for _ in range(3))
+    return batch * new / turns.median(turns.timed(run)() for _ in range(3))
 
 
 def step_limit(shape: Shape, batch: int, context: int, kv_bytes: int, bandwidth: float) -> float:
@@ -141,7 +140,7 @@ def prefill_operations(shape: Shape, batch: int, length: int) -> float:
 
 def measure(folder: Path, shape: Shape, rounds: int, found: dict[str, Any]) -> Iterator[None]:
     """Fill `found`; yields whenever there is more in it."""
-    bandwidth, peak = copy_bandwidth(rounds), bf16_peak(rounds)
+    bandwidth, peak = card_limits(rounds)
     found |= {"copy_bandwidth": bandwidth, "bf16_peak": peak}
     with loaded(folder, 1) as model:
         greedy = step_seconds(model, 1, 256, rounds, GREEDY)
@@ -197,7 +196,7 @@ def more(folder: Path, shape: Shape, rounds: int, found: dict[str, Any]) -> Iter
     with loaded(folder, 1) as model:
         for name, sampling in OTHERS.items():
             found[f"batch1_{name}_us"] = 1e6 * step_seconds(model, 1, 256, rounds, sampling)
-    found["copy_bandwidth_at_the_end"] = copy_bandwidth(rounds)
+    found["copy_bandwidth_at_the_end"], _ = card_limits(rounds)
     yield
 
 
@@ -243,10 +242,10 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_gpu.py needs an NVIDIA GPU")
-    shape, found = SHAPES["124M"], {}
+    shape, found = SHAPES["gpt2"], {}
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     record = {"device": torch.cuda.get_device_name(), **versions, "found": found}
-    record |= harness.machine()
+    record |= machine()
     folders = [options.out, harness.RESULTS if options.save else None]
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder), shape)

@@ -25,11 +25,12 @@ from typing import Any
 
 import harness
 import numpy as np
-from models import PRECISIONS, PROMPT, SHAPES, random_prompts, save_checkpoint
-from open_loop import percentile
+from models import PRECISIONS, PROMPT
 from serving_targets import client
 
 import fastgen
+from fastgen.bench.shapes import SHAPES, random_prompts, save_checkpoint
+from fastgen.bench.turns import percentile
 from fastgen.server.run import Address, Server
 from fastgen.server.service import Service
 
@@ -40,7 +41,7 @@ BODY = 4 << 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="124M")
+    parser.add_argument("--shape", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float32")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--save", action="store_true")
@@ -52,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_checkpoint(Path(scratch) / "model", SHAPES[options.shape])
         room = {"max_batch_size": 32, "max_seq_len": 2 * PROMPT + NEW_TOKENS}
-        with fastgen.load(folder, **PRECISIONS[options.precision].load, **room) as model:
+        with fastgen.load(folder, **PRECISIONS[options.precision], **room) as model:
             lags = {
                 name: _lag_of(model, options.seconds, bodies=bodies)
                 for name, bodies in (("full load", False), ("with 4 MiB bodies", True))

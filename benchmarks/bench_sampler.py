@@ -24,6 +24,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 import fastgen
+from fastgen.bench import turns
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.decoders.torch_sampler import TorchSampler
 from fastgen.machine import granted_cores
@@ -148,20 +149,20 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
                     "torch_twin": ours(twin, tensor, params, prompts),
                     "transformers": transformers_draw(tensor, params, prompts),
                 }
-                seconds = harness.interleave(candidates, rounds=rounds, warmups=2)
+                seconds = turns.interleave(candidates, rounds=rounds, warmups=2)
                 yield record(kind, batch, case, seconds)
 
 
 def record(kind: str, batch: int, case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     seconds["hot"] = [value / HOT_CALLS for value in seconds["hot"]]
-    found = {name: round(harness.median(values) * 1e6, 1) for name, values in seconds.items()}
+    found = {name: round(turns.median(values) * 1e6, 1) for name, values in seconds.items()}
     return {
         "logits": kind,
         "batch": batch,
         "options": case,
         "microseconds": found,
-        "over_torch_twin": round(harness.ratio(seconds["torch_twin"], seconds["native"]), 1),
-        "over_transformers": round(harness.ratio(seconds["transformers"], seconds["native"]), 1),
+        "over_torch_twin": round(turns.ratio(seconds["torch_twin"], seconds["native"]), 1),
+        "over_transformers": round(turns.ratio(seconds["transformers"], seconds["native"]), 1),
     }
 
 

@@ -22,21 +22,14 @@ from typing import Any
 
 import harness
 import numpy as np
-from models import (
-    NEW,
-    PRECISIONS,
-    PROMPT,
-    SHAPES,
-    add_choice,
-    names,
-    random_prompts,
-    save_checkpoint,
-)
+from models import NEW, PRECISIONS, PROMPT, add_choice, names
 from open_loop import arrivals, drive, summary
 from serving_targets import TARGETS, Work
 from timed_decoder import TimedDecoder
 
 import fastgen
+from fastgen.bench import turns
+from fastgen.bench.shapes import SHAPES, random_prompts, save_checkpoint
 
 GOOD = {"first_token": 1.0, "gap": 0.1}  # seconds
 LIMIT = 60  # seconds after the last arrival
@@ -47,7 +40,7 @@ Record = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="124M")
+    parser.add_argument("--shape", choices=list(SHAPES), default="gpt2")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="float32")
     parser.add_argument("--rates", default="0.5,1,2,4", help="requests a second")
     parser.add_argument("--requests", type=int, default=40, help="of each load")
@@ -63,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_checkpoint(Path(scratch) / "model", SHAPES[options.shape])
         loads = asyncio.run(_all_loads(folder, options))
-        overhead = _engine_over_decoder(folder, PRECISIONS[options.precision].load, rounds=5)
+        overhead = _engine_over_decoder(folder, PRECISIONS[options.precision], rounds=5)
     _print(loads)
     print(f"engine over decoder at batch {BATCH}: {overhead}")
     record = {
@@ -119,7 +112,7 @@ def _engine_over_decoder(folder: Path, load: Record, rounds: int) -> float:
                     ratios.append((time.perf_counter() - start) / timed.seconds)
 
         asyncio.run(measure())
-    return round(harness.median(ratios[1:]), 4)
+    return round(turns.median(ratios[1:]), 4)
 
 
 def _print(loads: list[Record]) -> None:

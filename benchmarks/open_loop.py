@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgen.bench.turns import percentile
+
 # One request: sends its prompt, and yields once for each token, when it comes.
 Send = Callable[[list[int], int], AsyncIterator[None]]
 
@@ -40,13 +42,6 @@ def arrivals(rate: float, count: int, seed: int) -> list[float]:
         now += coins.expovariate(rate)
         due.append(now)
     return due
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of them do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    rank = max(1, -(-len(ordered) * share // 1))
-    return ordered[int(rank) - 1]
 
 
 async def drive(

@@ -40,7 +40,7 @@ class Work:
 
     @property
     def load(self) -> dict[str, Any]:
-        return PRECISIONS[self.precision].load
+        return PRECISIONS[self.precision]
 
 
 @contextlib.asynccontextmanager

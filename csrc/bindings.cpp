@@ -8,6 +8,7 @@
 
 #include "cpu_features.h"
 #include "decoder_bindings.h"
+#include "peaks_bindings.h"
 #include "philox.h"
 #include "sampler_bindings.h"
 
@@ -41,6 +42,7 @@ PYBIND11_MODULE(_native, module) {
              "unsigned seed; positions int64 (R,), the index of the token that is drawn.");
   fastgen::bind_sampler(module);
   fastgen::bind_decoder(module);
+  fastgen::bind_peaks(module);
   module.def("cpu_features", &fastgen::cpu_features,
              "Instruction sets of this processor that matter here, as Linux names them.");
 }

@@ -1,4 +1,4 @@
-"""The command line: fastgen generate, score, serve, info."""
+"""The command line: fastgen generate, score, serve, bench, info."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastgen import __version__
+from fastgen.bench import command as bench_command
 from fastgen.decoders.choice import backends, plan_decoder
 from fastgen.decoders.plan import LoadOptions
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.generator import Generator, load, open_model
 from fastgen.results import Generation, Score
 from fastgen.sampling_params import SamplingParams
-from fastgen.server import command
+from fastgen.server import command as server_command
 
 _REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -63,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         parents=[_loading_options()],
         help="serve models over HTTP, in OpenAI's completions protocol",
     )
-    command.add_options(serve)
+    server_command.add_options(serve)
     serve.set_defaults(run=_serve)
+
+    bench = commands.add_parser("bench", help="speed here, against the machine's limits and peers")
+    bench_command.add_options(bench)
+    bench.set_defaults(run=bench_command.run)
 
     info = commands.add_parser(
         "info", parents=[model], help="what would be loaded: shapes, decoder, memory"
@@ -294,7 +299,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    return command.run(arguments, lambda model: _load(arguments, model))
+    return server_command.run(arguments, lambda model: _load(arguments, model))
 
 
 def _text(argument: str) -> str:

@@ -61,6 +61,14 @@ LAYERS = (
     "hf.sampling",
     "hf.beams",
     "hf.model",
+    "bench bench.fallbacks bench.machine bench.peer_process bench.plot bench.recording "
+    "bench.shapes bench.table bench.turns",
+    "bench.peaks bench.roofline",
+    "bench.cuda_peaks",
+    "bench.limits",
+    "bench.compare bench.measure",
+    "bench.run",
+    "bench.command",
     "cli",
     "__main__",
 )
@@ -73,7 +81,7 @@ BUILDS = {
 # Packages that functions may import, since one can do without them, or they load slowly.
 OPTIONAL = {
     *("huggingface_hub", "torch", "transformers", "triton"),
-    *("prometheus_client", "starlette", "uvicorn"),
+    *("matplotlib", "prometheus_client", "rich", "starlette", "uvicorn"),
 }
 
 

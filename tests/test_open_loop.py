@@ -33,14 +33,6 @@ def test_arrivals_are_a_poisson_process(load: Any) -> None:
     assert due == load.arrivals(5.0, 20_000, seed=1) != load.arrivals(5.0, 20_000, seed=2)
 
 
-def test_percentiles_are_values_by_nearest_rank(load: Any) -> None:
-    values = [5, 1, 4, 2, 3]
-    assert [load.percentile(values, share) for share in (0.0, 0.2, 0.21, 0.5, 0.99, 1.0)] == [
-        1, 1, 2, 3, 5, 5,
-    ]  # fmt: skip
-    assert load.percentile(range(1, 101), 0.99) == 99
-
-
 def test_times_count_from_when_a_request_was_due(load: Any) -> None:
     """And what fails, stops short or comes too late is told."""
     begun: list[int] = []

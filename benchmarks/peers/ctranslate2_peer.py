@@ -6,7 +6,6 @@ Its CPU build has float32 and int8 arithmetic; the vocabulary is the ids as text
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import ctranslate2
@@ -16,6 +15,8 @@ from safetensors.numpy import load_file
 from worker import Generate, Ids, Job
 
 PRECISIONS = ("float32", "int8")
+DEVICES = ("cpu",)
+MODEL = "model"
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -25,11 +26,11 @@ def version() -> str:
 
 
 def load(job: Job) -> Generate:
-    folder = job.scratch / "model"
-    if not folder.exists():
-        _convert(job.folder, folder, None if job.precision == "float32" else "int8")
     model = ctranslate2.Generator(
-        str(folder), device="cpu", compute_type=job.precision, intra_threads=job.threads
+        str(job.scratch / MODEL),
+        device=job.device,
+        compute_type=job.precision,
+        intra_threads=job.threads,
     )
 
     def generate(prompts: Ids, new_tokens: int) -> Ids:
@@ -45,9 +46,9 @@ def load(job: Job) -> Generate:
     return generate
 
 
-def _convert(source: Path, folder: Path, quantization: str | None) -> None:
-    config = json.loads((source / "config.json").read_text())
-    tensors = load_file(source / "model.safetensors")
+def convert(job: Job) -> None:
+    config = json.loads((job.folder / "config.json").read_text())
+    tensors = load_file(job.folder / "model.safetensors")
     spec = transformer_spec.TransformerDecoderModelSpec.from_config(
         config["n_layer"],
         config["n_head"],
@@ -73,7 +74,8 @@ def _convert(source: Path, folder: Path, quantization: str | None) -> None:
     last = vocabulary[config["eos_token_id"]]
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = last
     spec.validate()
-    spec.optimize(quantization=quantization)
+    spec.optimize(quantization=None if job.precision == "float32" else job.precision)
+    folder = job.scratch / MODEL
     folder.mkdir()
     spec.save(str(folder))
 

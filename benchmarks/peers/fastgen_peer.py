@@ -12,6 +12,7 @@ _LOAD = {
     "int8": {"quantize": "int8"},
 }
 PRECISIONS = tuple(_LOAD)
+DEVICES = ("cpu", "cuda")
 
 
 def version() -> str:
@@ -21,6 +22,7 @@ def version() -> str:
 def load(job: Job) -> Generate:
     model = fastgen.load(
         job.folder,
+        device=job.device,
         decoder=job.decoder,
         num_threads=job.threads,
         max_batch_size=job.batch,

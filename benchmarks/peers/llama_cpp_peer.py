@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from importlib.metadata import version as version_of
-from pathlib import Path
 
 import gguf
 import llama_cpp as api
@@ -23,6 +22,8 @@ _TYPES = {
     "int8": gguf.GGMLQuantizationType.Q8_0,
 }
 PRECISIONS = tuple(_TYPES)
+DEVICES = ("cpu",)
+MODEL = "model.gguf"
 SERVES_TOGETHER = False
 _NAMES = {  # of GPT-2's parameters in a GGUF
     "wte": "token_embd",
@@ -56,11 +57,9 @@ def serve(job: Job) -> Callable[[list[int], int, Callable[[int], None]], None]:
 
 
 def _open(job: Job) -> Session:
-    path = job.scratch / "model.gguf"
-    if not path.exists():
-        _convert(job.folder, path, _TYPES[job.precision])
     api.llama_backend_init()
-    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+    path = str(job.scratch / MODEL).encode()
+    model = api.llama_model_load_from_file(path, api.llama_model_default_params())
     params = api.llama_context_default_params()
     params.n_ctx = job.batch * (-(-job.max_len // 256) * 256)  # llama.cpp's own granularity
     params.n_batch = job.batch * job.max_len
@@ -121,9 +120,9 @@ class Session:
         return int(np.ctypeslib.as_array(logits, (self._vocab_size,)).argmax())
 
 
-def _convert(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
-    config = json.loads((source / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, "gpt2")
+def convert(job: Job) -> None:
+    config = json.loads((job.folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(job.scratch / MODEL, "gpt2")
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_positions"])
     writer.add_embedding_length(config["n_embd"])
@@ -132,10 +131,10 @@ def _convert(source: Path, path: Path, kind: gguf.GGMLQuantizationType) -> None:
     writer.add_layer_norm_eps(1e-5)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
-    for name, tensor in load_file(source / "model.safetensors").items():
+    for name, tensor in load_file(job.folder / "model.safetensors").items():
         matrix = tensor.ndim == 2 and not name.startswith("wpe")
         values = tensor.T if matrix and name.startswith("h.") else tensor  # rows of outputs
-        used = kind if matrix else gguf.GGMLQuantizationType.F32
+        used = _TYPES[job.precision] if matrix else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(np.ascontiguousarray(values), used)
         writer.add_tensor(_gguf_name(name), data, raw_dtype=used)
     writer.write_header_to_file()

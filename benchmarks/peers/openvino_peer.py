@@ -6,14 +6,10 @@ and values are float32 in float32, else as OpenVINO chooses.
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import openvino
@@ -21,12 +17,9 @@ import openvino_genai as genai
 from worker import Generate, Ids, Job
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+DEVICES = ("cpu",)
+MODEL = "model"
 SERVES_TOGETHER = True
-_EXPORT = """
-from optimum.intel import OVModelForCausalLM
-options = {{"export": True, "compile": False, "load_in_8bit": {int8}}}
-OVModelForCausalLM.from_pretrained({source!r}, **options).save_pretrained({folder!r})
-"""
 
 
 def version() -> str:
@@ -82,9 +75,7 @@ def _greedy(new_tokens: int) -> genai.GenerationConfig:
 
 
 def _open(job: Job) -> genai.ContinuousBatchingPipeline:
-    folder = job.scratch / "model"
-    if not folder.exists():
-        _export(job.folder, folder, int8=job.precision == "int8")
+    folder = str(job.scratch / MODEL)
     exact = job.precision == "float32"
     properties = {"INFERENCE_NUM_THREADS": job.threads}
     properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "bf16"
@@ -94,13 +85,13 @@ def _open(job: Job) -> genai.ContinuousBatchingPipeline:
     scheduling.cache_size = 2  # GB
     scheduling.max_num_seqs = job.batch
     scheduling.enable_prefix_caching = False
-    tokenizer = genai.Tokenizer(str(folder))  # there is none; it would fail if it were used
-    return genai.ContinuousBatchingPipeline(str(folder), tokenizer, scheduling, "CPU", **properties)
+    tokenizer = genai.Tokenizer(folder)  # there is none; it would fail if it were used
+    return genai.ContinuousBatchingPipeline(folder, tokenizer, scheduling, "CPU", **properties)
 
 
-def _export(source: Path, folder: Path, *, int8: bool) -> None:
-    """In a process of its own, which takes torch with it."""
-    if importlib.util.find_spec("optimum") is None:
-        raise ModuleNotFoundError("optimum-intel", name="optimum-intel")
-    code = _EXPORT.format(source=str(source), folder=str(folder), int8=int8)
-    subprocess.run([sys.executable, "-c", code], check=True)
+def convert(job: Job) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    options = {"export": True, "compile": False, "load_in_8bit": job.precision == "int8"}
+    model = OVModelForCausalLM.from_pretrained(str(job.folder), **options)
+    model.save_pretrained(str(job.scratch / MODEL))

@@ -10,13 +10,11 @@ request waits for another behind a lock.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -24,7 +22,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
-from worker import Job
+from worker import convert, find_peer, parse_job
 
 # Prompt, new tokens, and what takes each token as it comes.
 Generate = Callable[[list[int], int, Callable[[int], None]], None]
@@ -66,10 +64,9 @@ class Server(uvicorn.Server):
 
 
 def main() -> None:
-    fields = json.loads(sys.argv[1])
-    paths = {name: Path(fields.pop(name)) for name in ("folder", "scratch")}
-    job = Job(**fields, **paths)
-    peer = importlib.import_module(f"{job.peer}_peer")
+    job = parse_job(sys.argv[1])
+    peer = find_peer(job)
+    convert(peer, job)
     app = make_app(peer.serve(job), together=peer.SERVES_TOGETHER)
     Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning")).run()
 

@@ -1,4 +1,4 @@
-"""transformers, not compiled, with its default attention."""
+"""transformers, not compiled, with its default attention and a cache that grows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 from worker import Generate, Ids, Job
 
 PRECISIONS = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
 SERVES_TOGETHER = False
 
 
@@ -17,17 +18,19 @@ def version() -> str:
     return f"{transformers.__version__}, torch {torch.__version__}"
 
 
-def load(job: Job) -> Generate:
+def load(job: Job, **settings: Any) -> Generate:
+    """`settings`: of `generate`, besides those that every request has."""
     torch.set_num_threads(job.threads)
     dtype = getattr(torch, job.precision)
-    model = transformers.GPT2LMHeadModel.from_pretrained(job.folder, dtype=dtype).eval()
+    model = transformers.GPT2LMHeadModel.from_pretrained(job.folder, dtype=dtype)
+    model = model.to(job.device).eval()
     model.generation_config.eos_token_id = None  # never ends a row
 
     @torch.inference_mode()
     def generate(prompts: Ids, new_tokens: int, streamer: Streamer | None = None) -> Ids:
-        ids = torch.tensor(prompts)
+        ids = torch.tensor(prompts, device=job.device)
         mask = torch.ones_like(ids)
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, **settings}
         found = model.generate(ids, attention_mask=mask, streamer=streamer, **options)
         return found[:, ids.shape[1] :].tolist()
 

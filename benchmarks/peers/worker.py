@@ -1,24 +1,37 @@
 """The process in which one peer runs: loads it once, then answers requests, a line of JSON each.
 
-    python benchmarks/peers/worker.py '{"peer": "llama_cpp", "folder": ..., ...}'  # a Job's fields
+    python worker.py '{"peer": "llama_cpp", "folder": ..., ...}'  # a Job's fields
 
-Its first line says which version it is, or why it cannot run. Then it answers requests,
-{"prompts": [[...], ...], "new_tokens": 96}, by {"seconds": ..., "ids": ...}: the greedy
-continuations, ids in and ids out, and the seconds of all of it. Between requests it waits for its
-standard input, using no processor. bench_peers.py starts it.
+Its first line is {"version": ..., "load_seconds": ...}, or why the peer cannot run: one of "absent",
+the module that is missing; "unsupported", what it does not have; "failed", the error. Then it
+answers requests, {"prompts": [[...], ...], "new_tokens": 96}, by {"seconds": ..., "ids": ...,
+"peak_bytes": ...}: the greedy continuations, ids in and ids out; the seconds of all of it; and the
+most memory there has been since loading began, or null where that cannot be known. Between requests it waits
+for its standard input, using no processor.
+
+Needs the standard library and the peer's packages: neither fastgen nor a path to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Ids = list[list[int]]
 Generate = Callable[[Ids, int], Ids]  # prompts, new tokens
@@ -29,11 +42,13 @@ class Job:
     """What a peer is to run.
 
     Attributes:
-        peer: the module `{peer}_peer`, which has PRECISIONS, version() and load(job).
-        folder: the checkpoint; a peer may write its own form of it to `scratch`.
+        peer: the module `{peer}_peer`, which has PRECISIONS, DEVICES, version() and load(job); if
+            it needs another form of the checkpoint, also convert(job), which writes scratch/MODEL.
+        folder, scratch: the checkpoint, and where such a form stays for other processes.
         precision: "float32", "bfloat16" or "int8"; the peer takes what is nearest.
         batch, max_len: the most rows, and tokens of a row, that there will be.
         decoder: fastgen's own, of fastgen.load.
+        device: "cpu" or "cuda".
     """
 
     peer: str
@@ -44,32 +59,85 @@ class Job:
     batch: int
     max_len: int
     decoder: str
+    device: str = "cpu"
+
+
+def parse_job(text: str) -> Job:
+    fields = json.loads(text)
+    return Job(**{**fields, **{name: Path(fields[name]) for name in ("folder", "scratch")}})
+
+
+def find_peer(job: Job) -> ModuleType:
+    """The peer's module, imported where its libraries see how many threads they may use."""
+    os.environ["OMP_NUM_THREADS"] = str(job.threads)
+    here = str(Path(__file__).resolve().parent)
+    if here not in sys.path:  # as under PYTHONSAFEPATH
+        sys.path.insert(0, here)
+    return importlib.import_module(f"{job.peer}_peer")
+
+
+def convert(peer: ModuleType, job: Job) -> None:
+    """Once for all processes, in one of its own: what it takes is not part of loading."""
+    if not hasattr(peer, "convert") or (job.scratch / peer.MODEL).exists():
+        return
+    job.scratch.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(peer.convert, job).result()
+
+
+def watch_memory(device: str) -> None:
+    """From now on peak_bytes counts."""
+    if device == "cuda":
+        return  # PyTorch's peak counts from the first allocation, which is loading's
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
+
+
+def peak_bytes(device: str) -> int | None:
+    """Of the process on a CPU; of PyTorch's allocator on a GPU, None if the peer does not use it."""
+    if device == "cuda":
+        torch = sys.modules.get("torch")
+        return (torch.cuda.max_memory_allocated() or None) if torch else None
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:
-    fields = json.loads(sys.argv[1])
-    job = Job(**{**fields, "folder": Path(fields["folder"]), "scratch": Path(fields["scratch"])})
-    os.environ["OMP_NUM_THREADS"] = str(job.threads)
     answers = _own_output()
-    job.scratch.mkdir(parents=True, exist_ok=True)
+    job = parse_job(sys.argv[1])
     try:
-        peer = importlib.import_module(f"{job.peer}_peer")
-        if job.precision not in peer.PRECISIONS:
-            _say(answers, unsupported=job.precision)
+        peer = find_peer(job)
+        if job.precision not in peer.PRECISIONS or job.device not in peer.DEVICES:
+            _say(answers, unsupported=f"{job.precision} on {job.device}")
             return
+        convert(peer, job)
+        watch_memory(job.device)
+        start = time.perf_counter()
         generate: Generate = peer.load(job)
+        load_seconds = time.perf_counter() - start
     except ModuleNotFoundError as error:
         _say(answers, absent=error.name)
         return
     except Exception as error:
         _say(answers, failed=f"{type(error).__name__}: {error}")
         raise
-    _say(answers, version=peer.version())
+    _say(answers, version=peer.version(), load_seconds=load_seconds)
+    _answer_requests(answers, generate, job.device)
+
+
+def _answer_requests(answers: TextIO, generate: Generate, device: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
         ids = generate(request["prompts"], request["new_tokens"])
-        _say(answers, seconds=time.perf_counter() - start, ids=ids)
+        seconds = time.perf_counter() - start
+        _say(answers, seconds=seconds, ids=ids, peak_bytes=peak_bytes(device))
 
 
 def _own_output() -> TextIO:

@@ -1,0 +1,1 @@
+"""Peer engines, each a module that worker.py runs in a process of its own."""

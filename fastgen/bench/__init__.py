@@ -1,0 +1,1 @@
+"""`fastgen bench`: what a model gives on this machine, against its limits and against peers."""

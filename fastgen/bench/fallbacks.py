@@ -1,0 +1,51 @@
+"""What makes a model slower than it should be here, without anybody having asked for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.native import native
+
+_SWITCHES = {  # of the environment, and the value that changes nothing
+    "FASTGEN_CUDA_GRAPHS": "1",
+    "FASTGEN_PDL": "1",
+    "TRITON_INTERPRET": "0",
+}
+
+
+def fallbacks(plan: DecoderPlan, options: LoadOptions) -> list[str]:
+    """One sentence each; none if the model runs as fast as fastgen can."""
+    return list(_found(plan, options))
+
+
+def _found(plan: DecoderPlan, options: LoadOptions) -> Iterator[str]:
+    if native is None:
+        yield "fastgen's C++ extension was not built: install a C++ compiler, then fastgen again"
+    if plan.decoder == "torch" and options.decoder != "torch":
+        yield f"the torch decoder was chosen: {plan.reason}"
+    if options.num_threads and plan.num_threads and plan.num_threads < options.num_threads:
+        yield f"{options.num_threads} threads were asked for, {plan.num_threads} can be had"
+    if plan.decoder == "cpu" and native is not None:
+        best, *_ = native.instruction_sets()
+        asked = os.environ.get("FASTGEN_ISA") or best
+        if asked != best:
+            yield f"FASTGEN_ISA={asked} keeps the decoder from {best}, which this processor has"
+    if plan.decoder == "cuda":
+        for name, harmless in _SWITCHES.items():
+            if (value := os.environ.get(name, harmless)) != harmless:
+                yield f"{name}={value} slows the CUDA decoder down"
+
+
+def notes(plan: DecoderPlan) -> list[str]:
+    """What limits this model here and is nobody's mistake."""
+    if plan.decoder != "cpu" or native is None:
+        return []
+    has = native.cpu_features()
+    found = []
+    if plan.dtype == "bfloat16" and "avx512_bf16" not in has:
+        found.append("this processor has no bfloat16 products: they are made in float32")
+    if plan.weights == "int8" and "avx512_vnni" not in has:
+        found.append("this processor has no VNNI: products of 8 bits take several instructions")
+    return found

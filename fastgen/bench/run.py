@@ -1,0 +1,199 @@
+"""One run of `fastgen bench`: load, measure, compare, and the record of all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastgen.bench.compare import Comparison, compare
+from fastgen.bench.fallbacks import fallbacks, notes
+from fastgen.bench.limits import Limits, MemoryWatch, limits_of
+from fastgen.bench.machine import machine
+from fastgen.bench.measure import Work, take_rounds, warm_up
+from fastgen.bench.shapes import Precision, Shape, described, weight_bytes
+from fastgen.checkpoint import Checkpoint
+from fastgen.decoders.choice import plan_decoder
+from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.generator import Generator, load, open_model
+from fastgen.machine import granted_cores
+
+SCHEMA = "fastgen-bench/1"
+NOISY = 1.25  # highest over lowest read bandwidth
+
+Record = dict[str, Any]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be measured.
+
+    Attributes:
+        model: a folder or hub id; `name` is how it is called.
+        options: as of fastgen.load.
+        batches: batch sizes, in rows.
+        sampling: how `work.params` were written.
+        peers: with which engines it is compared; None: not at all.
+        pythons: the interpreters of peers that are not in this one's.
+        scratch: where peers may write.
+    """
+
+    model: str
+    name: str
+    options: LoadOptions
+    work: Work
+    batches: Sequence[int]
+    rounds: int
+    sampling: str
+    peers: Sequence[str] | None
+    pythons: Mapping[str, str]
+    scratch: Path
+    revision: str | None = None
+    allow_fallback: bool = False
+
+    @property
+    def num_stages(self) -> int:
+        """How often `progress` is called, at most."""
+        own = 1 + len(self.batches) * (1 + self.rounds)
+        peers = () if self.peers is None else self.peers
+        turns = len(self.batches) * (1 + self.rounds) * (1 + len(peers))
+        return own + (2 * len(peers) + 1 + turns if self.peers is not None else 0)
+
+
+class FallbackError(ValueError):
+    """The model would not run as fast as fastgen can."""
+
+
+def measure(run: Run, progress: Progress) -> Record:
+    """The whole record; see benchmarks/README.md for what its numbers are.
+
+    Raises:
+        FallbackError: see fallbacks.py; nothing has been measured then.
+        ValueError, CheckpointError: the model or an option is wrong.
+    """
+    checkpoint = open_model(run.model, run.revision)
+    plan = plan_decoder(checkpoint, run.options)
+    found = fallbacks(plan, run.options)
+    if found and not run.allow_fallback:
+        raise FallbackError(
+            "this would not be fastgen at its best: " + "; ".join(found) + " "
+            "(--allow-fallback measures it all the same)"
+        )
+    record: Record = {
+        "schema": SCHEMA,
+        "machine": machine(["numpy", "torch", "triton"]),
+        "model": _model(run, checkpoint),
+        "decoder": _decoder(plan),
+        "work": {
+            "prompt_len": run.work.prompt_len,
+            "output_len": run.work.output_len,
+            "sampling": run.sampling,
+            "rounds": run.rounds,
+        },
+    }
+    record |= _own(run, Shape.of(checkpoint.config), Precision.of(plan), progress)
+    record["comparison"] = None if run.peers is None else _compared(run, plan, checkpoint, progress)
+    record["fallbacks"] = found
+    record["notes"] = [*notes(plan), *_noise(record["limits"])]
+    return record
+
+
+def _own(run: Run, shape: Shape, precision: Precision, progress: Progress) -> Record:
+    """fastgen in this process: loading, memory, and its rounds between the limits."""
+    watch = MemoryWatch()
+    progress("loading")
+    start = time.perf_counter()
+    with load(run.model, revision=run.revision, **dataclasses.asdict(run.options)) as model:
+        load_seconds = time.perf_counter() - start
+        warm_up(model, run.work, run.batches, progress)
+        memory = _memory(model, watch)
+        with limits_of(model.plan, precision, weight_bytes(shape, precision)) as limits:
+            results = _results(model, run, shape, precision, limits, progress)
+    return {
+        "load_seconds": round(load_seconds, 3),
+        "memory": memory,
+        "limits": limits.record(),
+        "results": results,
+    }
+
+
+def _results(
+    model: Generator,
+    run: Run,
+    shape: Shape,
+    precision: Precision,
+    limits: Limits,
+    progress: Progress,
+) -> list[Record]:
+    found = take_rounds(model, run.work, run.batches, limits, run.rounds, progress)
+    return [each.record(shape, precision) for each in found]
+
+
+def _compared(run: Run, plan: DecoderPlan, checkpoint: Checkpoint, progress: Progress) -> Record:
+    job = Comparison(
+        folder=checkpoint.folder if checkpoint.folder is not None else Path(run.model),
+        scratch=run.scratch,
+        peers=run.peers or (),
+        pythons=run.pythons,
+        precision=plan.weights if plan.weights == "int8" else plan.dtype,
+        device=plan.device.partition(":")[0],
+        decoder=plan.decoder,
+        threads=plan.num_threads or granted_cores(),
+        batches=run.batches,
+        prompt_len=run.work.prompt_len,
+        output_len=run.work.output_len,
+        rounds=run.rounds,
+        vocab=checkpoint.config.vocab_size,
+    )
+    return compare(job, progress)
+
+
+def _memory(model: Generator, watch: MemoryWatch) -> Record:
+    peak = watch.peak(model.plan.device)
+    return {
+        "planned_mb": round(model.plan.memory.total / 2**20),
+        "peak_mb": None if peak is None else round(peak / 2**20),
+    }
+
+
+def _model(run: Run, checkpoint: Checkpoint) -> Record:
+    return {
+        "name": run.name,
+        "parameters": checkpoint.config.parameter_count(tied=checkpoint.tied),
+        "weights_dtype": checkpoint.dtype,
+        **described(Shape.of(checkpoint.config)),
+    }
+
+
+def _decoder(plan: DecoderPlan) -> Record:
+    return {
+        "decoder": plan.decoder,
+        "reason": plan.reason,
+        "device": plan.device,
+        "device_name": _device_name(plan.device),
+        "dtype": plan.dtype,
+        "weights": plan.weights,
+        "kv_dtype": plan.kv_dtype or plan.dtype,
+        "num_threads": plan.num_threads,
+    }
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def _noise(limits: Mapping[str, Record]) -> list[str]:
+    return [
+        f"the machine's {name} limit moved between {peak['lowest']:.1f} and {peak['highest']:.1f} "
+        f"{peak['unit']} while this ran: something else uses it, so trust ratios, not milliseconds"
+        for name, peak in limits.items()
+        if peak["highest"] > NOISY * peak["lowest"]
+    ]
