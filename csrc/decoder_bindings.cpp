@@ -118,13 +118,21 @@ const float* floats_of(const Floats& values, py::ssize_t count, const char* name
   return values.data();
 }
 
+const DecoderKernels& kernels_for(const DecoderShape& shape) {
+  const bool bfloat16 = shape.linear == Arithmetic::kBFloat16;
+  return decoder_kernels(bfloat16 ? bfloat16_instruction_set() : chosen_instruction_set());
+}
+
 // The decoder, and what Python may do wrong with it: calls wait for each other.
 class CheckedDecoder {
  public:
   CheckedDecoder(const py::dict& shape, int num_blocks, int num_threads)
-      : decoder_(std::make_shared<CpuDecoder>(
-            shape_of(shape), at_least_one("num_blocks", num_blocks),
-            at_least_one("num_threads", num_threads), decoder_kernels(chosen_instruction_set()))) {}
+      : CheckedDecoder(shape_of(shape), num_blocks, num_threads) {}
+
+  CheckedDecoder(const DecoderShape& shape, int num_blocks, int num_threads)
+      : decoder_(std::make_shared<CpuDecoder>(shape, at_least_one("num_blocks", num_blocks),
+                                              at_least_one("num_threads", num_threads),
+                                              kernels_for(shape))) {}
 
   bool pack_projection(int layer, int which, const py::array& weight, const Floats& bias,
                        const py::object& smoothing) {
@@ -351,6 +359,8 @@ void bind_decoder(py::module_& module) {
   module.def("instruction_sets", &instruction_sets,
              "Paths that FASTGEN_ISA can choose here, the best first.");
   module.def("chosen_instruction_set", &chosen_instruction_set, "The one that is taken.");
+  module.def("bfloat16_instruction_set", &bfloat16_instruction_set,
+             "The one that a decoder takes whose products are of bfloat16.");
 }
 
 }  // namespace fastgen

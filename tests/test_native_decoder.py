@@ -347,3 +347,15 @@ def test_an_unknown_instruction_set_is_refused(folders: dict[str, Path]) -> None
     with instruction_set("portable"):
         assert native.chosen_instruction_set() == "portable"
     assert native.instruction_sets()[-1] == "portable"
+
+
+def test_bfloat16_is_multiplied_the_faster_way() -> None:
+    """Unless it is said which."""
+    for isa in native.instruction_sets():
+        with instruction_set(isa):
+            assert native.bfloat16_instruction_set() == isa
+    with instruction_set(""):
+        best, chosen = native.instruction_sets()[0], native.bfloat16_instruction_set()
+    cpuinfo = Path("/proc/cpuinfo")
+    is_intel = cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text()
+    assert chosen == ("avx512" if is_intel and best == "avx512_bf16" else best)

@@ -1,7 +1,9 @@
 """llama.cpp through its C batch API: every row a sequence, one llama_decode a step.
 
 The GGUF is written from the checkpoint, without a vocabulary: F32, BF16, or Q8_0 for int8. Keys and
-values are float32 with float32 weights, else float16, llama.cpp's default.
+values are float16 with all of them, llama.cpp's default: its flash attention, which it takes by
+itself, is slow on float32 ones. What draws tokens (NumPy, its own greedy sampler, or one in its
+graph) and the physical batch make no difference.
 """
 
 from __future__ import annotations
@@ -66,8 +68,6 @@ def _open(job: Job) -> Session:
     params.n_seq_max = job.batch
     params.n_threads = params.n_threads_batch = job.threads
     params.no_perf = True
-    if job.precision == "float32":
-        params.type_k = params.type_v = int(_TYPES["float32"])
     context = api.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError("llama.cpp could not make a context")

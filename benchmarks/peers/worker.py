@@ -2,12 +2,12 @@
 
     python worker.py '{"peer": "llama_cpp", "folder": ..., ...}'  # a Job's fields
 
-Its first line is {"version": ..., "load_seconds": ...}, or why the peer cannot run: one of "absent",
-the module that is missing; "unsupported", what it does not have; "failed", the error. Then it
-answers requests, {"prompts": [[...], ...], "new_tokens": 96}, by {"seconds": ..., "ids": ...,
+Its first line is {"version": ..., "load_seconds": ...}, or why the peer cannot run: "absent", the
+module that is missing; "unsupported", what it does not have; "failed", the error. Then it answers
+requests, {"prompts": [[...], ...], "new_tokens": 96}, by {"seconds": ..., "ids": ...,
 "peak_bytes": ...}: the greedy continuations, ids in and ids out; the seconds of all of it; and the
-most memory there has been since loading began, or null where that cannot be known. Between requests it waits
-for its standard input, using no processor.
+most memory there has been since loading began, or null where that cannot be known. Between requests
+it waits for its standard input, using no processor.
 
 Needs the standard library and the peer's packages: neither fastgen nor a path to it.
 """
@@ -94,7 +94,7 @@ def watch_memory(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int | None:
-    """Of the process on a CPU; of PyTorch's allocator on a GPU, None if the peer does not use it."""
+    """Of the process on a CPU; on a GPU of PyTorch's allocator, None if the peer has another."""
     if device == "cuda":
         torch = sys.modules.get("torch")
         return (torch.cuda.max_memory_allocated() or None) if torch else None

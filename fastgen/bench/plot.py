@@ -19,7 +19,7 @@ def save_plot(record: Record, path: Path) -> None:
         ValueError: matplotlib knows no such format.
     """
     with mpl.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        figure = Figure(figsize=(11, 5.4), layout="constrained")
         throughput, latency = figure.subplots(1, 2)
         _throughput(throughput, record)
         _latency(latency, record)
@@ -41,19 +41,19 @@ def _throughput(axes: Axes, record: Record) -> None:
     batches = [row["batch_size"] for row in rows]
     if all(row["limit_tokens_per_s"] for row in rows):
         limits = [row["limit_tokens_per_s"] for row in rows]
-        axes.plot(batches, limits, "k--", label="limit of memory and arithmetic (roofline)")
+        axes.plot(batches, limits, "k--", label="limit (roofline)")
         axes.fill_between(batches, limits, max(limits) * 2, color="k", alpha=0.06)
     axes.plot(batches, [row["tokens_per_s"] for row in rows], "o-", color="C0", label="fastgen")
     for row in rows:
         if row["share"]:
             told = f"{row['share']['median']:.0%}"
             at = (row["batch_size"], row["tokens_per_s"])
-            axes.annotate(told, at, textcoords="offset points", xytext=(4, -11), fontsize=8)
+            axes.annotate(told, at, textcoords="offset points", xytext=(-4, 7), fontsize=8)
     for color, (peer, points) in enumerate(_peers(record).items(), start=1):
         axes.plot(*zip(*points, strict=True), ".:", color=f"C{color}", label=peer)
     _log_batches(axes, batches)
     axes.set(yscale="log", ylabel="new tokens a second", title="throughput, whole requests")
-    axes.legend(fontsize=8)
+    _legend_below(axes)
 
 
 def _latency(axes: Axes, record: Record) -> None:
@@ -68,7 +68,11 @@ def _latency(axes: Axes, record: Record) -> None:
                 axes.plot(batches, values, line, color=f"C{color}", label=f"{label}, {name}")
     _log_batches(axes, batches)
     axes.set(yscale="log", ylabel="milliseconds", title="latency")
-    axes.legend(fontsize=8)
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
 
 def _log_batches(axes: Axes, batches: list[int]) -> None:
