@@ -78,9 +78,8 @@ inline std::string chosen_instruction_set() {
                               known);
 }
 
-// Whether vdpbf16ps makes fewer multiply-adds than float32's: half as many on Intel's processors
-// (measured on one), twice as many on AMD's.
-inline bool has_slow_bfloat16_products() {
+// What a processor is good at can follow from who makes it, where no feature tells.
+inline bool is_intel() {
 #if defined(__x86_64__)
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_INTEL_ebx;
@@ -89,12 +88,13 @@ inline bool has_slow_bfloat16_products() {
 #endif
 }
 
-// The path of products of bfloat16: as chosen above, but never by itself one that slows them.
+// The path of products of bfloat16: as chosen above, but by itself not vdpbf16ps on Intel's, which
+// makes half as many multiply-adds there as float32's (benchmarks/LOG.md).
 inline std::string bfloat16_instruction_set() {
   const std::string chosen = chosen_instruction_set();
   const char* const asked = std::getenv("FASTGEN_ISA");
   const bool is_asked = asked != nullptr && *asked != '\0';
-  const bool is_slow = chosen == "avx512_bf16" && has_slow_bfloat16_products();
+  const bool is_slow = chosen == "avx512_bf16" && is_intel();
   return is_slow && !is_asked ? "avx512" : chosen;
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu_features.h"
 #include "thread_pool.h"
 
 namespace fastgen {
@@ -67,11 +68,13 @@ void parallel_for(int num_items, int num_threads, const Body& body) {
 }
 
 // Whether each thread should take a part of a step's rows through all of its loops, rather than a
-// part of each matrix. Then nothing that one core has written is read by another, which costs much
-// more than arithmetic does; but each core reads all weights, for which it has the time from 8 rows
-// on (benchmarks/LOG.md).
-constexpr bool splits_rows(int num_rows, int num_threads) {
-  return num_threads > 1 && num_rows >= 8 * num_threads;
+// part of each matrix. Then nothing that one core has written is read by another, but each core
+// reads all weights. That pays from 8 rows a thread on where cores share slowly (AMD's, measured on
+// Zen 4), and only from many on Intel's, whose multipliers need the weights sooner
+// (benchmarks/LOG.md). No bit of a result depends on it.
+inline bool splits_rows(int num_rows, int num_threads) {
+  static const int rows_each = is_intel() ? 64 : 8;
+  return num_threads > 1 && num_rows >= rows_each * num_threads;
 }
 
 // parallel_for over a step's rows, or over `each` items for each row.

@@ -68,6 +68,8 @@ def _open(job: Job) -> Session:
     params.n_seq_max = job.batch
     params.n_threads = params.n_threads_batch = job.threads
     params.no_perf = True
+    if job.exact:
+        params.type_k = params.type_v = int(_TYPES[job.precision])
     context = api.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError("llama.cpp could not make a context")

@@ -1,7 +1,7 @@
 """OpenVINO GenAI, its continuous batching; the model is exported by optimum-intel.
 
 int8 is optimum-intel's 8-bit weights with bfloat16 arithmetic, the fastest of its ways here. Keys
-and values are float32 in float32, else as OpenVINO chooses.
+and values are as OpenVINO chooses (8 bits), but where tokens are to be compared.
 """
 
 from __future__ import annotations
@@ -76,10 +76,9 @@ def _greedy(new_tokens: int) -> genai.GenerationConfig:
 
 def _open(job: Job) -> genai.ContinuousBatchingPipeline:
     folder = str(job.scratch / MODEL)
-    exact = job.precision == "float32"
     properties = {"INFERENCE_NUM_THREADS": job.threads}
-    properties["INFERENCE_PRECISION_HINT"] = "f32" if exact else "bf16"
-    if exact:
+    properties["INFERENCE_PRECISION_HINT"] = "f32" if job.precision == "float32" else "bf16"
+    if job.exact:
         properties["KV_CACHE_PRECISION"] = "f32"
     scheduling = genai.SchedulerConfig()
     scheduling.cache_size = 2  # GB

@@ -49,6 +49,8 @@ class Job:
         batch, max_len: the most rows, and tokens of a row, that there will be.
         decoder: fastgen's own, of fastgen.load.
         device: "cpu" or "cuda".
+        exact: tokens are to be compared: nothing is kept in less than `precision`, which else is a
+            peer's own choice where it has one (keys and values).
     """
 
     peer: str
@@ -60,6 +62,7 @@ class Job:
     max_len: int
     decoder: str
     device: str = "cpu"
+    exact: bool = False
 
 
 def parse_job(text: str) -> Job:

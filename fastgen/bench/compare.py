@@ -55,7 +55,7 @@ class Comparison:
     rounds: int
     vocab: int
 
-    def start(self, peer: str, precision: str, batch: int) -> PeerProcess:
+    def start(self, peer: str, precision: str, batch: int, *, exact: bool = False) -> PeerProcess:
         return start(
             peer,
             self.pythons,
@@ -67,6 +67,7 @@ class Comparison:
             batch=batch,
             max_len=self.prompt_len + self.output_len,
             decoder=self.decoder,
+            exact=exact,
         )
 
 
@@ -112,7 +113,7 @@ def check_tokens(job: Comparison, progress: Progress) -> dict[str, Record]:
     for peer in job.peers:
         progress(f"checking {peer}'s tokens in float32")
         try:
-            with job.start(peer, "float32", CHECKED_ROWS) as process:
+            with job.start(peer, "float32", CHECKED_ROWS, exact=True) as process:
                 if process.why_not is not None:
                     found[peer] = {"why_not": process.why_not}
                     continue

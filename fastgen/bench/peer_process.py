@@ -53,6 +53,7 @@ class Job:
     batch: int
     max_len: int
     decoder: str
+    exact: bool
 
 
 class PeerError(RuntimeError):
