@@ -161,7 +161,8 @@ def measure(
             works = make(model)
             with limits_of(loaded.plan, precision, weight_bytes(shape, precision)) as limits:
                 take_rounds(works, limits, options.rounds)
-        yield from (work.record() | {"limits": limits.record()} for work in works)
+                seen = limits.record()
+        yield from (work.record() | {"limits": seen} for work in works)
 
 
 def parsed() -> argparse.Namespace:

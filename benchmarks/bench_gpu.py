@@ -60,10 +60,11 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
 
 def card_limits(rounds: int) -> tuple[float, float]:
     """Bytes a second, read and written, and operations a second in bfloat16."""
-    peaks = cuda_peaks("cuda", ("bfloat16",))
-    read, multiply = (
-        turns.median(peaks[name].measure() for _ in range(rounds)) for name in ("read", "bfloat16")
-    )
+    with cuda_peaks("cuda", ("bfloat16",)) as peaks:
+        read, multiply = (
+            turns.median(peaks[name].measure() for _ in range(rounds))
+            for name in ("read", "bfloat16")
+        )
     return read, 2 * multiply
 
 

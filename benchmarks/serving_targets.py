@@ -85,7 +85,7 @@ def peer(name: str, rows: int = 1) -> Callable[[Work], AbstractAsyncContextManag
         scratch.mkdir(exist_ok=True)
         job = {"peer": name, "folder": str(work.folder), "scratch": str(scratch),
                "precision": work.precision, "threads": len(os.sched_getaffinity(0)),
-               "batch": rows, "max_len": work.max_len, "decoder": "auto"}  # fmt: skip
+               "batch": rows, "max_len": work.max_len}  # fmt: skip
         python = work.python.get(name, sys.executable)
         command = [python, str(HERE / "peers" / "token_server.py"), json.dumps(job)]
         async with _server(command) as address:

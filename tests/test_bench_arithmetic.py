@@ -23,6 +23,7 @@ from fastgen.bench.turns import interleave, median, percentile, ratio, take_turn
 from fastgen.checkpoint import open_checkpoint
 from fastgen.decoders.choice import plan_decoder
 from fastgen.decoders.plan import LoadOptions
+from fastgen.errors import EngineError
 
 FLOAT32 = Precision(4, 4, "float32", "float32")
 INT8 = Precision(1, 2, "int8", "bfloat16")
@@ -83,6 +84,8 @@ def test_a_shape_is_read_from_a_checkpoint(tmp_path: Path) -> None:
     assert Precision.of(plan) == INT8
     plan = plan_decoder(checkpoint, LoadOptions(device="cpu", dtype="float16"))
     assert Precision.of(plan) == Precision(2, 4, "float32", "float32")
+    plan = plan_decoder(checkpoint, LoadOptions(device="cpu", dtype="float16", decoder="torch"))
+    assert Precision.of(plan) == Precision(2, 2, "float32", "float32")
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, INT8])
@@ -136,7 +139,7 @@ def test_prompts_end_in_the_step_that_computes_their_last_token() -> None:
         size((1, 7), (1, 5)),
     ]
     assert first_tokens_step(sizes, 2, 5) == 2
-    with pytest.raises(RuntimeError, match="2 of 3"):
+    with pytest.raises(EngineError, match="2 of 3"):
         first_tokens_step(sizes, 3, 5)
 
 
@@ -168,12 +171,12 @@ def test_what_is_made_of_rounds() -> None:
     whole = sum(limit)
     assert record["limit_tokens_per_s"] == round(6 / whole, 1)
     assert record["share"] == {
-        "median": pytest.approx((whole / 4 + whole / 6) / 2, abs=1e-3),
-        "lowest": pytest.approx(whole / 6, abs=1e-3),
-        "highest": pytest.approx(whole / 4, abs=1e-3),
+        "median": pytest.approx((whole / 4 + whole / 6) / 2, rel=5e-3),
+        "lowest": pytest.approx(whole / 6, rel=5e-3),
+        "highest": pytest.approx(whole / 4, rel=5e-3),
     }
-    assert record["prefill_share"]["highest"] == pytest.approx(limit[0], abs=1e-3)
-    assert record["decode_share"]["highest"] == pytest.approx(limit[1] / 2, abs=1e-3)
+    assert record["prefill_share"]["highest"] == pytest.approx(limit[0], rel=5e-3)
+    assert record["decode_share"]["highest"] == pytest.approx(limit[1] / 2, rel=5e-3)
     assert record["decode_bound"] == "memory"
     slow = Speeds(read=1e12, linear=1e6, attention=1e6)
     assert Rounds(2, [(one, slow)]).record(shape, FLOAT32)["decode_bound"] == "arithmetic"

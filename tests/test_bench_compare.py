@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +16,21 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 import fastgen
 from fastgen.bench import command, compare, fallbacks, peer_process
 from fastgen.bench.compare import Comparison, agreement, records, verdict
 from fastgen.bench.peer_process import Generated, PeerError
+from fastgen.bench.plain_checkpoint import write_plain
 from fastgen.bench.shapes import SHAPES, random_prompts, save_checkpoint
 from fastgen.checkpoint import open_checkpoint
 from fastgen.decoders.choice import plan_decoder
 from fastgen.decoders.plan import LoadOptions
+from fastgen.generator import BUNDLED_MODEL
+from server_harness import wait_until
 
 SCHEMA = json.loads((Path(fastgen.__file__).parent / "bench" / "schema.json").read_text())
 SMALL = ("--shape=tiny", "--rounds=1", "--batch-sizes=2,1", "--prompt-len=8", "--output-len=6")
@@ -55,7 +62,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job(tiny: Path, tmp_path: Path) -> Comparison:
     return Comparison(
         folder=tiny, scratch=tmp_path, peers=("transformers",), pythons={},
-        precision="float32", device="cpu", decoder="cpu", threads=1, batches=(1, 3),
+        precision="float32", device="cpu", load={"dtype": "float32"}, threads=1, batches=(1, 3),
         prompt_len=8, output_len=6, rounds=1, vocab=50_257,
     )  # fmt: skip
 
@@ -100,6 +107,8 @@ def test_a_model_of_ones_own(tiny: Path) -> None:
         (["--sampling=temperature=-1"], {}, "temperature"),
         (["--compare=vllm"], {}, "'vllm' is none of transformers"),
         (["--compare", "--sampling=temperature=1"], {}, "--compare is greedy"),
+        (["--compare", "--sampling=temperature=0,top_k=5"], {}, "--compare is greedy"),
+        (["--compare", "--decoder=torch", "--dtype=float16"], {}, "not float16"),
         (["--python=llama_cpp"], {}, "is not PEER=PATH"),
         (["--plot=run.xyz"], {}, "must end in one of"),
         (["--plot=/nonexistent/run.png"], {}, "no folder /nonexistent"),
@@ -143,6 +152,11 @@ def test_fallbacks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [why] = fallbacks.fallbacks(torch_plan, chosen)
     assert why.startswith("the torch decoder was chosen")
     assert fallbacks.fallbacks(plan_decoder(checkpoint, chosen), chosen) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(fallbacks, "may_have_gpu", lambda: True)
+        [why] = fallbacks.fallbacks(plan_decoder(checkpoint, chosen), LoadOptions())
+        assert why.startswith("a GPU seems to be there")
+        assert fallbacks.fallbacks(plan_decoder(checkpoint, chosen), chosen) == []
     monkeypatch.setattr(fallbacks, "native", None)
     [why] = fallbacks.fallbacks(torch_plan, asked)
     assert "C++ extension was not built" in why
@@ -220,7 +234,7 @@ def test_a_process_generates_what_fastgen_does(
 
 
 def test_a_process_that_dies_says_so(own: peer_process.PeerProcess) -> None:
-    own._process.kill()
+    os.killpg(own._process.pid, signal.SIGKILL)
     with pytest.raises(PeerError, match=r"fastgen ended with status -9"):
         own.generate([[1, 2]], 3)
 
@@ -232,6 +246,8 @@ def test_peers_that_cannot_run(job: Comparison, tmp_path: Path) -> None:
             assert absent.why_not.endswith("pip install ctranslate2 safetensors")
     with job.start("transformers", "int8", 1) as without:
         assert without.why_not == "has no int8 on cpu"
+    with pytest.raises(PeerError, match=r"answered 'peers/worker\.py"):
+        peer_process.start("transformers", {"transformers": str(echo(tmp_path))}, **fields(job))
     with pytest.raises(PeerError, match="cannot be started"):
         peer_process.start("transformers", {"transformers": "/nonexistent/python"}, **fields(job))
     broken = tmp_path / "broken"
@@ -241,12 +257,75 @@ def test_peers_that_cannot_run(job: Comparison, tmp_path: Path) -> None:
         assert failed.why_not is not None and failed.why_not.startswith("failed: ")
 
 
+def echo(folder: Path) -> Path:
+    """No Python, which answers something else."""
+    path = folder / "python"
+    path.write_text("#!/bin/sh\necho peers/worker.py\n")
+    path.chmod(0o700)
+    return path
+
+
 def fields(job: Comparison, **other: Any) -> dict[str, Any]:
     return {
         "folder": str(job.folder), "scratch": str(job.scratch), "precision": "float32",
-        "device": "cpu", "threads": 1, "batch": 1, "max_len": 14, "decoder": "cpu",
+        "device": "cpu", "threads": 1, "batch": 1, "max_len": 14, "load": {},
         "exact": False, **other,
     }  # fmt: skip
+
+
+def test_what_a_peer_has_started_ends_with_it(job: Comparison, tmp_path: Path) -> None:
+    """Also when Ctrl-C comes while it is being waited for."""
+    told = tmp_path / "pid"
+    path = tmp_path / "python"
+    path.write_text(
+        f'#!/bin/sh\nsleep 600 &\necho $! > {told}\necho \'{{"version": "1"}}\'\nwait\n'
+    )
+    path.chmod(0o700)
+    process = peer_process.start("transformers", {"transformers": str(path)}, **fields(job))
+
+    def interrupted(timeout: float | None = None) -> int:
+        del process._process.wait
+        raise KeyboardInterrupt
+
+    process._process.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        process.close()
+    wait_until(lambda: not is_running(int(told.read_text())))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty of one that has ended
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("name", ["bundled", "untied", "bfloat16"])
+def test_every_engine_is_given_the_same_plain_checkpoint(name: str, tmp_path: Path) -> None:
+    """As transformers saves it: prefixes, its own dtype, heads of their own."""
+    source = tmp_path / "source"
+    if name == "bundled":
+        shutil.copytree(BUNDLED_MODEL, source)
+    else:
+        options = {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 61, "n_positions": 32}
+        config = transformers.GPT2Config(
+            **options, n_inner=40, tie_word_embeddings=name != "untied"
+        )
+        model = transformers.GPT2LMHeadModel(config)
+        model.to(torch.bfloat16 if name == "bfloat16" else torch.float32).save_pretrained(source)
+    checkpoint = open_checkpoint(source)
+    plain = open_checkpoint(write_plain(checkpoint, tmp_path / "plain"))
+    assert plain.config == checkpoint.config and plain.tied == checkpoint.tied
+    for tensor, _ in checkpoint.tensors():
+        written = plain.read(tensor)
+        assert written.dtype == np.float32
+        assert np.array_equal(written, checkpoint.read(tensor).astype(np.float32))
+    mine, theirs = (
+        transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (tmp_path / "plain", source)
+    )
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 
 def test_every_peer_has_a_file_and_an_installation() -> None:

@@ -61,8 +61,8 @@ LAYERS = (
     "hf.sampling",
     "hf.beams",
     "hf.model",
-    "bench bench.fallbacks bench.machine bench.peer_process bench.plot bench.recording "
-    "bench.shapes bench.table bench.turns",
+    "bench bench.fallbacks bench.machine bench.peer_process bench.plain_checkpoint bench.plot "
+    "bench.recording bench.shapes bench.table bench.turns",
     "bench.peaks bench.roofline",
     "bench.cuda_peaks",
     "bench.limits",

@@ -1,8 +1,8 @@
 """CTranslate2, its model written from the checkpoint as its own converter for GPT-2 does.
 
 Its CPU build has float32 and int8 arithmetic; the vocabulary is the ids as text. With int8 two
-workers share the threads and the rows, which on two threads is faster at every batch tried; float32
-stays with one, since one row is slower on half the threads.
+threads are two workers that share the rows, which is faster at every batch tried; else there is one
+worker, since one row is slower on half the threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def version() -> str:
 
 
 def load(job: Job) -> Generate:
-    workers = 2 if job.precision == "int8" and job.threads % 2 == 0 else 1
+    workers = 2 if job.precision == "int8" and job.threads == 2 else 1
     model = ctranslate2.Generator(
         str(job.scratch / MODEL),
         device=job.device,
@@ -64,7 +64,7 @@ def convert(job: Job) -> None:
     decoder.scale_embeddings = False
     decoder.embeddings.weight = tensors["wte.weight"]
     decoder.position_encodings.encodings = tensors["wpe.weight"]
-    decoder.projection.weight = tensors["wte.weight"]
+    decoder.projection.weight = tensors.get("lm_head.weight", tensors["wte.weight"])
     _set_norm(decoder.layer_norm, tensors, "ln_f")
     for index, layer in enumerate(decoder.layer):
         attention = layer.self_attention
@@ -77,6 +77,7 @@ def convert(job: Job) -> None:
     vocabulary = [str(token_id) for token_id in range(config["vocab_size"])]
     spec.register_vocabulary(vocabulary)
     last = vocabulary[config["eos_token_id"]]
+    spec.config.layer_norm_epsilon = config.get("layer_norm_epsilon", 1e-5)
     spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = last
     spec.validate()
     spec.optimize(quantization=None if job.precision == "float32" else job.precision)

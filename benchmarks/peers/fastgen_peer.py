@@ -6,12 +6,7 @@ from worker import Generate, Ids, Job
 
 import fastgen
 
-_LOAD = {
-    "float32": {"dtype": "float32"},
-    "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"quantize": "int8"},
-}
-PRECISIONS = tuple(_LOAD)
+PRECISIONS = ("float32", "bfloat16", "int8")  # as Job.load says
 DEVICES = ("cpu", "cuda")
 
 
@@ -23,11 +18,10 @@ def load(job: Job) -> Generate:
     model = fastgen.load(
         job.folder,
         device=job.device,
-        decoder=job.decoder,
         num_threads=job.threads,
         max_batch_size=job.batch,
         max_seq_len=job.max_len,
-        **_LOAD[job.precision],
+        **job.load,
     )
 
     def generate(prompts: Ids, new_tokens: int) -> Ids:

@@ -31,6 +31,7 @@ _NAMES = {  # of GPT-2's parameters in a GGUF
     "wte": "token_embd",
     "wpe": "position_embd",
     "ln_f": "output_norm",
+    "lm_head": "output",
     "ln_1": "attn_norm",
     "ln_2": "ffn_norm",
     "attn.c_attn": "attn_qkv",
@@ -128,9 +129,9 @@ def convert(job: Job) -> None:
     writer.add_block_count(config["n_layer"])
     writer.add_context_length(config["n_positions"])
     writer.add_embedding_length(config["n_embd"])
-    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_feed_forward_length(config.get("n_inner") or 4 * config["n_embd"])
     writer.add_head_count(config["n_head"])
-    writer.add_layer_norm_eps(1e-5)
+    writer.add_layer_norm_eps(config.get("layer_norm_epsilon", 1e-5))
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     for name, tensor in load_file(job.folder / "model.safetensors").items():

@@ -7,6 +7,7 @@ and values are as OpenVINO chooses (8 bits), but where tokens are to be compared
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -74,6 +75,13 @@ def _greedy(new_tokens: int) -> genai.GenerationConfig:
     return config
 
 
+def _cache_gigabytes(job: Job) -> int:
+    """For all rows in full, in float32, so that none has to give way."""
+    config = json.loads((job.folder / "config.json").read_text())
+    token = 2 * config["n_layer"] * config["n_embd"] * 4
+    return job.batch * job.max_len * token // 2**30 + 1
+
+
 def _open(job: Job) -> genai.ContinuousBatchingPipeline:
     folder = str(job.scratch / MODEL)
     properties = {"INFERENCE_NUM_THREADS": job.threads}
@@ -81,7 +89,7 @@ def _open(job: Job) -> genai.ContinuousBatchingPipeline:
     if job.exact:
         properties["KV_CACHE_PRECISION"] = "f32"
     scheduling = genai.SchedulerConfig()
-    scheduling.cache_size = 2  # GB
+    scheduling.cache_size = _cache_gigabytes(job)
     scheduling.max_num_seqs = job.batch
     scheduling.enable_prefix_caching = False
     tokenizer = genai.Tokenizer(folder)  # there is none; it would fail if it were used

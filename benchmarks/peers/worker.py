@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TextIO
@@ -47,8 +47,8 @@ class Job:
         folder, scratch: the checkpoint, and where such a form stays for other processes.
         precision: "float32", "bfloat16" or "int8"; the peer takes what is nearest.
         batch, max_len: the most rows, and tokens of a row, that there will be.
-        decoder: fastgen's own, of fastgen.load.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:1".
+        load: fastgen's own options of fastgen.load.
         exact: tokens are to be compared: nothing is kept in less than `precision`, which else is a
             peer's own choice where it has one (keys and values).
     """
@@ -60,8 +60,8 @@ class Job:
     threads: int
     batch: int
     max_len: int
-    decoder: str
     device: str = "cpu"
+    load: dict[str, Any] = field(default_factory=dict)
     exact: bool = False
 
 
@@ -90,7 +90,7 @@ def convert(peer: ModuleType, job: Job) -> None:
 
 def watch_memory(device: str) -> None:
     """From now on peak_bytes counts."""
-    if device == "cuda":
+    if device != "cpu":
         return  # PyTorch's peak counts from the first allocation, which is loading's
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident
@@ -98,9 +98,9 @@ def watch_memory(device: str) -> None:
 
 def peak_bytes(device: str) -> int | None:
     """Of the process on a CPU; on a GPU of PyTorch's allocator, None if the peer has another."""
-    if device == "cuda":
+    if device != "cpu":
         torch = sys.modules.get("torch")
-        return (torch.cuda.max_memory_allocated() or None) if torch else None
+        return (torch.cuda.max_memory_allocated(device) or None) if torch else None
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -116,7 +116,8 @@ def main() -> None:
     job = parse_job(sys.argv[1])
     try:
         peer = find_peer(job)
-        if job.precision not in peer.PRECISIONS or job.device not in peer.DEVICES:
+        kind = job.device.partition(":")[0]
+        if job.precision not in peer.PRECISIONS or kind not in peer.DEVICES:
             _say(answers, unsupported=f"{job.precision} on {job.device}")
             return
         convert(peer, job)

@@ -82,11 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
                 save_checkpoint(Path(work.model), SHAPES[arguments.shape])
             record = measure(work, progress)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    line = json.dumps(record, allow_nan=False)
     show(record, console)
-    if arguments.plot is not None:
-        save_plot(record, arguments.plot)
-        console.print(f"drawn in {arguments.plot}")
-    print(json.dumps(record, allow_nan=False))
+    try:
+        if arguments.plot is not None:
+            save_plot(record, arguments.plot)
+    finally:  # also if it could not be drawn
+        print(line)
     return 0
 
 
@@ -94,11 +96,12 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
     params = SamplingParams(
         max_new_tokens=arguments.output_len, ignore_eos=True, **arguments.sampling
     )
-    if arguments.compare is not None and params.temperature != 0:
+    if arguments.compare is not None and arguments.sampling != {"temperature": 0}:
         raise ValueError("--compare is greedy: leave --sampling out")
     return Run(
         model=arguments.model or str(scratch / "checkpoint"),
         name=arguments.model or f"{arguments.shape} (random weights)",
+        is_plain=arguments.model is None,
         options=LoadOptions(
             device=arguments.device,
             dtype=arguments.dtype,

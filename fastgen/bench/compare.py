@@ -8,6 +8,7 @@ is a whole batch, from its prompts' ids to its last new ids, in the peer's proce
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ class Comparison:
     Attributes:
         folder: the checkpoint; `scratch` is where peers may write their own forms of it.
         precision: "float32", "bfloat16" or "int8"; a peer takes what is nearest to it.
+        load: fastgen's own options of fastgen.load, besides those that stand here.
         pythons: the interpreters of peers that are not in this one's.
     """
 
@@ -47,7 +49,7 @@ class Comparison:
     pythons: Mapping[str, str]
     precision: str
     device: str
-    decoder: str
+    load: Record
     threads: int
     batches: Sequence[int]
     prompt_len: int
@@ -66,9 +68,14 @@ class Comparison:
             threads=self.threads,
             batch=batch,
             max_len=self.prompt_len + self.output_len,
-            decoder=self.decoder,
+            load=self.load if peer == "fastgen" else {},
             exact=exact,
         )
+
+    @property
+    def about(self) -> Record:
+        """What the record says of it."""
+        return {"precision": self.precision, "device": self.device, "threads": self.threads}
 
 
 def compare(job: Comparison, progress: Progress) -> Record:
@@ -92,7 +99,10 @@ def compare(job: Comparison, progress: Progress) -> Record:
             if process.why_not is not None:
                 peers[peer]["why_not"] = process.why_not
                 continue
-            peers[peer] |= {name: process.ready[name] for name in ("version", "load_seconds")}
+            peers[peer] |= {
+                "version": process.ready["version"],
+                "load_seconds": round(process.ready["load_seconds"], 3),
+            }
             running[peer] = process
         if "fastgen" not in running:
             raise PeerError(f"fastgen itself: {peers['fastgen']['why_not']}")
@@ -101,7 +111,7 @@ def compare(job: Comparison, progress: Progress) -> Record:
             for peer, why in found.failed.items():
                 peers[peer]["why_not"] = f"failed: {why}"
             results += records(found.rounds, batch, job.output_len)
-    return {"peers": peers, "results": results}
+    return {**job.about, "peers": peers, "results": results}
 
 
 def check_tokens(job: Comparison, progress: Progress) -> dict[str, Record]:
@@ -120,6 +130,8 @@ def check_tokens(job: Comparison, progress: Progress) -> dict[str, Record]:
                 found[peer] = verdict(own, process.generate(prompts, new).ids)
         except PeerError as error:
             found[peer] = {"why_not": f"failed: {error}"}
+        if job.precision != "float32":
+            shutil.rmtree(job.scratch / f"{peer}-float32", ignore_errors=True)
     return found
 
 
@@ -132,7 +144,7 @@ def own_candidates(job: Comparison, prompts: Ids, new: int) -> Candidates:
         job.folder,
         dtype="float32",
         device=job.device,
-        decoder=job.decoder,
+        decoder=job.load.get("decoder", "auto"),
         num_threads=job.threads,
         max_batch_size=len(prompts),
         max_seq_len=job.prompt_len + new,
@@ -213,9 +225,9 @@ def records(
             "peer": peer,
             "tokens_per_s": round(batch * new_tokens / median(seconds), 1),
             "fastgen_is_faster": {
-                "median": round(median(found), 3),
-                "lowest": round(min(found), 3),
-                "highest": round(max(found), 3),
+                "median": float(f"{median(found):.3g}"),
+                "lowest": float(f"{min(found):.3g}"),
+                "highest": float(f"{max(found):.3g}"),
             },
             "peak_mb": round(max(peaks) / 2**20) if peaks else None,
             "tokens_agree": round(agreement(made, own, new_tokens), 3),

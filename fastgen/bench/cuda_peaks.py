@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ COPY_BYTES = 2**32
 SIZE = 8192  # of the square matrices that are multiplied
 
 
-def cuda_peaks(device: str, kinds: tuple[str, ...]) -> dict[str, Peak]:
-    """ "read" by copying 4 GB, and the product of two large matrices in each of these dtypes."""
-    return {"read": _copy(device), **{kind: _product(device, kind) for kind in kinds}}
+@contextmanager
+def cuda_peaks(device: str, kinds: tuple[str, ...]) -> Iterator[dict[str, Peak]]:
+    """Reading ("read") by copying 4 GB, and products of large matrices in each of these dtypes."""
+    peaks = {"read": _copy(device), **{kind: _product(device, kind) for kind in kinds}}
+    try:
+        yield peaks
+    finally:
+        peaks.clear()
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: str) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.machine import may_have_gpu
 from fastgen.native import native
 
 _SWITCHES = {  # of the environment, and the value that changes nothing
@@ -23,6 +24,11 @@ def fallbacks(plan: DecoderPlan, options: LoadOptions) -> list[str]:
 def _found(plan: DecoderPlan, options: LoadOptions) -> Iterator[str]:
     if native is None:
         yield "fastgen's C++ extension was not built: install a C++ compiler, then fastgen again"
+    if plan.device == "cpu" and options.device == "auto" and may_have_gpu():
+        yield (
+            "a GPU seems to be there that PyTorch cannot use: pip install 'fastgen[gpu]', or ask "
+            "for --device cpu"
+        )
     if plan.decoder == "torch" and options.decoder != "torch":
         yield f"the torch decoder was chosen: {plan.reason}"
     if options.num_threads and plan.num_threads and plan.num_threads < options.num_threads:
@@ -44,8 +50,8 @@ def notes(plan: DecoderPlan) -> list[str]:
         return []
     has = native.cpu_features()
     found = []
-    if plan.dtype == "bfloat16" and "avx512_bf16" not in has:
-        found.append("this processor has no bfloat16 products: they are made in float32")
+    if plan.weights == "bfloat16" and native.bfloat16_instruction_set() != "avx512_bf16":
+        found.append("products of bfloat16 are widened and made in float32 on this processor")
     if plan.weights == "int8" and "avx512_vnni" not in has:
         found.append("this processor has no VNNI: products of 8 bits take several instructions")
     return found

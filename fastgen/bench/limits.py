@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ Seconds = dict[str, float]  # of each peak's measurement
 
 SETTLE = 0.01  # seconds in which the decoder's threads go to sleep
 MOST_READ = 2**30  # bytes: more than caches hold
-_STATUS = Path("/proc/self/status")
 
 
 class Limits:
@@ -78,8 +76,9 @@ def _peaks_of(plan: DecoderPlan, precision: Precision, num_bytes: int) -> Iterat
     if plan.device.startswith("cuda"):
         from fastgen.bench.cuda_peaks import cuda_peaks
 
-        yield cuda_peaks(plan.device, precision.peaks)
-    elif plan.device == "cpu" and native is not None:
+        with cuda_peaks(plan.device, precision.peaks) as peaks:
+            yield peaks
+    elif plan.device.startswith("cpu") and native is not None:
         with Peaks(plan.num_threads or granted_cores(), min(num_bytes, MOST_READ)) as machine:
             kinds = {kind: machine.multiply_add(kind) for kind in precision.peaks}
             yield {"read": machine.read(), **kinds}
@@ -95,7 +94,7 @@ class MemoryWatch:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         except OSError:
-            self._before = 0  # the peak of the whole process, then
+            self._before = 0
 
     def peak(self, device: str) -> int | None:
         """None where the system does not say."""
@@ -103,15 +102,13 @@ class MemoryWatch:
             from fastgen.bench.cuda_peaks import peak_bytes
 
             return peak_bytes(device)
-        highest = _status("VmHWM")
-        return highest - self._before if highest else None
+        return _status("VmHWM") - self._before if self._before else None
 
 
 def _status(name: str) -> int:
-    """Bytes of one of Linux' figures about this process; 0 elsewhere."""
-    if sys.platform != "linux":
-        return 0
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
+    """Bytes of one of Linux' figures about this process; 0 where there are none."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
     return 0

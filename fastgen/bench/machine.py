@@ -16,6 +16,7 @@ from fastgen.machine import granted_cores
 from fastgen.native import native
 
 ROOT = Path(__file__).parents[2]  # of the checkout, if this is one
+CODE = ("fastgen", "csrc", "kernels", "benchmarks/peers", "setup.py")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -37,15 +38,22 @@ def machine(packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the checkout that this runs from."""
+    """Of the checkout that this runs from; "-dirty" where the code differs from it."""
     if not (ROOT / ".git").exists():
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
+    name = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return (name or "unknown") + ("-dirty" if changed else "")
+
+
+def _git(*words: str) -> str:
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

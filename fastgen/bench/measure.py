@@ -24,6 +24,7 @@ from fastgen.bench.recording import RecordingDecoder, StepSize, TokenClock
 from fastgen.bench.roofline import Speeds
 from fastgen.bench.shapes import Precision, Shape, random_prompts
 from fastgen.bench.turns import median, percentile
+from fastgen.errors import EngineError
 from fastgen.generator import Generator
 from fastgen.sampling_params import SamplingParams
 
@@ -185,7 +186,7 @@ def run_once(
     """`batch` new prompts, to their last token.
 
     Raises:
-        RuntimeError: a row ended otherwise than by its length.
+        EngineError: a row ended otherwise than by its length.
     """
     engine = model.engine
     prompts = random_prompts(batch, work.prompt_len, rng, model.config.vocab_size)
@@ -199,7 +200,7 @@ def run_once(
     engine.run(lambda: all(request.done for request in requests))
     for row in (row for request in requests for row in request.rows):
         if row.finish_reason != "length" or len(row.new_token_ids) != work.output_len:
-            raise RuntimeError(f"a row ended with {row.finish_reason!r}: {row.error}")
+            raise EngineError(f"a row ended with {row.finish_reason!r}: {row.error}")
     tokens = [[moment - start for moment in clock.times] for clock in clocks]
     cut = first_tokens_step(decoder.sizes, batch, work.prompt_len) + 1
     return Round(tokens, decoder.sizes[:cut], decoder.sizes[cut:])
@@ -213,7 +214,7 @@ def first_tokens_step(sizes: Sequence[StepSize], batch: int, prompt_len: int) ->
         ended += int(((size.cached < prompt_len) & (behind >= prompt_len)).sum())
         if ended == batch:
             return at
-    raise RuntimeError(f"{ended} of {batch} prompts were computed")
+    raise EngineError(f"{ended} of {batch} prompts were computed")
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -229,7 +230,7 @@ def _shares(limits: Sequence[float], seconds: Sequence[float]) -> dict[str, floa
         return None
     found = [limit / taken for limit, taken in zip(limits, seconds, strict=True)]
     named = {"median": median(found), "lowest": min(found), "highest": max(found)}
-    return {name: round(value, 3) for name, value in named.items()}
+    return {name: float(f"{value:.3g}") for name, value in named.items()}
 
 
 def _rounded(value: float, digits: int) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from fastgen.errors import EngineError
+
 Ids = list[list[int]]
 
-LAST_SECONDS = 30  # that a process is given to end by itself
+LAST_SECONDS = 10  # that a process is given to end by itself
 
 INSTALL = {  # how a peer is installed
     "fastgen": "pip install fastgen",
@@ -26,6 +30,7 @@ INSTALL = {  # how a peer is installed
     "openvino": "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its "
     "own; then --python openvino=ENVIRONMENT/bin/python",
 }
+_ANSWERS = {"version", "absent", "unsupported", "failed", "ids"}  # one of them is in each
 
 
 class Generated(NamedTuple):
@@ -52,11 +57,11 @@ class Job:
     threads: int
     batch: int
     max_len: int
-    decoder: str
+    load: dict[str, Any]
     exact: bool
 
 
-class PeerError(RuntimeError):
+class PeerError(EngineError):
     """A peer's process ended, or did not answer as it should."""
 
 
@@ -74,6 +79,7 @@ class PeerProcess:
                     stdout=subprocess.PIPE,
                     stderr=self._errors,
                     text=True,
+                    start_new_session=True,  # with what it starts; Ctrl-C is ours to handle
                 )
             except OSError as error:
                 raise PeerError(f"{python} cannot be started: {error}") from error
@@ -127,7 +133,12 @@ class PeerProcess:
         if not line:
             status = self._process.wait()
             raise PeerError(f"{self.peer} ended with status {status}{self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not _ANSWERS & set(answer):
+            raise PeerError(f"{self.peer} answered {line.strip()[:80]!r}: is that its Python?")
         return answer
 
     def _end(self) -> None:
@@ -136,9 +147,11 @@ class PeerProcess:
             with suppress(BrokenPipeError):
                 pipe.close()
         try:
-            self._process.wait(LAST_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # whatever is left of it
             self._process.wait()
 
     def _last_words(self) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 from fastgen.bench.compare import Comparison, compare
 from fastgen.bench.fallbacks import fallbacks, notes
-from fastgen.bench.limits import Limits, MemoryWatch, limits_of
+from fastgen.bench.limits import MemoryWatch, limits_of
 from fastgen.bench.machine import machine
 from fastgen.bench.measure import Work, take_rounds, warm_up
+from fastgen.bench.peer_process import PeerError
+from fastgen.bench.plain_checkpoint import write_plain
 from fastgen.bench.shapes import Precision, Shape, described, weight_bytes
 from fastgen.checkpoint import Checkpoint
 from fastgen.decoders.choice import plan_decoder
@@ -33,7 +35,9 @@ class Run:
     """What is to be measured.
 
     Attributes:
-        model: a folder or hub id; `name` is how it is called.
+        model: a folder or hub id.
+        name: how it is called.
+        is_plain: every engine reads it as it is.
         options: as of fastgen.load.
         batches: batch sizes, in rows.
         sampling: how `work.params` were written.
@@ -44,6 +48,7 @@ class Run:
 
     model: str
     name: str
+    is_plain: bool
     options: LoadOptions
     work: Work
     batches: Sequence[int]
@@ -61,7 +66,7 @@ class Run:
         own = 1 + len(self.batches) * (1 + self.rounds)
         peers = () if self.peers is None else self.peers
         turns = len(self.batches) * (1 + self.rounds) * (1 + len(peers))
-        return own + (2 * len(peers) + 1 + turns if self.peers is not None else 0)
+        return own + (2 * len(peers) + 2 + turns if self.peers is not None else 0)
 
 
 class FallbackError(ValueError):
@@ -77,6 +82,8 @@ def measure(run: Run, progress: Progress) -> Record:
     """
     checkpoint = open_model(run.model, run.revision)
     plan = plan_decoder(checkpoint, run.options)
+    if run.peers is not None:
+        _compared_precision(plan)
     found = fallbacks(plan, run.options)
     if found and not run.allow_fallback:
         raise FallbackError(
@@ -88,6 +95,7 @@ def measure(run: Run, progress: Progress) -> Record:
         "machine": machine(["numpy", "torch", "triton"]),
         "model": _model(run, checkpoint),
         "decoder": _decoder(plan),
+        "options": {name: value for name, value in vars(run.options).items() if value is not None},
         "work": {
             "prompt_len": run.work.prompt_len,
             "output_len": run.work.output_len,
@@ -112,36 +120,27 @@ def _own(run: Run, shape: Shape, precision: Precision, progress: Progress) -> Re
         warm_up(model, run.work, run.batches, progress)
         memory = _memory(model, watch)
         with limits_of(model.plan, precision, weight_bytes(shape, precision)) as limits:
-            results = _results(model, run, shape, precision, limits, progress)
+            found = take_rounds(model, run.work, run.batches, limits, run.rounds, progress)
+            seen = limits.record()
     return {
         "load_seconds": round(load_seconds, 3),
         "memory": memory,
-        "limits": limits.record(),
-        "results": results,
+        "limits": seen,
+        "results": [each.record(shape, precision) for each in found],
     }
 
 
-def _results(
-    model: Generator,
-    run: Run,
-    shape: Shape,
-    precision: Precision,
-    limits: Limits,
-    progress: Progress,
-) -> list[Record]:
-    found = take_rounds(model, run.work, run.batches, limits, run.rounds, progress)
-    return [each.record(shape, precision) for each in found]
-
-
 def _compared(run: Run, plan: DecoderPlan, checkpoint: Checkpoint, progress: Progress) -> Record:
+    progress("writing the checkpoint for other engines")
+    plain = run.scratch / "plain"
     job = Comparison(
-        folder=checkpoint.folder if checkpoint.folder is not None else Path(run.model),
+        folder=Path(run.model) if run.is_plain else write_plain(checkpoint, plain),
         scratch=run.scratch,
         peers=run.peers or (),
         pythons=run.pythons,
-        precision=plan.weights if plan.weights == "int8" else plan.dtype,
-        device=plan.device.partition(":")[0],
-        decoder=plan.decoder,
+        precision=_compared_precision(plan),
+        device=plan.device,
+        load=_own_options(run.options, plan),
         threads=plan.num_threads or granted_cores(),
         batches=run.batches,
         prompt_len=run.work.prompt_len,
@@ -149,7 +148,27 @@ def _compared(run: Run, plan: DecoderPlan, checkpoint: Checkpoint, progress: Pro
         rounds=run.rounds,
         vocab=checkpoint.config.vocab_size,
     )
-    return compare(job, progress)
+    try:
+        return compare(job, progress)
+    except PeerError as error:  # what was measured before it is not lost
+        return {**job.about, "peers": {"fastgen": {"why_not": str(error)}}, "results": []}
+
+
+def _compared_precision(plan: DecoderPlan) -> str:
+    """What peers are asked for.
+
+    Raises:
+        ValueError: there is none that means the same to them.
+    """
+    if plan.weights == "int8" or plan.dtype in ("float32", "bfloat16"):
+        return plan.weights if plan.weights == "int8" else plan.dtype
+    raise ValueError(f"--compare knows float32, bfloat16 and int8, not {plan.dtype}")
+
+
+def _own_options(options: LoadOptions, plan: DecoderPlan) -> Record:
+    """Of fastgen.load, as this process had them, but those that a job says itself."""
+    names = ("dtype", "quantize", "kv_dtype", "max_memory")
+    return {"decoder": plan.decoder, **{name: getattr(options, name) for name in names}}
 
 
 def _memory(model: Generator, watch: MemoryWatch) -> Record:

@@ -77,13 +77,17 @@ class Precision:
 
     @classmethod
     def of(cls, plan: DecoderPlan) -> Self:
-        """The CUDA decoder's int8 weights are widened before they are multiplied."""
+        """The CUDA decoder's int8 weights are widened before they are multiplied, and so is float16
+        on a CPU."""
+        wide = plan.dtype
+        if wide == "float16" and plan.device.startswith("cpu"):
+            wide = "float32"
         widened = plan.weights != "int8" or plan.decoder == "cuda"
         return cls(
             weight_bytes=_BYTES[plan.weights],
             kv_bytes=_BYTES[plan.kv_dtype or plan.dtype],
-            linear_peak=plan.dtype if widened else plan.weights,
-            attention_peak=plan.dtype,
+            linear_peak=wide if widened else plan.weights,
+            attention_peak=wide,
         )
 
     @property
