@@ -138,6 +138,25 @@ def test_what_is_refused(
     assert told in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_leaves_nothing_behind(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "fastgen", "bench", *SMALL, "--rounds=1000"]
+    with subprocess.Popen(
+        command, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "round 2 of 1000" in line:
+                break
+        assert list(tmp_path.glob("fastgen-bench-*"))
+        process.send_signal(number)
+        process.stderr.read()
+        assert process.wait() == status
+    assert list(tmp_path.glob("fastgen-bench-*")) == []
+
+
 def test_a_fallback_may_be_allowed() -> None:
     record = record_of(bench(*SMALL, "--allow-fallback", FASTGEN_ISA="portable"))
     [why] = record["fallbacks"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         message = f"fastgen bench needs {error.name}: pip install 'fastgen[bench]'"
         raise ModuleNotFoundError(message, name=error.name) from error
-    with tempfile.TemporaryDirectory(prefix="fastgen-bench-") as name:
+    with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="fastgen-bench-") as name:
         work = _run_of(arguments, Path(name))
         with _progress(work.num_stages) as progress:
             if arguments.model is None:
@@ -123,6 +124,20 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
         revision=arguments.revision,
         allow_fallback=arguments.allow_fallback,
     )
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this as Ctrl-C does: no process and no checkpoint of gigabytes stays behind."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
