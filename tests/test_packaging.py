@@ -32,6 +32,7 @@ PIP_INSTALL = ("install", "--no-build-isolation", "--no-deps", "--no-index")
 PROMPT = "In the beginning"
 GREEDY = ("--temperature", "0", "--max-new-tokens", "12", "--json", PROMPT)
 SAMPLED = ("--temperature", "1", "--seed", "3", "--max-new-tokens", "12", "--json", PROMPT)
+OUTSIDE = {"kernels": "fastgen/kernels", "benchmarks/peers": "fastgen/bench/peers"}
 HAS_NATIVE = "from fastgen.native import native; print(native is not None)"
 LOAD_TWICE = """
 import warnings, fastgen
@@ -92,7 +93,7 @@ def names_in(wheel: Path) -> set[str]:
 def package_files() -> set[str]:
     """What a wheel must hold of fastgen, apart from the extension."""
     files: set[str] = set()
-    for folder, installed in (("fastgen", "fastgen"), ("kernels", "fastgen/kernels")):
+    for folder, installed in {"fastgen": "fastgen", **OUTSIDE}.items():
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / folder).as_posix()
             if path.is_file() and path.suffix != ".so" and "__pycache__" not in inside:
@@ -222,7 +223,10 @@ def test_sdist_holds_all_that_a_build_needs_and_nothing_else(tmp_path: Path) -> 
     names -= {"PKG-INFO", "setup.cfg"}  # made by setuptools
     files = {"LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
     files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").iterdir()}
-    files |= {name.replace("fastgen/kernels/", "kernels/") for name in package_files()}
+    for name in package_files():
+        for folder, installed in OUTSIDE.items():
+            name = name.replace(f"{installed}/", f"{folder}/")
+        files.add(name)
     assert names == files
 
 
