@@ -109,7 +109,9 @@ def test_a_model_of_ones_own(tiny: Path) -> None:
         (["--compare", "--sampling=temperature=1"], {}, "--compare is greedy"),
         (["--compare", "--sampling=temperature=0,top_k=5"], {}, "--compare is greedy"),
         (["--compare", "--decoder=torch", "--dtype=float16"], {}, "not float16"),
+        (["--compare="], {}, "name some of transformers"),
         (["--python=llama_cpp"], {}, "is not PEER=PATH"),
+        (["--python=llama_cpp=python3"], {}, "where peers of --compare are"),
         (["--plot=run.xyz"], {}, "must end in one of"),
         (["--plot=/nonexistent/run.png"], {}, "no folder /nonexistent"),
         (["--model=/nonexistent"], {}, "no such folder"),
@@ -363,4 +365,4 @@ def test_a_comparison() -> None:
     assert "cannot be started" in peers["ctranslate2"]["why_not"]
     rows = {(row["batch_size"], row["peer"]) for row in record["comparison"]["results"]}
     assert rows == {(batch, peer) for batch in (1, 2) for peer in ("fastgen", "transformers")}
-    assert "in turns with other engines" in done.stdout
+    assert "in turns with other engines, float32" in done.stdout

@@ -97,6 +97,8 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
     params = SamplingParams(
         max_new_tokens=arguments.output_len, ignore_eos=True, **arguments.sampling
     )
+    if arguments.python and not arguments.compare:
+        raise ValueError("--python says where peers of --compare are")
     if arguments.compare is not None and arguments.sampling != {"temperature": 0}:
         raise ValueError("--compare is greedy: leave --sampling out")
     return Run(
@@ -183,8 +185,8 @@ def sampling(text: str) -> dict[str, Any]:
 
 def peers(text: str) -> tuple[str, ...]:
     found = tuple(filter(None, text.split(",")))
-    if "all" in found:
-        return PEERS
+    if not found:
+        raise argparse.ArgumentTypeError(f"name some of {', '.join(PEERS)}, or none at all")
     for name in found:
         if name not in PEERS:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PEERS)}")

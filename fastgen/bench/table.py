@@ -71,13 +71,14 @@ def _results(record: Record) -> Table:
 
 
 def _comparison(record: Record) -> Table:
-    table = Table(title="in turns with other engines, greedy")
+    comparison = record["comparison"]
+    table = Table(title=f"in turns with other engines, {comparison['precision']}, greedy")
     table.add_column("batch", justify="right")
     table.add_column("engine")
     for name in ("tokens/s", "fastgen is faster", "lowest to highest", "memory", "same tokens"):
         table.add_column(name, justify="right")
     last = None
-    for row in record["comparison"]["results"]:
+    for row in comparison["results"]:
         if last not in (None, row["batch_size"]):
             table.add_section()
         last = row["batch_size"]
