@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastgen import __version__
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     bench = commands.add_parser("bench", help="speed here, against the machine's limits and peers")
+    _add_kind(bench.add_argument)
     bench_command.add_options(bench)
     bench.set_defaults(run=bench_command.run)
 
@@ -87,15 +88,20 @@ def _model_options() -> argparse.ArgumentParser:
     return options
 
 
-def _loading_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    add = options.add_argument_group("model").add_argument
+def _add_kind(add: Callable[..., Any]) -> None:
+    """Which model it is, and in what it is run."""
     add("--revision", help="branch, tag or commit of a hub id")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--quantize", metavar="KIND", help="int8: weights in 8 bits")
     add("--kv-dtype", default="auto", metavar="KIND", help="int8: keys and values in 8 bits (GPU)")
     add("--decoder", default="auto", help="auto, cpu, cuda or torch (default: auto)")
+
+
+def _loading_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    add = options.add_argument_group("model").add_argument
+    _add_kind(add)
     add("--max-batch-size", type=int, default=32, metavar="N", help="rows at a time (default: 32)")
     add("--max-seq-len", type=int, metavar="N", help="tokens a row may have (default: the model's)")
     add("--max-memory", type=int, metavar="MB", help="for weights, KV cache and scratch together")

@@ -34,12 +34,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--model", metavar="PATH", help="folder or hub id")
     which.add_argument("--shape", choices=SHAPES, default="gpt2",
         help="random weights of this size (default: gpt2)")  # fmt: skip
-    add("--revision", help="branch, tag or commit of a hub id")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
-    add("--quantize", metavar="KIND", help="int8: weights in 8 bits")
-    add("--kv-dtype", default="auto", metavar="KIND", help="int8: keys and values in 8 bits (GPU)")
-    add("--decoder", default="auto", help="auto, cpu, cuda or torch (default: auto)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: all granted)")
     add("--max-memory", type=positive, metavar="MB", help="for weights, KV cache and scratch")
     add("--batch-sizes", type=sizes, default="1,8,32", metavar="N,N,...",

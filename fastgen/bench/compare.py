@@ -20,7 +20,7 @@ import numpy as np
 
 from fastgen.bench.peer_process import Generated, Ids, PeerError, PeerProcess, start
 from fastgen.bench.shapes import random_prompts
-from fastgen.bench.turns import median, ratios
+from fastgen.bench.turns import median, ratios, spread
 from fastgen.generator import load
 
 Record = dict[str, Any]
@@ -218,17 +218,12 @@ def records(
     own = rounds["fastgen"]
     for peer, made in rounds.items():
         seconds = [each.seconds for each in made]
-        found = ratios(seconds, [each.seconds for each in own])
         peaks = [each.peak_bytes for each in made if each.peak_bytes is not None]
         yield {
             "batch_size": batch,
             "peer": peer,
             "tokens_per_s": round(batch * new_tokens / median(seconds), 1),
-            "fastgen_is_faster": {
-                "median": float(f"{median(found):.3g}"),
-                "lowest": float(f"{min(found):.3g}"),
-                "highest": float(f"{max(found):.3g}"),
-            },
+            "fastgen_is_faster": spread(ratios(seconds, [each.seconds for each in own])),
             "peak_mb": round(max(peaks) / 2**20) if peaks else None,
             "tokens_agree": round(agreement(made, own, new_tokens), 3),
         }

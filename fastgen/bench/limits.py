@@ -11,7 +11,7 @@ from typing import Any
 from fastgen.bench.peaks import Peak, Peaks
 from fastgen.bench.roofline import Speeds
 from fastgen.bench.shapes import Precision
-from fastgen.bench.turns import median
+from fastgen.bench.turns import spread
 from fastgen.decoders.plan import DecoderPlan
 from fastgen.machine import granted_cores
 from fastgen.native import native
@@ -55,10 +55,8 @@ class Limits:
 
     def _spread(self, name: str, peak: Peak) -> dict[str, Any]:
         rates = [peak.amount / seconds[name] / 1e9 for seconds in self._seen]
-        found = {"median": median(rates), "lowest": min(rates), "highest": max(rates)}
         unit = "GB/s" if name == "read" else "G multiply-adds/s"
-        return {**{key: round(rate, 2) for key, rate in found.items()}, "unit": unit,
-                "how": peak.how}  # fmt: skip
+        return {**spread(rates, lambda rate: round(rate, 2)), "unit": unit, "how": peak.how}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from fastgen.bench.limits import Limits
 from fastgen.bench.recording import RecordingDecoder, StepSize, TokenClock
 from fastgen.bench.roofline import Speeds
 from fastgen.bench.shapes import Precision, Shape, random_prompts
-from fastgen.bench.turns import median, percentile
+from fastgen.bench.turns import median, percentile, ratios, spread
 from fastgen.errors import EngineError
 from fastgen.generator import Generator
 from fastgen.sampling_params import SamplingParams
@@ -228,9 +228,7 @@ def _shares(limits: Sequence[float], seconds: Sequence[float]) -> dict[str, floa
     """Of the limit, within each round."""
     if min(seconds) <= 0 or not max(limits) > 0:  # there was no such step, or no limit is known
         return None
-    found = [limit / taken for limit, taken in zip(limits, seconds, strict=True)]
-    named = {"median": median(found), "lowest": min(found), "highest": max(found)}
-    return {name: float(f"{value:.3g}") for name, value in named.items()}
+    return spread(ratios(limits, seconds))
 
 
 def _rounded(value: float, digits: int) -> float | None:

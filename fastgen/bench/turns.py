@@ -57,6 +57,18 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[int(rank) - 1]
 
 
+def three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def spread(
+    values: Sequence[float], rounded: Callable[[float], float] = three_digits
+) -> dict[str, float]:
+    """As records have it."""
+    found = {"median": median(values), "lowest": min(values), "highest": max(values)}
+    return {name: rounded(value) for name, value in found.items()}
+
+
 def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """Of runs that stood next to each other."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
