@@ -5,7 +5,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import BaseError, CCompilerError
 
@@ -39,6 +39,7 @@ if sys.platform != "win32":
     native.extra_link_args += ["-pthread"]
 native.optional = True  # an editable install then does not look for what was not built
 
+ParallelCompile("FASTGEN_BUILD_JOBS").install()  # as many files at once as there are processors
 setup(
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuildExt},

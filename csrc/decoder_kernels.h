@@ -119,6 +119,9 @@ struct DecoderKernels {
   void (*scale)(float factor, int count, float* values);
 };
 
+// One for each instruction set, in files of their own; all but the first are for x86-64 only.
+extern const DecoderKernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+
 // Those of the path that chosen_instruction_set() names.
 const DecoderKernels& decoder_kernels(const std::string& name);
 
