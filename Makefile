@@ -23,11 +23,26 @@ demo: .venv/demo.stamp
 	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
 		"In the beginning"
 
+# A file's tests run in one process, as many files side by side as there are processors.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+	--no-loadscope-reorder
+# Kernels and the CUDA decoder, in Triton's interpreter: no GPU is needed.
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
+	cuda_decoder decoder_interface kernel_sampling kernel_attention kernel_products run_ahead \
+	cuda_warmup))
+
+# ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16).
+ifdef ISA
+test test-all: export FASTGEN_ISA = $(ISA)
+endif
+
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+	$(INTERPRETED) -m "not slow"
 
 test-all: .venv/test.stamp
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --durations 20
+	$(INTERPRETED) -m slow --durations 20
 
 MINUTES ?= 10
 soak: .venv/test.stamp
@@ -79,8 +94,11 @@ clean:
 	@touch $@
 
 .venv/demo.stamp: .venv/tools.stamp $(BUILD_INPUTS)
-	@echo "Installing fastgen and PyTorch into .venv; the first time this takes minutes"
-	@$(INSTALL) '.[torch]'
+	@echo "Installing fastgen into .venv; the first time this takes a minute"
+	@$(INSTALL) .
+	@$(BIN)/python -c 'import fastgen._native' 2>/dev/null || { \
+		echo "Installing PyTorch, which takes the place of what no compiler was found for"; \
+		$(INSTALL) '.[torch]'; }
 	@touch $@
 
 .venv/test.stamp: .venv/tools.stamp $(BUILD_INPUTS)

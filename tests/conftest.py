@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,22 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # PyTorch's threads wait for each other by spinning: there must not be more of them than cores.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter
+
+    triton_interpreter.speed_up()
 
 import fastgen
+import processes
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for the tests of Ctrl-C
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # tests end what they have started
 
 # How far results may be from the reference. "ratio": times transformers' own error at the same
 # dtype; "slack": times the largest |logit|, for where that error happens to be near zero.
@@ -39,6 +52,54 @@ TOLERANCES = {
     # transformers sums a filter's masses in float32: this near to its edge it may decide otherwise
     "filter_edge": 1e-5,
 }
+
+
+# Files that take longest. They start first where files run side by side, so that all processors
+# have something to do until the end.
+LONG = (
+    "test_hf_generate.py", "test_packaging.py", "test_sanitizers.py", "test_kernel_resources.py",
+    "test_cuda_decoder.py", "test_decoder_interface.py", "test_kernel_sampling.py",
+    "test_kernel_attention.py", "test_random_steps.py", "test_variants.py", "test_quantization.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else 99)
+
+
+@pytest.fixture(autouse=True)
+def no_child_left() -> Iterator[None]:
+    """A test ends the processes that it has started."""
+    before = processes.children()
+    yield
+    left = {pid: processes.command_of(pid) for pid in processes.children() - before}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+@pytest.fixture
+def own_garbage() -> None:
+    """For tests that collect garbage: what others have left goes before, and is not held against
+    them.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+@pytest.fixture
+def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of equal bits in Triton's interpreter; a GPU needs no such help."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        builder = triton_interpreter.interpreter.InterpreterBuilder
+        monkeypatch.setattr(builder, "create_dot", triton_interpreter.dot_in_order)
 
 
 @pytest.fixture(scope="session")

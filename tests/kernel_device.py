@@ -1,15 +1,14 @@
 """Where the tests of Triton kernels run: on an NVIDIA GPU, or in Triton's interpreter on the CPU.
 Importing this skips a test module where neither is to be had.
 
-The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so it has a process of
-its own: test_interpreted.py starts it. Its bfloat16 arithmetic is wrong, so it is not tested there.
+The interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported, so it has a run of its
+own in `make test`. Its bfloat16 arithmetic is wrong, so it is not tested there.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,22 +17,9 @@ from decoder_names import DECODERS, INTERPRETED
 
 if "cuda" not in DECODERS:
     pytest.skip(
-        "needs an NVIDIA GPU and Triton, or its interpreter (test_interpreted.py)",
+        "needs an NVIDIA GPU and Triton, or its interpreter (make test)",
         allow_module_level=True,
     )
-import triton.language as tl
-from triton.runtime.interpreter import TensorHandle
-
-OWN_SORT = tl.sort
-
-
-def _numpy_sort(x: Any, descending: bool) -> Any:
-    values = np.sort(x.handle.data)[::-1] if descending else np.sort(x.handle.data)
-    return tl.core.tensor(TensorHandle(values.copy(), x.handle.dtype), x.type)
-
-
-if INTERPRETED:  # it takes two seconds for Triton's own sort of 1,024 values
-    tl.sort = _numpy_sort
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # NumPy, which is the interpreter, warns of what floating point has infinities for.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")

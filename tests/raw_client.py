@@ -12,7 +12,8 @@ from typing import Any
 
 import fastgen
 from engine_harness import assert_idle
-from server_harness import MODEL, RunningServer, wait_until
+from server_harness import MODEL, RunningServer
+from waits import WITHIN, wait_until
 
 Address = int | str  # a port of this machine, or the path of a Unix socket
 CANARY = {"prompt": "And it came to pass", "max_tokens": 12, "temperature": 0}
@@ -63,7 +64,7 @@ def connected(address: Address, receive_buffer: int = 0) -> socket.socket:
     """Small receive buffers are the system's way of not reading."""
     client = socket.socket(socket.AF_INET if isinstance(address, int) else socket.AF_UNIX)
     try:
-        client.settimeout(20)
+        client.settimeout(WITHIN)
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.connect(("127.0.0.1", address) if isinstance(address, int) else address)
@@ -140,7 +141,7 @@ def canary_of(model: fastgen.Generator) -> str:
 def assert_unharmed(server: RunningServer, canary_text: str) -> None:
     """A canary is exact, and nobody holds a row, a block or a connection."""
     assert canary(server.port) == canary_text
-    wait_until(lambda: not server.server.server_state.connections, 10)
+    wait_until(lambda: not server.server.server_state.connections)
     engine = server.service.models[MODEL].generator.engine
     wait_until(lambda: engine.num_unfinished == 0)
     assert_idle(engine)

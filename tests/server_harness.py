@@ -9,14 +9,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from fastgen.generator import Generator
 from fastgen.server.run import Address, Server
 from fastgen.server.service import Service
+from processes import started
+from waits import WITHIN, wait_until
 
 MODEL = "bundled"
 
@@ -38,11 +39,16 @@ class RunningServer:
         wait_until(lambda: self.server.started)
         self.loop = self.server._loop
 
-    def stop(self, timeout: float = 20) -> None:
+    def stop(self) -> None:
         """As SIGTERM would."""
         self.server.should_exit = True
-        self._thread.join(timeout)
+        self._thread.join(WITHIN)
         assert not self._thread.is_alive(), "the server does not end"
+
+    @property
+    def thread_id(self) -> int | None:
+        """Of its event loop's thread."""
+        return self._thread.ident
 
     @property
     def port(self) -> int:
@@ -72,21 +78,18 @@ class ServerProcess:
         command = [sys.executable, "-m", "fastgen", "serve", *arguments]
         if "--port" not in arguments and "--uds" not in arguments:
             command += ["--port", "0"]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        self._started = started(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
         self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        self.lines += []
         for line in self.process.stdout:
             self.lines.append(line)
 
-    def wait_until_ready(self, timeout: float = 60) -> str:
+    def wait_until_ready(self) -> str:
         """Its address: http://host:port, or unix:path."""
         found: list[str] = []
 
@@ -95,7 +98,7 @@ class ServerProcess:
             assert found or self.process.poll() is None, self.output
             return bool(found)
 
-        wait_until(is_ready, timeout)
+        wait_until(is_ready)
         return found[0]
 
     @property
@@ -105,25 +108,19 @@ class ServerProcess:
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self) -> int:
         """Its exit code."""
-        code = self.process.wait(timeout)
-        self._reader.join(5)
+        code = self.process.wait(WITHIN)
+        self._reader.join(WITHIN)
         return code
 
     def __enter__(self) -> ServerProcess:
+        self.process = self._started.__enter__()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.process.kill()
-        self.process.wait()
-        self._reader.join(5)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-
-def wait_until(condition: Callable[[], bool], timeout: float = 20) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.005)
+        self._reader.join(WITHIN)
+        self._started.__exit__(None, None, None)

@@ -21,7 +21,9 @@ from fastgen.async_engine import AsyncEngine, AsyncStream
 from fastgen.engine_thread import Terms, Ticket
 from fastgen.results import Piece
 from fastgen.threaded_engine import ThreadedEngine
-from test_threaded_engine import LONG, TEXTS, WITHIN, facts, held, pieces_joined, soon, stepping
+from held_steps import facts, held, pieces_joined, stepping
+from test_threaded_engine import LONG, TEXTS
+from waits import WITHIN, wait_in_loop_until, wait_until
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,7 +39,7 @@ def model() -> Iterator[fastgen.Generator]:
 def left_idle(model: fastgen.Generator) -> Iterator[None]:
     """Afterwards nothing runs and nothing has leaked, and the model works without an engine."""
     yield
-    soon(lambda: model.engine.num_unfinished == 0)
+    wait_until(lambda: model.engine.num_unfinished == 0)
     assert len(model.generate("And", max_new_tokens=2)) == 1
     assert_idle(model.engine)
 
@@ -54,30 +56,12 @@ def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     return plain
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + WITHIN
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        await asyncio.sleep(0.001)
-
-
 async def read(stream: AsyncStream) -> list[Piece]:
     return [piece async for piece in stream]
 
 
 def every_call(engine: AsyncEngine) -> list[Coroutine[Any, Any, Any]]:
     return [engine.generate("A"), engine.score("A b"), engine.stream("A").open()]
-
-
-async def leaves_time(work: Coroutine[Any, Any, Any]) -> bool:
-    """Whether others have their turns while this runs, whatever it raises; many, if it is long."""
-    task, began, turns = asyncio.ensure_future(work), time.monotonic(), 0
-    while not task.done():
-        await asyncio.sleep(0.001)
-        turns += 1
-    with suppress(Exception):
-        task.result()
-    return turns >= 10 or time.monotonic() - began < 0.5
 
 
 @in_loop
@@ -129,12 +113,12 @@ async def test_a_full_queue_refuses_all_of_a_list_and_takes_again(model: fastgen
         with held(model):
             each = [engine.generate(text, max_new_tokens=3, n=2) for text in TEXTS[:3]]
             first = list(map(asyncio.ensure_future, each))
-            await until(lambda: model.engine.num_unfinished == 6)
+            await wait_in_loop_until(lambda: model.engine.num_unfinished == 6)
             with pytest.raises(QueueFull, match="2 more would exceed the 7 completions"):
                 await engine.generate(["And", "In"], max_new_tokens=3)
             assert model.engine.num_unfinished == 6
             last = asyncio.ensure_future(engine.generate("And", max_new_tokens=3))
-            await until(lambda: model.engine.num_unfinished == 7)
+            await wait_in_loop_until(lambda: model.engine.num_unfinished == 7)
             for refused in every_call(engine):
                 with pytest.raises(QueueFull):
                     await refused
@@ -238,7 +222,7 @@ async def test_whoever_leaves_ends_their_request_and_no_other(
             await stream.aclose()
             task = asyncio.ensure_future(engine.generate(TEXTS[1:], LONG))
             before = set(engine.thread._tickets)
-            await until(lambda: len(engine.thread._tickets - before) == 3)
+            await wait_in_loop_until(lambda: len(engine.thread._tickets - before) == 3)
             victims.extend(engine.thread._tickets - before)
         if task is not None:
             task.cancel()
@@ -253,10 +237,10 @@ async def test_whoever_leaves_ends_their_request_and_no_other(
             await streams[0].open()  # before steps can pause
             victims.extend(engine.thread._tickets)
             other = asyncio.ensure_future(engine.generate(TEXTS[0], LONG))
-            await until(lambda: len(engine.thread._tickets) == 2)
+            await wait_in_loop_until(lambda: len(engine.thread._tickets) == 2)
             await leave(engine, streams.pop())
             left.set()
-            await until(lambda: engine.thread._tickets.isdisjoint(victims))
+            await wait_in_loop_until(lambda: engine.thread._tickets.isdisjoint(victims))
             for ticket in victims:
                 assert ticket.request is not None
                 assert ticket.request.rows[0].finish_reason == "cancelled"
@@ -288,7 +272,7 @@ async def test_a_reader_that_reads_is_not_cut_off(model: fastgen.Generator) -> N
         def wait_for_reader() -> None:
             if stream._ticket is not None and stream._ticket.reader is not None:
                 reader, [row] = stream._ticket.reader, stream._ticket.reader._request.rows
-                soon(lambda: reader.num_unread(row) <= 4)
+                wait_until(lambda: reader.num_unread(row) <= 4)
 
         with stepping(model, wait_for_reader):
             assert pieces_joined(await read(stream)) == facts(expected)
@@ -300,7 +284,7 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(model: fastgen
     async with AsyncEngine(model) as engine:
         with held(model):
             task = asyncio.ensure_future(engine.generate(TEXTS[0], LONG))
-            await until(lambda: engine.thread._tickets)
+            await wait_in_loop_until(lambda: engine.thread._tickets)
             assert not await engine.drain(0.05)
             assert not engine.ready
             for refused in every_call(engine):
@@ -316,14 +300,14 @@ async def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Gene
     engine = AsyncEngine(model)
 
     def wait_for_closing() -> None:
-        soon(lambda: engine.thread._refusal is not None)
+        wait_until(lambda: engine.thread._refusal is not None)
         time.sleep(0.005)
 
     with stepping(model, wait_for_closing):
         tasks = [asyncio.ensure_future(engine.generate(text, LONG)) for text in TEXTS * 2]
         reading = asyncio.ensure_future(read(engine.stream(TEXTS[0], LONG)))
         scoring = asyncio.ensure_future(engine.score([TEXTS[0] * 60] * 6))
-        await until(lambda: len(engine.thread._tickets) >= 15)
+        await wait_in_loop_until(lambda: len(engine.thread._tickets) >= 15)
         await asyncio.gather(engine.close(), engine.close())
         await engine.close()
         for [generation] in await asyncio.gather(*tasks):
@@ -371,7 +355,7 @@ def test_a_closed_loop_does_not_kill_the_step_thread(model: fastgen.Generator) -
         stream = run(begin())
     request = stream.request
     assert request is not None
-    soon(lambda: request.done)
+    wait_until(lambda: request.done)
     assert request.rows[0].finish_reason == "cancelled"
     assert engine.thread._thread.is_alive() and engine.ready
     run(engine.close())
@@ -390,7 +374,25 @@ def test_a_closed_loop_does_not_kill_the_step_thread(model: fastgen.Generator) -
 )
 @in_loop
 async def test_what_takes_long_to_encode_does_not_block_the_loop(
-    model: fastgen.Generator, work: Callable[[AsyncEngine], Coroutine[Any, Any, Any]]
+    model: fastgen.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[[AsyncEngine], Coroutine[Any, Any, Any]],
 ) -> None:
+    """It is encoded on other threads; here it does not go on before the loop has."""
+    encode, threads, has_gone_on = model.tokenizer.encode, list[int](), threading.Event()
+    loops_own = threading.get_ident()
+
+    def held_encode(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        assert threads[-1] == loops_own or has_gone_on.wait(WITHIN)
+        return encode(*args)
+
+    monkeypatch.setattr(model.tokenizer, "encode", held_encode)
     async with AsyncEngine(model, Terms(max_waiting=0)) as engine:
-        assert await leaves_time(work(engine))
+        task = asyncio.ensure_future(work(engine))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        has_gone_on.set()
+        with suppress(ValueError, EngineError):  # too long, or too many
+            await task
+    assert loops_own not in threads

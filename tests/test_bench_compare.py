@@ -30,20 +30,16 @@ from fastgen.checkpoint import open_checkpoint
 from fastgen.decoders.choice import plan_decoder
 from fastgen.decoders.plan import LoadOptions
 from fastgen.generator import BUNDLED_MODEL
-from server_harness import wait_until
+from processes import command_of, run, started
+from waits import wait_until
 
 SCHEMA = json.loads((Path(fastgen.__file__).parent / "bench" / "schema.json").read_text())
 SMALL = ("--shape=tiny", "--rounds=1", "--batch-sizes=2,1", "--prompt-len=8", "--output-len=6")
 
 
 def bench(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastgen", "bench", *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "fastgen", "bench", *arguments]
+    return run(command, env={**os.environ, **environment})
 
 
 def record_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -145,9 +141,8 @@ def test_an_interrupted_run_leaves_nothing_behind(
     number: signal.Signals, status: int, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "fastgen", "bench", *SMALL, "--rounds=1000"]
-    with subprocess.Popen(
-        command, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True
-    ) as process:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with started(command, env=environment, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if "round 2 of 1000" in line:
@@ -311,14 +306,7 @@ def test_what_a_peer_has_started_ends_with_it(job: Comparison, tmp_path: Path) -
     process._process.wait = interrupted
     with pytest.raises(KeyboardInterrupt):
         process.close()
-    wait_until(lambda: not is_running(int(told.read_text())))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty of one that has ended
-    except FileNotFoundError:
-        return False
+    wait_until(lambda: command_of(int(told.read_text())) == "")
 
 
 @pytest.mark.parametrize("name", ["bundled", "untied", "bfloat16"])

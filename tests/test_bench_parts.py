@@ -3,11 +3,12 @@ as `make bench` collects them."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
@@ -29,11 +30,5 @@ def test_slow_suites() -> None:
 
 def run(suites: list[Path]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPTIONS]
-    process = subprocess.run(
-        [*command, "--benchmark-disable", *map(str, suites)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = processes.run([*command, "--benchmark-disable", *suites], cwd=ROOT)
     assert suites and process.returncode == 0, process.stdout[-20_000:] + process.stderr

@@ -10,6 +10,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+import processes
+
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = [*sorted(FOLDER.glob("bench_*.py")), *(FOLDER / f"{name}.py" for name in (
@@ -19,9 +21,8 @@ RUNS = sorted((FOLDER / "results" / "runs").glob("*.json"))
 
 
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), *arguments]
     env = {"PATH": "/usr/bin:/bin"}  # without PYTHONSAFEPATH, under which scripts miss their folder
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return processes.run([sys.executable, script, *arguments], env=env)
 
 
 def test_published_tables_are_made_of_published_records() -> None:

@@ -22,6 +22,7 @@ from engine_harness import (
 from fastgen.engine import Engine
 from fastgen.inbox import deadline_in
 from fastgen.request import Request
+from waits import WITHIN
 
 
 @pytest.fixture(params=["auto", "late"])
@@ -317,7 +318,7 @@ def test_threads_drive_one_engine_and_a_paused_one_stalls_nobody() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(WITHIN)
     assert not any(thread.is_alive() for thread in threads)
     assert [found[index] for index in range(8)] == [new_tokens(request)[0:1] for request in alone]
     run_all(engine, [paused])

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+import processes
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARTICLE = "And Moses went up into the mount, and a cloud covered the mount. " * 8
 
 
 def run(name: str, *arguments: str, stdin: str = "") -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=120)
+    done = processes.run(command, stdin=stdin)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -76,7 +78,7 @@ def test_rerank() -> None:
 @pytest.fixture
 def app_url() -> Iterator[str]:
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(EXAMPLES), "fastapi_app:app"]
-    with subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True) as server:
+    with processes.started([*command, "--port", "0"], stderr=subprocess.PIPE) as server:
         assert server.stderr is not None
         for line in server.stderr:
             if found := re.search(r"running on (http://[\d.:]+)", line):

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +21,12 @@ from typing import Any
 import pytest
 
 import fastgen
+import processes
 from cpu_decoders import plan_of
 from fastgen.generator import find_tokenizer
 from fastgen.native import native
 from tiny_checkpoints import run_python
+from waits import WITHIN, wait_until
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -191,7 +192,7 @@ def test_pools_of_multiprocessing(tmp_path: Path, wanted: str) -> None:
     """Forked, spawned and by a fork server."""
     (tmp_path / "pools.py").write_text(_POOLS)
     command = (sys.executable, tmp_path / "pools.py", wanted)
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    process = processes.run(command)
     assert process.returncode == 0, process.stderr
 
 
@@ -219,21 +220,17 @@ def gunicorn(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The running server, and its address."""
     log = folder / "log"
     command = ("-m", "gunicorn", "--preload", "--workers", NUM_WORKERS, "--bind", "127.0.0.1:0")
-    options = ("--timeout", "60", "--log-file", log, "--chdir", folder, "app:app")
-    server = subprocess.Popen(
-        [str(word) for word in (sys.executable, *command, *options)],
+    options = ("--timeout", "600", "--log-file", log, "--chdir", folder, "app:app")
+    with processes.started(
+        (sys.executable, *command, *options),
         env={**os.environ, "PYTHONPATH": f"{TESTS}:{ROOT}"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 60
-        while not (found := re.search(r"Listening at: (http://\S+)", read(log))):
-            assert server.poll() is None and time.monotonic() < until, read(log)
-            time.sleep(0.05)
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as server:  # fmt: skip
+        listening = re.compile(r"Listening at: (http://\S+)")
+        wait_until(lambda: listening.search(read(log)) or server.poll() is not None)
+        found = listening.search(read(log))
+        assert found, read(log)
         yield server, found[1]
-    finally:
-        server.kill()
-        server.communicate()
 
 
 def read(log: Path) -> str:
@@ -244,17 +241,19 @@ def test_gunicorn_preloads_and_forks(tmp_path: Path, wanted: str) -> None:
     (tmp_path / "app.py").write_text(_APP)
 
     def ask(_: int) -> dict[str, Any]:
-        with urllib.request.urlopen(address, timeout=60) as answer:
+        with urllib.request.urlopen(address, timeout=WITHIN) as answer:
             return dict(json.load(answer))
 
     answers: list[dict[str, Any]] = []
     with gunicorn(tmp_path) as (server, address), ThreadPoolExecutor(2 * NUM_WORKERS) as threads:
-        until = time.monotonic() + 60
-        while len({answer["pid"] for answer in answers}) < NUM_WORKERS:
-            assert time.monotonic() < until, "some worker never answered"
-            answers += threads.map(ask, range(4 * NUM_WORKERS))
+
+        def all_answered() -> bool:
+            answers.extend(threads.map(ask, range(4 * NUM_WORKERS)))
+            return len({answer["pid"] for answer in answers}) == NUM_WORKERS
+
+        wait_until(all_answered)
         server.send_signal(signal.SIGTERM)
-        output, _ = server.communicate(timeout=60)
+        output, _ = server.communicate()
         assert server.returncode == 0, output + read(tmp_path / "log")
     assert {answer["text"] for answer in answers} == {wanted}
     assert {answer["before"] for answer in answers} == {wanted}, "the model was used before"

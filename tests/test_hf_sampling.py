@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -157,11 +156,10 @@ def test_beams_are_drawn_as_transformers_draws_them() -> None:
 def test_max_time_ends_rows_together() -> None:
     _, ours = pair()
     ids = torch.tensor([[20, 30, 40], [50, 60, 70]])
-    begun = time.monotonic()
     call = {"input_ids": ids, "do_sample": False, "eos_token_id": None, "pad_token_id": 7}
     short = generated(ours, **call, max_time=1e-9, max_new_tokens=90)
     assert ours.last_path == "native"
-    assert 4 <= short.shape[1] < 80 and time.monotonic() - begun < 5
+    assert 4 <= short.shape[1] < 80
     full = generated(ours, **call, max_new_tokens=90)
     assert torch.equal(full[:, : short.shape[1]], short)
     assert generated(ours, **call, max_time=60.0, max_new_tokens=90).shape == full.shape

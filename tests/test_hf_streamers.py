@@ -23,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 import fastgen
 from fastgen.generator import BUNDLED_MODEL
 from hf_models import generated, pair
+from waits import WITHIN
 
 CALL = {"max_new_tokens": 12, "do_sample": False}
 
@@ -109,7 +110,7 @@ def test_a_reader_in_another_thread(tokenizer: Any, bundled: Any) -> None:
     _, ours = bundled
     batch = _prompts(tokenizer, "In the beginning")
     expected = tokenizer.decode(generated(ours, **batch, **CALL)[0])
-    streamer = TextIteratorStreamer(tokenizer, timeout=30)
+    streamer = TextIteratorStreamer(tokenizer, timeout=WITHIN)
     call = {**batch, **CALL, "streamer": streamer}
     thread = threading.Thread(target=generated, args=(ours,), kwargs=call)
     thread.start()

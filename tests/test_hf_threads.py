@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from hf_models import fresh_pair, generated, random_ids
@@ -33,6 +34,7 @@ def _call(model: Any, number: int) -> Any:
     return getattr(output, "sequences", output)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_calls_of_every_kind_at_once() -> None:
     _, ours = fresh_pair()
     expected = [_call(ours, number) for number in range(60)]
@@ -86,6 +88,7 @@ def test_a_loop_of_forwards_is_not_starved_by_generation() -> None:
     assert cache.get_seq_length() == 41
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_caches_that_go_while_others_generate() -> None:
     """Their blocks come back from whatever thread collects them."""
     _, ours = fresh_pair()

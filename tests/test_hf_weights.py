@@ -208,7 +208,6 @@ def test_accelerate_shares_weights_and_leaves_the_model_alone() -> None:
         (lambda m: setattr(m.transformer.h[1].attn, "scale_attn_weights", False), "attn is not"),
         (lambda m: setattr(m.config, "_attn_implementation", "mine"), "attention is 'mine'"),
     ],
-    ids=str,
 )
 def test_modules_that_are_not_the_configs_are_left_alone(change: Any, why: str) -> None:
     theirs, ours = fresh_pair()
@@ -242,6 +241,7 @@ def test_a_model_made_in_inference_mode() -> None:
     assert (ours(ids).logits - expected).abs().max() < tolerance(expected)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_the_old_weights_go_when_new_ones_are_packed() -> None:
     """Unless somebody is using them: then his call ends with what it began with."""
     _, ours = fresh_pair()

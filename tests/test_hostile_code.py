@@ -21,8 +21,6 @@ from tiny_checkpoints import (
     write_vocabulary,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Bomb:
     """Unpickling it creates a file."""

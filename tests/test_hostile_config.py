@@ -24,8 +24,6 @@ from tiny_checkpoints import (
     write_json,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 NOT_JSON = "config.json: is not valid JSON"
 GOOD = json.dumps(CONFIG)
 DIGITS = "1" + "0" * 5000

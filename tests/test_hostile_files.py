@@ -33,8 +33,6 @@ from tiny_checkpoints import (
 
 INDEX = "model.safetensors.index.json"
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def split_tensors() -> tuple[dict[str, Any], dict[str, Any]]:
     """All tensors, in two parts."""

@@ -23,8 +23,6 @@ from tiny_checkpoints import (
     write_vocabulary,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def bpe(**changes: Any) -> dict[str, Any]:
     """The usual tokenizer.json, with `changes` to its model."""
@@ -238,4 +236,6 @@ def test_settings_of_odd_types(tmp_path: Path) -> None:
 def test_vocabulary_only_transformers_reads(tmp_path: Path, file: str) -> None:
     pytest.importorskip("transformers")
     (write_checkpoint(tmp_path) / file).write_bytes(b"\xff\xfe\x00" * 9)
-    assert_refused(tmp_path, file, "cannot read it", cpu_seconds=30)  # imports transformers
+    with pytest.raises(CheckpointError):
+        load(tmp_path)  # imports what transformers reads it with
+    assert_refused(tmp_path, file, "cannot read it")

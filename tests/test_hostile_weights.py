@@ -29,8 +29,6 @@ from tiny_checkpoints import (
     write_raw,
 )
 
-pytestmark = pytest.mark.timeout(60)
-
 HEADER, DATA = lay_out(random_tensors())
 GOOD = pack(HEADER, DATA)
 DATA_START = len(GOOD) - len(DATA)

@@ -9,8 +9,6 @@ import pytest
 
 from tiny_checkpoints import assert_loads, assert_refused, cases, run_python, write_checkpoint
 
-pytestmark = pytest.mark.timeout(120)
-
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 _LOAD_BY_ID = """
 import sys, fastgen

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 import fastgen
+import processes
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "fastgen").rglob("*.py"))
@@ -159,14 +159,14 @@ def imports_optional(name: str) -> bool:
 def test_importing_is_cheap(code: str, unwanted: str, tmp_path: Path) -> None:
     code += f"\nimport sys; print(sorted(set({unwanted.split()}) & set(sys.modules)))"
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == "[]"
+    process = processes.run(command, cwd=tmp_path)
+    assert process.stdout.strip() == "[]", process.stderr
 
 
 def test_what_the_drop_in_needs_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['transformers'] = None; from fastgen import GPT2LMHeadModel"
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = processes.run(command, cwd=tmp_path)
     assert "GPT2LMHeadModel needs transformers: pip install 'fastgen[hf]'" in process.stderr
 
 

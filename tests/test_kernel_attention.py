@@ -158,6 +158,7 @@ def test_what_later_tokens_hold_hurts_no_earlier_one(tile: int, spans: int, bad:
     assert_near(found[~hurt], expected[~hurt], torch.float32)
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_invariant_attention_knows_neither_chunk_nor_neighbours() -> None:
     whole = Step([90, 7], [0, 40], 2, 8, torch.float32)
     together = whole.attend(16, invariant=True)

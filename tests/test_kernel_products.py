@@ -186,7 +186,9 @@ def test_head(vocab_size: int, folded: bool, int8: bool, dtype: torch.dtype) -> 
 
 
 def test_head_of_gpt2_vocabulary() -> None:
-    check_head(50257, 20, True, False, torch.float32)
+    """In the interpreter it is shorter by whole tiles, which are more of the same programs."""
+    size = 50257 if DEVICE.type == "cuda" else 50257 - 704 * TILE
+    check_head(size, 20, True, False, torch.float32)
 
 
 def check_head(size: int, width: int, folded: bool, int8: bool, dtype: torch.dtype) -> None:
@@ -207,6 +209,7 @@ def check_head(size: int, width: int, folded: bool, int8: bool, dtype: torch.dty
     assert torch.equal(found[1][1:].long(), ids)
 
 
+@pytest.mark.usefixtures("products_in_order")
 def test_invariant_products_do_not_know_how_many_rows_there_are(dtype: torch.dtype) -> None:
     weight, bias = random(70, 100, dtype=dtype), random(70)
     x = random(90, 100, dtype=dtype)

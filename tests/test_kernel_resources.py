@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "kernel_resources.py"
 
@@ -27,6 +28,6 @@ def test_every_variant_compiles_and_fits(architecture: str) -> None:
     command = [sys.executable, str(SCRIPT), "--architectures", architecture]
     unset = {"TRITON_INTERPRET", "PYTHONSAFEPATH"}  # it imports what lies beside it
     environment = {k: v for k, v in os.environ.items() if k not in unset}
-    process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    process = processes.run(command, env=environment)
     assert process.returncode == 0, process.stderr
     assert "0 wrong" in process.stdout.splitlines()[-1]

@@ -17,7 +17,7 @@ import kernel_twins as twins
 from fastgen import SamplingParams
 from fastgen.decoders.cuda_sampler import RING, CudaSampler, Kind
 from fastgen.decoders.interface import Draw
-from kernel_device import DEVICE, OWN_SORT, quiet
+from kernel_device import DEVICE, quiet
 from sampling_harness import (
     EOS,
     DefinedRow,
@@ -27,6 +27,7 @@ from sampling_harness import (
     random_logits,
     random_params,
 )
+from triton_interpreter import OWN_SORT
 
 pytestmark = quiet
 ON_DEVICE = {

@@ -113,6 +113,7 @@ def test_copies_and_growth_keep_the_bits(arithmetic: str, folders: dict[str, Pat
         assert np.array_equal(decoder.forward(rows.batch([row[45:], row[45:]])), found)
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_closed_decoder_raises_and_its_logits_stay(folders: dict[str, Path]) -> None:
     decoder = build_decoder(*plan_of(folders["tiny"]))
     batch = Rows(decoder, 1).batch([[1, 2, 3]])

@@ -6,7 +6,6 @@ Imports no torch, so that it can also run under sanitizers (test_sanitizers.py).
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import processes
 from cpu_decoders import INSTRUCTION_SETS, instruction_set
 from fastgen import SamplingParams
 from fastgen.decoders.native_sampler import NativeSampler
 from fastgen.native import native
 from sampling_harness import Rows, adversarial_logits, draw_each, random_logits, random_params
+from waits import WITHIN
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
 
@@ -83,7 +84,7 @@ def test_several_python_threads_draw_at_once() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(WITHIN)
     assert found == [wanted] * 6
 
 
@@ -106,9 +107,7 @@ if pid == 0:
     os._exit(0 if same else 3)
 print(before, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-    process = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
+    process = processes.run([sys.executable, "-c", code])
     assert process.stdout.strip() == f"{wanted} 0", process.stderr
 
 

@@ -23,6 +23,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import processes
+
 Tokens = dict[tuple[str, ...], list[int]]
 
 ROOT = Path(__file__).parents[1]
@@ -51,13 +53,8 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; where it does not end as expected, the test fails with its output."""
     inherited = {k: v for k, v in os.environ.items() if k not in (*BUILD_VARIABLES, "PYTHONPATH")}
-    process = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**inherited, "HF_HUB_OFFLINE": "1", **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
+    process = processes.run(
+        command, cwd=cwd, env={**inherited, "HF_HUB_OFFLINE": "1", **(env or {})}
     )
     assert (process.returncode != 0) == fails, process.stdout + process.stderr
     return process

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import processes
 from fastgen.bench import peaks
 from fastgen.bench.peaks import KINDS, Peak, Peaks
 from fastgen.native import native
@@ -111,8 +111,8 @@ def test_the_limits_are_the_processors_own_whatever_the_decoder_is_told() -> Non
     code = "from fastgen.native import native; print(native.multipliers())"
     environment = {**os.environ, "FASTGEN_ISA": "portable"}
     command = [sys.executable, "-c", code]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert process.stdout.strip() == str(native.multipliers())
+    process = processes.run(command, env=environment)
+    assert process.stdout.strip() == str(native.multipliers()), process.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_several_at_once(brief: None) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_in_a_child_after_a_fork() -> None:
-    process = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True)
+    process = processes.run([sys.executable, "-c", FORK])
     assert process.returncode == 0, process.stderr
     child, parent = process.stdout.splitlines()
     assert [is_positive(float(value)) for value in (*child.split(), *parent.split())] == [True] * 4

@@ -20,6 +20,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+import processes
+
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
@@ -48,13 +50,10 @@ def compiler(name: str) -> str:
 
 def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     """Its output; fails with all of it where the command does."""
-    process = subprocess.run(
-        [str(word) for word in command],
+    process = processes.run(
+        command,
         env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         errors="replace",
         cwd=ROOT,
     )
@@ -108,7 +107,7 @@ def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
 def failure_of(sources: Path, driver: Path, program: Path) -> str:
     core = sorted(p for p in sources.glob("*.cpp") if "bindings" not in p.name)
     run(compiler("g++"), *COMMON, *ADDRESS, *core, driver, "-o", program)
-    process = subprocess.run([program, "20", "1"], capture_output=True, text=True, errors="replace")
+    process = processes.run([program, "20", "1"], errors="replace")
     assert process.returncode != 0
     return process.stderr
 
@@ -151,7 +150,7 @@ def test_the_pool_drivers_checks_can_fail(
     broken.write_text(source.replace(old, new))
     include = f"-I{POOL.parent}"
     run(compiler("g++"), *COMMON, *flags, include, broken, POOL_DRIVER, "-o", program)
-    process = subprocess.run([program, "5", "1"], capture_output=True, text=True, errors="replace")
+    process = processes.run([program, "5", "1"], errors="replace")
     assert process.returncode != 0
     assert complaint in process.stderr
 
@@ -253,7 +252,7 @@ def test_the_decoder_drivers_checks_can_fail(
     broken = tmp_path / f"{name}.cpp"
     broken.write_text(source.replace(old, new))
     command = [decoder.program(broken), "20", "1"]
-    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    process = processes.run(command, errors="replace")
     assert process.returncode != 0
     assert complaint in process.stderr
 

@@ -27,12 +27,12 @@ from fastgen.decoders.interface import Draw, StepBatch
 from fastgen.request import Request, Row
 from fastgen.server.completions import Answer
 from poisoned import POISON, save_poisoned
-from server_harness import MODEL, RunningServer, serving, wait_until
+from server_harness import MODEL, RunningServer, serving
+from waits import WITHIN, wait_until
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "detokenize", "emit", "answer")
 KINDS = ("exception", "NaN", "delay", "cancel")
 WITHOUT_SENSE = {("admit", "NaN"), ("allocate", "NaN")}  # of these an engine's own tests know
-WITHIN = 60  # seconds, on a machine that is busy with other things
 VICTIM = "And it came to pass in those days, that there went out a decree " * 5  # 3 blocks
 NEVER = "\x00never"  # a stop string, so that text is made while tokens come
 SECRET = "/home/someone/secret.py"
@@ -313,9 +313,7 @@ def test_a_fault_hurts_its_own_request(
     outcome = struck.result(WITHIN)
     monkeypatch.undo()
 
-    began = time.monotonic()
     Client(server).ask(body(VICTIM, max_tokens=8)).assert_is(texts[VICTIM])
-    assert time.monotonic() - began < 2
 
     assert scene.strikes == 1
     if kind == "delay":

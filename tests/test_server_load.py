@@ -23,7 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import fastgen
 from engine_harness import assert_idle
 from fastgen import SamplingParams
-from server_harness import MODEL, RunningServer, serving, wait_until
+from server_harness import MODEL, RunningServer, serving
+from waits import wait_until
 
 AT_ONCE = 96
 TEXT = """And it came to pass in those days, when all the people of Israel went up from the land of

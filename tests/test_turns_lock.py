@@ -16,21 +16,13 @@ from engine_harness import assert_idle, greedy
 from fastgen.engine_thread import Terms
 from fastgen.threaded_engine import ThreadedEngine
 from fastgen.turns import Turns
-
-WITHIN = 60  # seconds, on a machine that is busy with other things
+from waits import WITHIN, wait_until
 
 
 def started(work: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
-
-
-def soon(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + WITHIN
-    while not condition():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.001)
 
 
 def joined(threads: list[threading.Thread]) -> None:
@@ -50,7 +42,7 @@ def test_it_is_handed_on_in_the_order_of_asking() -> None:
     with turns:
         for index in range(40):
             threads.append(started(partial(work, index)))
-            soon(lambda: len(turns._waiting) == len(threads))
+            wait_until(lambda: len(turns._waiting) == len(threads))
         assert order == []
     joined(threads)
     assert order == list(range(40))
@@ -66,15 +58,15 @@ def test_whoever_leaves_goes_behind_those_who_wait() -> None:
         for _ in range(50):
             with turns:
                 order.append("other")
-                soon(lambda: turns._waiting or len(order) >= 99)
+                wait_until(lambda: turns._waiting or len(order) >= 99)
 
     with turns:
         thread = started(other)
-        soon(lambda: len(turns._waiting) == 1)
+        wait_until(lambda: len(turns._waiting) == 1)
     for _ in range(50):
         with turns:
             order.append("mine")
-            soon(lambda: turns._waiting or len(order) >= 99)
+            wait_until(lambda: turns._waiting or len(order) >= 99)
     joined([thread])
     assert order == ["other", "mine"] * 50
 
@@ -110,7 +102,7 @@ def test_an_exception_inside_hands_it_on() -> None:
     def fail() -> None:
         with turns:
             started(other)
-            soon(lambda: turns._waiting)
+            wait_until(lambda: turns._waiting)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -127,7 +119,7 @@ def models() -> Iterator[list[fastgen.Generator]]:
             stack.enter_context(fastgen.load(max_batch_size=2, max_seq_len=256)) for _ in range(2)
         ]
         yield two
-        soon(lambda: not any(model.engine.num_unfinished for model in two))
+        wait_until(lambda: not any(model.engine.num_unfinished for model in two))
         for model in two:
             assert_idle(model.engine)
 
@@ -160,7 +152,7 @@ def test_models_that_share_a_processor_both_make_progress(
     with ThreadedEngine(models[0], terms) as first, ThreadedEngine(models[1], terms) as second:
         for slow, quick in ((first, second), (second, first)):
             long = slow.submit("And it came to pass", greedy(max_new_tokens=240, ignore_eos=True))
-            soon(lambda: len(steps) > 3)
+            wait_until(lambda: len(steps) > 3)
             before = len(steps)
             short = quick.submit("In the beginning", greedy(max_new_tokens=20, ignore_eos=True))
             assert len(short.result(WITHIN).completions[0].token_ids) == 20

@@ -1,0 +1,71 @@
+"""Other processes of a test. Each has a process group of its own, which ends with the test.
+
+Whatever such a process has started goes along, also when the test fails, is interrupted, or runs
+out of time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`options` are Popen's; what comes out is text."""
+    words = [str(word) for word in command]
+    options = {"stdin": subprocess.DEVNULL, "text": True, **options}
+    process: subprocess.Popen[str] = subprocess.Popen(words, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[Any]) -> None:
+    """Kill it and what it has started, and wait for it."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            with suppress(OSError):  # what it no longer reads cannot be flushed
+                stream.close()
+
+
+def run(
+    command: Sequence[object], *, stdin: str | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """To its end, whatever that is; standard output and error are kept, unless `options` say
+    otherwise. How long it may take is up to the test's own time limit.
+    """
+    pipe = subprocess.PIPE
+    options = {"stdout": pipe, "stderr": pipe, **options}
+    if stdin is not None:
+        options["stdin"] = pipe
+    with started(command, **options) as process:
+        out, err = process.communicate(stdin)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def command_of(pid: int) -> str:
+    """Empty of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def children() -> set[int]:
+    """The processes that this one has started and not waited for; none without Linux's /proc."""
+    found: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # a thread that has ended
+            found.update(map(int, path.read_text().split()))
+    return found
