@@ -31,18 +31,19 @@ INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(addprefix tests/te
 	cuda_decoder decoder_interface kernel_sampling kernel_attention kernel_products run_ahead \
 	cuda_warmup))
 
+# Both runs, with these options; what fails in the first does not hide the second.
+both = @failed=0; $(PYTEST) $(1) || failed=1; $(INTERPRETED) $(1) || failed=1; exit $$failed
+
 # ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16).
 ifdef ISA
 test test-all: export FASTGEN_ISA = $(ISA)
 endif
 
 test: .venv/test.stamp
-	$(PYTEST) -m "not slow"
-	$(INTERPRETED) -m "not slow"
+	$(call both,-m "not slow")
 
 test-all: .venv/test.stamp
-	$(PYTEST) -m slow --durations 20
-	$(INTERPRETED) -m slow --durations 20
+	$(call both,-m slow --durations 20)
 
 MINUTES ?= 10
 soak: .venv/test.stamp

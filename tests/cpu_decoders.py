@@ -36,9 +36,9 @@ ARITHMETICS = {
 
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
-    """Decoders made inside take this path, and keep it; "" is the best there is."""
+    """Decoders made inside take this path, and keep it; "": the one that they would take anyway."""
     before = os.environ.get("FASTGEN_ISA", "")
-    os.environ["FASTGEN_ISA"] = name
+    os.environ["FASTGEN_ISA"] = name or before
     try:
         yield
     finally:

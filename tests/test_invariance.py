@@ -110,7 +110,7 @@ class Case:
 
     def step(self, rows: list[Row]) -> None:
         for row in rows:
-            if not row.fed:
+            if not row.blocks:
                 self.begin(row)
         longest = self.rng.choice([1, 2, 7, 33, MAX_LEN])
         counts, room = [], self.decoder.limits.max_tokens
