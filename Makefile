@@ -23,16 +23,13 @@ demo: .venv/demo.stamp
 	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
 		"In the beginning"
 
-# A file's tests run in one process, as many files side by side as there are processors.
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
-	--no-loadscope-reorder
-# Kernels and the CUDA decoder, in Triton's interpreter: no GPU is needed.
+# As many processes as there are processors, 8 at most. Of the first run's files each is tested by one
+# process; what the second run tests, in Triton's interpreter, needs no GPU.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder
 INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
 	cuda_decoder decoder_interface kernel_sampling kernel_attention kernel_products run_ahead \
 	cuda_warmup))
-
-# Both runs, with these options; what fails in the first does not hide the second.
-both = @failed=0; $(PYTEST) $(1) || failed=1; $(INTERPRETED) $(1) || failed=1; exit $$failed
 
 # ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16).
 ifdef ISA
@@ -40,10 +37,12 @@ test test-all: export FASTGEN_ISA = $(ISA)
 endif
 
 test: .venv/test.stamp
-	$(call both,-m "not slow")
+	$(BY_FILE) -m "not slow"
+	$(INTERPRETED) -m "not slow"
 
 test-all: .venv/test.stamp
-	$(call both,-m slow --durations 20)
+	$(BY_FILE) -m slow --durations 20
+	$(INTERPRETED) -m slow --durations 20
 
 MINUTES ?= 10
 soak: .venv/test.stamp

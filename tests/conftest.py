@@ -8,23 +8,27 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from fastgen.machine import granted_cores
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # PyTorch's threads wait for each other by spinning: there must not be more of them than cores.
-    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    share = granted_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    import triton_interpreter
-
-    triton_interpreter.speed_up()
 
 import fastgen
 import processes
+
+HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+if HAS_INTERPRETER:
+    import triton_interpreter
+
+    triton_interpreter.speed_up()
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs behind it
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for the tests of Ctrl-C
@@ -65,7 +69,8 @@ LONG = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of several processes
-        items.sort(key=lambda item: LONG.index(name) if (name := item.path.name) in LONG else 99)
+        place = {name: at for at, name in enumerate(LONG)}
+        items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +102,7 @@ def own_garbage() -> None:
 @pytest.fixture
 def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of equal bits in Triton's interpreter; a GPU needs no such help."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if HAS_INTERPRETER:
         builder = triton_interpreter.interpreter.InterpreterBuilder
         monkeypatch.setattr(builder, "create_dot", triton_interpreter.dot_in_order)
 

@@ -8,5 +8,6 @@ import os
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HAS_CUDA = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-DECODERS = ["cuda"] if INTERPRETED else ["cpu", "torch", *["cuda"] * HAS_CUDA]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_CUDA = torch.cuda.is_available() and HAS_TRITON
+DECODERS = ["cuda"] * HAS_TRITON if INTERPRETED else ["cpu", "torch", *["cuda"] * HAS_CUDA]

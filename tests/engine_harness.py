@@ -5,6 +5,7 @@ that only counts, where an engine's books are to be tried out thousands of times
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,21 @@ def greedy(**options: Any) -> fastgen.SamplingParams:
 
 def new_tokens(request: Request) -> list[list[int]]:
     return [row.new_token_ids for row in request.rows]
+
+
+def cpu_seconds(work: Callable[[], Any]) -> float:
+    """Of this process: what others have of the processor does not count."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def assert_linear(work: Callable[[int], Any], size: int) -> None:
+    """Four times the size takes four times as long, and not sixteen times."""
+    small, large = (
+        min(cpu_seconds(lambda n=n: work(n)) for _ in range(2)) for n in (size // 4, size)
+    )
+    assert large < 10 * small, (small, large)
 
 
 def num_calls(work: Callable[[], Any]) -> int:

@@ -34,11 +34,16 @@ class Gate:
 
     def __init__(self) -> None:
         self._entered, self._opened = threading.Event(), threading.Event()
-        self.open, self.is_open = self._opened.set, self._opened.is_set
+        self.open = self._opened.set
+        self.num_inside = 0
 
     def pass_through(self) -> None:
+        self.num_inside += 1
         self._entered.set()
-        assert self._opened.wait(WITHIN)
+        try:
+            assert self._opened.wait(WITHIN)
+        finally:
+            self.num_inside -= 1
 
     def await_step(self) -> None:
         assert self._entered.wait(WITHIN)

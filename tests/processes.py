@@ -1,7 +1,7 @@
 """Other processes of a test. Each has a process group of its own, which ends with the test.
 
-Whatever such a process has started goes along, also when the test fails, is interrupted, or runs
-out of time.
+Whatever such a process has started in that group goes along, also when the test fails, is
+interrupted, or runs out of time.
 """
 
 from __future__ import annotations

@@ -121,6 +121,8 @@ class ServerProcess:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.process.kill()
-        self._reader.join(WITHIN)
-        self._started.__exit__(None, None, None)
+        try:
+            self.process.kill()
+            self._reader.join(WITHIN)
+        finally:
+            self._started.__exit__(None, None, None)

@@ -40,7 +40,6 @@ def test_it_runs_ci_run_and_nothing_else_of_its_own(job: dict[str, Any]) -> None
     commands = [step["run"] for step in job["steps"] if "run" in step]
     assert commands == [".ci/run < /dev/null"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
-    assert job["timeout-minutes"] == 90
 
 
 def test_it_covers_the_pythons_and_processors_of_the_project(job: dict[str, Any]) -> None:
@@ -48,8 +47,9 @@ def test_it_covers_the_pythons_and_processors_of_the_project(job: dict[str, Any]
     found = re.findall(r"Python :: (3\.\d+)$", "\n".join(project["classifiers"]), re.MULTILINE)
     assert project["requires-python"] == f">={found[0]}"
     matrix = job["strategy"]["matrix"]
-    assert matrix["python"] == found == [f"3.{minor}" for minor in range(11, 15)]
-    assert matrix["machine"] == ["ubuntu-24.04", "ubuntu-24.04-arm"]
+    assert matrix["python"] == found
+    x86, arm = matrix["machine"]
+    assert arm == f"{x86}-arm"
     assert job["runs-on"] == "${{ matrix.machine }}"
     [given] = [step["with"] for step in job["steps"] if "setup-python" in step.get("uses", "")]
     assert given == {"python-version": "${{ matrix.python }}"}
@@ -62,6 +62,7 @@ def test_every_action_and_expression_is_one_that_there_is(job: dict[str, Any]) -
     known = {*(f"matrix.{name}" for name in job["strategy"]["matrix"])} | {
         "github.workflow",
         "github.ref",
+        "github.event_name == 'pull_request'",
     }
     expressions = re.findall(r"\$\{\{ *(.*?) *\}\}", (WORKFLOWS / "ci.yml").read_text())
     assert expressions and set(expressions) <= known

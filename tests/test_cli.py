@@ -175,7 +175,9 @@ def test_ctrl_c_keeps_the_text_and_exits_130() -> None:
         assert process.stdout is not None
         shown = b""
         while len(shown) <= len("In the beginning"):  # new tokens have come, and more will
-            shown += os.read(process.stdout.fileno(), 16)
+            part = os.read(process.stdout.fileno(), 16)
+            assert part, process.communicate()
+            shown += part
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate()
     assert process.returncode == 130

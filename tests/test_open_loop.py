@@ -42,14 +42,14 @@ def test_times_count_from_when_a_request_was_due(load: Any) -> None:
         if prompt[0] == 1:
             raise OSError("refused")
         if prompt[0] == 3:
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
         await asyncio.sleep(0.05)
         for _ in range(new_tokens if prompt[0] != 2 else 1):
             yield
 
     due = [0.0, 0.01, 0.02, 0.03, 0.1]
     prompts = [[at] for at in range(5)]
-    outcomes = asyncio.run(load.drive(send, prompts, 3, due, 0.5))
+    outcomes = asyncio.run(load.drive(send, prompts, 3, due, 5))
     assert begun == [0, 1, 2, 3, 4]
     assert [outcome.error for outcome in outcomes] == [
         None, "OSError: refused", "1 of 3 tokens", "too late", None,

@@ -30,7 +30,7 @@ def test_hangs():
         time.sleep(600)
 """
 WAYS = {
-    "its time is over": (["--timeout=5"], None),
+    "its time is over": (["--timeout=15"], None),
     "Ctrl-C": ([], signal.SIGINT),
     "SIGTERM": ([], signal.SIGTERM),
     "SIGTERM to one of several": (["--numprocesses=1"], signal.SIGTERM),

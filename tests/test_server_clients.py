@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import fastgen
+from fastgen.request import Request
 from fastgen.server.limits import ServerLimits
 from raw_client import (
     CANARY,
@@ -58,10 +59,11 @@ def server(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer
 
 
 @pytest.fixture
-def hasty(model: fastgen.Generator) -> Iterator[RunningServer]:
+def hasty(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
     """One that cuts slow clients off; however slow this machine is, no other client uses it."""
     with serving({MODEL: model}, limits=HASTY) as running:
         yield running
+        assert_unharmed(running, canary_text)
 
 
 @pytest.fixture(autouse=True)
@@ -190,13 +192,26 @@ LEAVERS = {
 @pytest.mark.parametrize("sent", cases(LEAVERS))
 @pytest.mark.parametrize("go", [leave, reset])
 def test_a_client_that_leaves_takes_its_rows_along(
-    server: RunningServer, model: fastgen.Generator, sent: bytes, go: Callable[[Any], None]
+    server: RunningServer,
+    model: fastgen.Generator,
+    sent: bytes,
+    go: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    engine = model.engine
+    engine, requests = model.engine, list[Request]()
+    add = engine.add_request
+
+    def add_request(*args: Any, **options: Any) -> Request:
+        requests.append(add(*args, **options))
+        return requests[-1]
+
+    monkeypatch.setattr(engine, "add_request", add_request)
     with closing(begun(server.port, sent)) as client:
         wait_until(lambda: engine.num_unfinished > engine.num_waiting)
         go(client)
     wait_until(lambda: engine.num_unfinished == 0)
+    reasons = [row.finish_reason for request in requests for row in request.rows]
+    assert "cancelled" in reasons, "it came to its end"
     assert engine.num_free_blocks == engine.decoder.limits.num_blocks
 
 
@@ -204,11 +219,12 @@ def test_a_client_that_leaves_after_its_next_request(
     server: RunningServer, model: fastgen.Generator
 ) -> None:
     """What comes behind a request that is under way does not hide that its client has gone."""
-    with closing(begun(server.port, post(LONG, close=False))) as client:
+    before = model.engine.stats.decode_tokens
+    with closing(begun(server.port, post({**LONG, "n": 8}, close=False))) as client:
         wait_until(lambda: model.engine.num_unfinished > 0)
         client.sendall(get("/health/live"))
-        time.sleep(0.05)
     wait_until(lambda: model.engine.num_unfinished == 0)
+    assert model.engine.stats.decode_tokens - before < 8 * 899, "it came to its end"
 
 
 def test_many_connections_that_come_and_go(server: RunningServer, canary_text: str) -> None:

@@ -213,6 +213,7 @@ def load(model: fastgen.Generator, count: int, most_growth: float) -> None:
     fates = Counter((call.stays, call.status) for call in calls)
     assert fates[False, 200] == count // 10 and fates[True, 200] == count - 3 * (count // 20)
     wanted = [alone(model, call) if call.stays and call.options else None for call in calls]
+    gc.collect()
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with serving({MODEL: model}) as server:
         found, left = [], []

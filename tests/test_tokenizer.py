@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 
+from engine_harness import assert_linear
 from fastgen.errors import CheckpointError
 from fastgen.generator import BUNDLED_MODEL
 from fastgen.tokenizer import Tokenizer
@@ -361,10 +362,12 @@ def test_a_text_of_unknown_characters_is_not_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "你", "e\u0301", "9", "'"])
 def test_a_megabyte_of_one_character(unit: str) -> None:
-    """A way that is quadratic in it would not come to an end within a test's time."""
-    text = unit * (2**20 // len(unit.encode()))
-    [ids] = BUNDLED.encode([text])
-    assert BUNDLED.decode(ids) == text
+    def there_and_back(size: int) -> None:
+        text = unit * (size // len(unit.encode()))
+        [ids] = BUNDLED.encode([text])
+        assert BUNDLED.decode(ids) == text
+
+    assert_linear(there_and_back, 2**20)
 
 
 def test_other_threads_run_while_a_text_is_encoded() -> None:
@@ -392,4 +395,4 @@ def test_other_threads_run_while_a_text_is_encoded() -> None:
         sys.setswitchinterval(interval)
         done.set()
         other.join()
-    assert meanwhile > 0
+    assert meanwhile > 5, "not only for a moment"

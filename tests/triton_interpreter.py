@@ -1,8 +1,8 @@
 """Triton's interpreter, made two to three times as fast; what it computes stays as it is.
 
-Before each kernel, and before each call of a function within one, the interpreter looks through all
-that is in triton.language for what it has to replace. That takes most of its time: the kernel that
-calls has replaced it already, and what there is to replace is always the same.
+Before each kernel, and before each call of a function within one, the interpreter looks for
+builtins in triton.language and patches them. That takes most of its time. The builtins are always
+the same, and within a kernel they are patched already.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def dot_in_order(self: Any, a: Any, b: Any, sums: Any, *_: Any) -> TensorHandle:
     """As create_dot, step by step: NumPy's matrix product gives equal rows different bits at
     different places, on some processors.
     """
-    total = sums.data.copy()
-    left, right = a.data.astype(total.dtype), b.data.astype(total.dtype)
+    product = np.zeros_like(sums.data)
+    left, right = a.data.astype(product.dtype), b.data.astype(product.dtype)
     for at in range(left.shape[-1]):
-        total += left[..., at : at + 1] * right[..., at : at + 1, :]
-    return TensorHandle(total, sums.dtype.scalar)
+        product += left[..., at : at + 1] * right[..., at : at + 1, :]
+    return TensorHandle(product + sums.data, sums.dtype.scalar)
 
 
 def speed_up() -> None:
