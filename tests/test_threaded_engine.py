@@ -189,7 +189,7 @@ def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Generator)
         engine.close()
         assert reading.result(WITHIN)[-1].finish_reason == "cancelled"
     for future in futures:
-        assert future.result(0).completions[0].finish_reason == "cancelled"
+        assert future.result(WITHIN).completions[0].finish_reason == "cancelled"
     assert not engine.ready and not engine.thread._thread.is_alive()
     with pytest.raises(EngineError, match="has been closed"):
         engine.submit("And")
