@@ -38,6 +38,7 @@ def slow(*values: Any) -> Any:
 
 
 SIZES: dict[str, Any] = {"max_batch_size": 4, "decoder": "cuda"}
+MOST = 5 if INTERPRETED else 8  # new tokens; some rows are to have 4 at least
 
 
 def load(folder: Path, **options: Any) -> fastgen.Generator:
@@ -89,7 +90,7 @@ PARAMS = [
 
 def generated(folder: Path, **options: Any) -> list[Any]:
     prompts = random_rows(1, 3, 1, 40, 9, 12, 5, 7, 20)
-    params = [fastgen.SamplingParams(max_new_tokens=8, **own) for own in PARAMS]
+    params = [fastgen.SamplingParams(max_new_tokens=MOST, **own) for own in PARAMS]
     with fastgen.load(folder, dtype="float32", **{**SIZES, **options}) as model:
         results = model.generate(prompts, params)
         assert model.engine.num_free_blocks == model.plan.limits.num_blocks
@@ -270,7 +271,7 @@ def test_nan_hurts_no_other_row_and_no_earlier_token(tmp_path: Path) -> None:
     with load(folder, dtype="float32", max_seq_len=64) as model:
         decoder = decoder_of(model)
         expected = all_logits(decoder, [[*victim[:20], 1, *victim[21:]], other], [64])
-        for chunks in ([64], [9]):
+        for chunks in ([64], [16]):
             found = all_logits(decoder, [victim, other], chunks, seed=1)
             assert np.isnan(found[0][20:]).all()
             assert worst_error([found[0][:20]], [expected[0][:20]]) < 1e-4
@@ -282,8 +283,7 @@ def test_nan_hurts_no_other_row_and_no_earlier_token(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("products_in_order")
 def test_invariant_bits_follow_from_the_row_alone(kv_dtype: str, dtype: str, small: Path) -> None:
     rows = random_rows(6, 50, 3, 33, 18)
-    options = {"dtype": dtype, "batch_invariant": True, "kv_dtype": kv_dtype}
-    with load(small, **options) as model:
+    with load(small, dtype=dtype, batch_invariant=True, kv_dtype=kv_dtype) as model:
         decoder = decoder_of(model)
         assert decoder.limits.batch_invariant
         together = all_logits(decoder, rows, [7, 30, 1])

@@ -32,6 +32,8 @@ from server_harness import MODEL, RunningServer, ServerProcess, serving
 from test_server_load import metrics
 from waits import WITHIN, wait_in_loop_until, wait_until
 
+PART = 1 << 16  # bytes that a slow reader takes at a time
+
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[fastgen.Generator]:
@@ -141,8 +143,8 @@ def test_a_slow_reader_gets_all_of_it_and_a_silent_one_is_cut_off(
     limits = ServerLimits(send_timeout=2.0)
     with serving({MODEL: model}, limits=limits) as server:
         whole = len(replies_to(server, body, pause=0.0))
-        assert whole / (1 << 16) * 0.15 > limits.send_timeout, "reading is to take longer"
-        assert len(replies_to(server, body, pause=0.15)) == whole
+        pause = 1.5 * limits.send_timeout / (whole / PART)  # reading is to take longer than that
+        assert pause < 0.2 and len(replies_to(server, body, pause)) == whole
         with closing(begun(server.port, post(body), receive_buffer=4096)) as silent:
             wait_until(lambda: bool(server.server.server_state.connections))
             wait_until(lambda: not server.server.server_state.connections)
@@ -150,10 +152,10 @@ def test_a_slow_reader_gets_all_of_it_and_a_silent_one_is_cut_off(
 
 
 def replies_to(server: RunningServer, body: Any, pause: float) -> bytes:
-    """Read 64 KB at a time, with pauses."""
+    """Read with pauses."""
     parts = []
-    with closing(begun(server.port, post(body), receive_buffer=1 << 16)) as client:
-        while part := client.recv(1 << 16):
+    with closing(begun(server.port, post(body), receive_buffer=PART)) as client:
+        while part := client.recv(PART):
             parts.append(part)
             time.sleep(pause)
     [reply] = replies(b"".join(parts))
