@@ -24,6 +24,7 @@ from fastgen.stream import PieceReader, raise_error
 from fastgen.turns import Turns
 
 logger = logging.getLogger("fastgen")
+_LONG = 4096  # characters and ids; more than any event loop encodes or checks itself
 _FAILURES = 3  # steps that fail one after another, and no other between: the decoder is lost
 
 
@@ -351,5 +352,13 @@ class EngineThread:
 
 
 def sized(items: Iterable[object]) -> int:
-    """Characters and ids that texts hold, and 1 for each, for a guess at how long they take."""
-    return sum(1 + len(item) if isinstance(item, (str, list, tuple)) else 1 for item in items)
+    """Characters and ids that texts hold, and 1 for each, for a guess at how long they take.
+
+    Counted until it is certain that they take long, since an event loop waits for it.
+    """
+    size = 0
+    for item in items:
+        size += 1 + len(item) if isinstance(item, (str, list, tuple)) else 1
+        if size > _LONG:
+            break
+    return size

@@ -16,7 +16,7 @@ import pytest
 import fastgen
 from engine_harness import assert_idle, greedy, random_prompt
 from fastgen import EngineError, SamplingParams
-from fastgen.engine_thread import EngineThread, Terms, Ticket
+from fastgen.engine_thread import EngineThread, Terms, Ticket, sized
 from fastgen.inbox import Inbox, News
 from fastgen.jobs import Job
 from fastgen.threaded_engine import ThreadedEngine, ThreadedStream
@@ -57,6 +57,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("fastgen.engine_thread.time", made)
     return made
+
+
+def test_sizes_are_counted_no_further_than_until_it_is_certain_that_they_are_large() -> None:
+    assert sized([5, "abc", [1, 2]]) == 1 + 4 + 3
+    assert sized(["x"] * 2000) == 4000
+    for items in ([7] * 10**6, ["ab"] * 10**6, "x" * 10**6):
+        left = iter(items)
+        assert sized(left) > 4000 and len(list(left)) > 0.99 * 10**6
 
 
 def test_sixteen_threads_at_once_are_exact(model: fastgen.Generator) -> None:
