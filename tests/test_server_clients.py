@@ -60,7 +60,7 @@ def server(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer
 
 @pytest.fixture
 def hasty(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
-    """One that cuts slow clients off; however slow this machine is, no other client uses it."""
+    """One that cuts slow clients off. Others use `server`, however slow this machine is."""
     with serving({MODEL: model}, limits=HASTY) as running:
         yield running
         assert_unharmed(running, canary_text)
