@@ -14,8 +14,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*.inc tests/native/*.cpp tests/native/*.h)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+CPP_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc tests/native/*.cpp tests/native/*.h)
 
 .PHONY: demo test test-all soak bench bench-compare lint format clean
 
@@ -27,9 +27,8 @@ demo: .venv/demo.stamp
 # process; what the second run tests, in Triton's interpreter, needs no GPU.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder
-INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal $(addprefix tests/test_,$(addsuffix .py, \
-	cuda_decoder decoder_interface kernel_sampling kernel_attention kernel_products run_ahead \
-	cuda_warmup))
+INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels $(addprefix tests/decoders/test_, \
+	cuda_decoder.py cuda_warmup.py interface.py run_ahead.py)
 
 # ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16).
 ifdef ISA
@@ -46,13 +45,13 @@ test-all: .venv/test.stamp
 
 MINUTES ?= 10
 soak: .venv/test.stamp
-	PYTHONPATH=tests $(BIN)/python tests/soak.py --minutes $(MINUTES)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/helpers/soak.py --minutes $(MINUTES)
 
 ONLY ?=
 RUNS := .benchmarks
 bench: .venv/test.stamp
 	$(BIN)/python -m pytest benchmarks/parts -o python_files='bench_*.py' \
-		-o pythonpath='tests benchmarks' -rs -k '$(ONLY)' \
+		-o pythonpath='tests/helpers benchmarks' -rs -k '$(ONLY)' \
 		-W default::pytest_benchmark.logger.PytestBenchmarkWarning \
 		--benchmark-autosave --benchmark-storage=file://$(RUNS) --benchmark-disable-gc \
 		--benchmark-group-by=group --benchmark-sort=min \

@@ -6,10 +6,11 @@ from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.errors import BaseError, CCompilerError
 
-PARTS = ("bench", "bench.peers", "decoders", "hf", "kernels", "server")
+# What is installed from folders outside of fastgen/.
+ELSEWHERE = {"fastgen.kernels": "kernels", "fastgen.bench.peers": "benchmarks/peers"}
 
 
 class OptionalBuildExt(build_ext):
@@ -31,9 +32,11 @@ class OptionalBuildExt(build_ext):
         (folder / built.name).unlink(missing_ok=True)
 
 
-sources = sorted(glob("csrc/*.cpp"))
-headers = sorted([*glob("csrc/*.h"), *glob("csrc/*.inc")])
-native = Pybind11Extension("fastgen._native", sources, depends=headers, cxx_std=17)
+sources = sorted(glob("csrc/*/*.cpp"))
+headers = sorted([*glob("csrc/*/*.h"), *glob("csrc/*/*.inc")])
+native = Pybind11Extension(
+    "fastgen._native", sources, include_dirs=["csrc"], depends=headers, cxx_std=17
+)
 if sys.platform != "win32":
     native.extra_compile_args += ["-O3", "-pthread"]
     native.extra_link_args += ["-pthread"]
@@ -43,6 +46,6 @@ ParallelCompile("FASTGEN_BUILD_JOBS").install()  # as many files at once as ther
 setup(
     ext_modules=[native],
     cmdclass={"build_ext": OptionalBuildExt},
-    packages=["fastgen", *(f"fastgen.{name}" for name in PARTS)],
-    package_dir={"fastgen.kernels": "kernels", "fastgen.bench.peers": "benchmarks/peers"},
+    packages=[*find_packages(include=["fastgen", "fastgen.*"]), *ELSEWHERE],
+    package_dir=ELSEWHERE,
 )

@@ -21,14 +21,14 @@ from rows import Rows
 from timed_decoder import InstantDecoder, TimedDecoder
 
 import fastgen
-from fastgen.bench import turns
+from fastgen.bench import interleave
 from fastgen.bench.shapes import random_prompts
 
 Record = dict[str, Any]
 Options = dict[str, Any]
 Prompts = Callable[[int], list[Any]]  # so many new ones
 
-HELD_OUT = Path(__file__).parents[1] / "tests" / "held_out.txt"
+HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out.txt"
 PROMPT_CHARS = 100
 ROWS = (1, 8, 32)
 SAMPLING_BATCHES = (1, 32)
@@ -72,7 +72,7 @@ def engine_overhead(tiny: Path, load: Options, rounds: int) -> list[Record]:
                 measures[f"{case}/{rows}"] = _overhead(
                     generator, prompts, rows, options, kinds.get(case, TimedDecoder)
                 )
-        seconds = turns.take_turns(measures, rounds=rounds, warmups=2)
+        seconds = interleave.interleave_calls(measures, rounds=rounds, warmups=2)
     return [_fitted(case, [seconds[f"{case}/{rows}"] for rows in ROWS]) for case in cases]
 
 
@@ -84,14 +84,14 @@ def sampling_cost(folder: Path, dtype: str, load: Options, rounds: int) -> Itera
         for batch in SAMPLING_BATCHES:
             rows = Rows(model.engine.decoder, batch, PROMPT + NEW)
             measures = {name: _decode(rows, options, rng) for name, options in SAMPLING.items()}
-            seconds = turns.take_turns(measures, rounds=rounds)
+            seconds = interleave.interleave_calls(measures, rounds=rounds)
             for name, values in seconds.items():
                 yield {
                     "dtype": dtype,
                     "batch": batch,
                     "options": name,
-                    "step_milliseconds": round(turns.median(values) / NEW * 1e3, 4),
-                    "over_greedy": round(turns.ratio(values, seconds["greedy"]), 4),
+                    "step_milliseconds": round(interleave.median(values) / NEW * 1e3, 4),
+                    "over_greedy": round(interleave.ratio(values, seconds["greedy"]), 4),
                 }
 
 
@@ -101,7 +101,7 @@ def _overhead(
     rows: int,
     options: Options,
     kind: type[TimedDecoder],
-) -> turns.Measure:
+) -> interleave.Measure:
     """Seconds a step of a call of `generate`, without the decoder's."""
 
     def measure() -> float:
@@ -120,7 +120,7 @@ def _overhead(
 
 
 def _fitted(case: str, seconds: list[list[float]]) -> Record:
-    microseconds = [turns.median(values) * 1e6 for values in seconds]
+    microseconds = [interleave.median(values) * 1e6 for values in seconds]
     a_row, a_step = np.polyfit(ROWS, microseconds, 1)
     return {
         "case": case,
@@ -132,7 +132,7 @@ def _fitted(case: str, seconds: list[list[float]]) -> Record:
     }
 
 
-def _decode(rows: Rows, options: Options, rng: np.random.Generator) -> turns.Measure:
+def _decode(rows: Rows, options: Options, rng: np.random.Generator) -> interleave.Measure:
     batches = rows.decode_batches(PROMPT, NEW)
 
     def measure() -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 from models import PRECISIONS, PROMPT
 
-from fastgen.bench import turns
+from fastgen.bench import interleave
 from fastgen.bench.shapes import Shape
 
 Record = dict[str, Any]
@@ -38,11 +38,11 @@ print(generation.completions[0].token_ids, flush=True)
 def import_time(rounds: int) -> Record:
     """Seconds that importing adds to an empty interpreter's."""
     measures = {name: partial(_process_seconds, code) for name, code in _IMPORTS.items()}
-    seconds = turns.take_turns(measures, rounds=rounds)
-    record = {"empty interpreter": round(turns.median(seconds["empty"]), 4)}
+    seconds = interleave.interleave_calls(measures, rounds=rounds)
+    record = {"empty interpreter": round(interleave.median(seconds["empty"]), 4)}
     for name in list(_IMPORTS)[1:]:
         added = [a - b for a, b in zip(seconds[name], seconds["empty"], strict=True)]
-        record[name] = round(turns.median(added), 4)
+        record[name] = round(interleave.median(added), 4)
     return record
 
 
@@ -54,9 +54,9 @@ def cold_start(folder: Path, dtypes: list[str], load: Options, rounds: int) -> l
         prompt = list(range(PROMPT))
         code = _FIRST_TOKEN.format(folder=str(folder), options=options, prompt=prompt)
         measures[dtype] = partial(_first_line_seconds, code)
-    seconds = turns.take_turns(measures, rounds=rounds)
+    seconds = interleave.interleave_calls(measures, rounds=rounds)
     return [
-        {"dtype": dtype, "seconds": round(turns.median(values), 3)}
+        {"dtype": dtype, "seconds": round(interleave.median(values), 3)}
         for dtype, values in seconds.items()
     ]
 

@@ -24,7 +24,7 @@ import harness
 import models
 
 from fastgen.bench.shapes import SHAPES, save_checkpoint
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 
 Record = dict[str, Any]
 

@@ -28,7 +28,8 @@ from rows import Rows
 
 import fastgen
 from fastgen.bench import roofline
-from fastgen.bench.limits import Limits, limits_of
+from fastgen.bench.hardware_peaks import RequestLimits, limits_of
+from fastgen.bench.interleave import Measure, median
 from fastgen.bench.roofline import Speeds, Step
 from fastgen.bench.shapes import (
     SHAPES,
@@ -38,9 +39,8 @@ from fastgen.bench.shapes import (
     save_checkpoint,
     weight_bytes,
 )
-from fastgen.bench.turns import Measure, median
 from fastgen.decoders.interface import Decoder
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 
 Record = dict[str, Any]
 
@@ -129,14 +129,14 @@ def prefill_work(model: Model, length: int) -> Work:
     return Work({"work": "prefill", "size": length, "chunk": chunk}, steps, length, 1, measure)
 
 
-def take_rounds(works: list[Work], limits: Limits, rounds: int) -> None:
+def take_rounds(works: list[Work], limits: RequestLimits, rounds: int) -> None:
     """limits, work, limits, work, ..., limits; the first round is not kept."""
-    for turn in range(1 + rounds):
+    for round_index in range(1 + rounds):
         before = limits.probe()
         for work in works:
             seconds, after = work.measure(), limits.probe()
             speeds = limits.speeds(before, after)
-            if turn > 0 and speeds is not None:
+            if round_index > 0 and speeds is not None:
                 work.rounds.append((seconds, speeds))
             before = after
 

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 import fastgen
-from fastgen.bench import turns
+from fastgen.bench import interleave
 
 PROMPT, NEW = 32, 96
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -63,14 +63,14 @@ def measure(config: GPT2Config, dtype: torch.dtype, rounds: int) -> list[dict[st
         first_call, path = time.perf_counter() - begun, ours.last_path
         calls["transformers"] = call_of(theirs, batch, options)
         expected = calls["transformers"]()
-        seconds = turns.interleave(calls, rounds=rounds)
-        speeds = {who: batch * NEW / turns.median(each) for who, each in seconds.items()}
+        seconds = interleave.interleave(calls, rounds=rounds)
+        speeds = {who: batch * NEW / interleave.median(each) for who, each in seconds.items()}
         result = {
             "dtype": str(dtype).removeprefix("torch."),
             "case": name,
             "path": path,
             "tokens_per_second": {who: round(speed, 1) for who, speed in speeds.items()},
-            "times_faster": round(turns.ratio(seconds["transformers"], seconds["fastgen"]), 2),
+            "times_faster": round(interleave.ratio(seconds["transformers"], seconds["fastgen"]), 2),
             "first_call_seconds": round(first_call, 2),
         }
         if not options["do_sample"]:

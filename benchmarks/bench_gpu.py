@@ -29,7 +29,7 @@ import triton
 from rows import Rows
 
 import fastgen
-from fastgen.bench import turns
+from fastgen.bench import interleave
 from fastgen.bench.cuda_peaks import cuda_peaks
 from fastgen.bench.machine import machine
 from fastgen.bench.shapes import POSITIONS, SHAPES, Shape, random_prompts, save_checkpoint
@@ -55,14 +55,14 @@ def median_seconds(run: Callable[[], Any], rounds: int) -> float:
         torch.cuda.synchronize()
 
     to_the_end()
-    return turns.median(turns.timed(to_the_end)() for _ in range(rounds))
+    return interleave.median(interleave.timed(to_the_end)() for _ in range(rounds))
 
 
 def card_limits(rounds: int) -> tuple[float, float]:
     """Bytes a second, read and written, and operations a second in bfloat16."""
     with cuda_peaks("cuda", ("bfloat16",)) as peaks:
         read, multiply = (
-            turns.median(peaks[name].measure() for _ in range(rounds))
+            interleave.median(peaks[name].measure() for _ in range(rounds))
             for name in ("read", "bfloat16")
         )
     return read, 2 * multiply
@@ -123,7 +123,7 @@ def generate_rate(model: fastgen.Generator, batch: int, new: int = 128) -> float
         model.generate(random_prompts(batch, 128, rng), **options)
 
     run()
-    return batch * new / turns.median(turns.timed(run)() for _ in range(3))
+    return batch * new / interleave.median(interleave.timed(run)() for _ in range(3))
 
 
 def step_limit(shape: Shape, batch: int, context: int, kv_bytes: int, bandwidth: float) -> float:

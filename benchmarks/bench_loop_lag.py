@@ -29,8 +29,8 @@ from models import PRECISIONS, PROMPT
 from serving_targets import client
 
 import fastgen
+from fastgen.bench.interleave import percentile
 from fastgen.bench.shapes import SHAPES, random_prompts, save_checkpoint
-from fastgen.bench.turns import percentile
 from fastgen.server.run import Address, Server
 from fastgen.server.service import Service
 

@@ -24,16 +24,16 @@ import torch
 from transformers.generation import logits_process as hf
 
 import fastgen
-from fastgen.bench import turns
-from fastgen.decoders.native_sampler import NativeSampler
-from fastgen.decoders.torch_sampler import TorchSampler
-from fastgen.machine import granted_cores
+from fastgen.bench import interleave
+from fastgen.decoders.machine import granted_cores
 from fastgen.native import native
+from fastgen.sampling.native_sampler import NativeSampler
+from fastgen.sampling.torch_sampler import TorchSampler
 
 VOCAB_SIZE, PROMPT, MAX_LEN = 50_257, 100, 1024
 BATCHES = (1, 8, 32)
 HOT_CALLS = 10
-HELD_OUT = Path(__file__).parents[1] / "tests" / "held_out.txt"
+HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out.txt"
 Options = dict[str, Any]
 CASES: dict[str, Options] = {
     "greedy": {"temperature": 0},
@@ -149,20 +149,20 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
                     "torch_twin": ours(twin, tensor, params, prompts),
                     "transformers": transformers_draw(tensor, params, prompts),
                 }
-                seconds = turns.interleave(candidates, rounds=rounds, warmups=2)
+                seconds = interleave.interleave(candidates, rounds=rounds, warmups=2)
                 yield record(kind, batch, case, seconds)
 
 
 def record(kind: str, batch: int, case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
     seconds["hot"] = [value / HOT_CALLS for value in seconds["hot"]]
-    found = {name: round(turns.median(values) * 1e6, 1) for name, values in seconds.items()}
+    found = {name: round(interleave.median(values) * 1e6, 1) for name, values in seconds.items()}
     return {
         "logits": kind,
         "batch": batch,
         "options": case,
         "microseconds": found,
-        "over_torch_twin": round(turns.ratio(seconds["torch_twin"], seconds["native"]), 1),
-        "over_transformers": round(turns.ratio(seconds["transformers"], seconds["native"]), 1),
+        "over_torch_twin": round(interleave.ratio(seconds["torch_twin"], seconds["native"]), 1),
+        "over_transformers": round(interleave.ratio(seconds["transformers"], seconds["native"]), 1),
     }
 
 

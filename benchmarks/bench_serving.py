@@ -28,7 +28,7 @@ from serving_targets import TARGETS, Work
 from timed_decoder import TimedDecoder
 
 import fastgen
-from fastgen.bench import turns
+from fastgen.bench import interleave
 from fastgen.bench.shapes import SHAPES, random_prompts, save_checkpoint
 
 GOOD = {"first_token": 1.0, "gap": 0.1}  # seconds
@@ -76,9 +76,9 @@ async def _all_loads(folder: Path, options: argparse.Namespace) -> list[Record]:
     work = Work(folder, options.precision, PROMPT + options.new_tokens, python)
     found: list[Record] = []
     rng = np.random.default_rng(0)
-    for turn in range(options.rounds):
+    for round_index in range(options.rounds):
         for rate in map(float, names(options.rates)):
-            due = arrivals(rate, options.requests, seed=turn)
+            due = arrivals(rate, options.requests, seed=round_index)
             prompts = random_prompts(options.requests, PROMPT, rng)
             for name in options.targets:
                 async with TARGETS[name](work) as send:
@@ -112,7 +112,7 @@ def _engine_over_decoder(folder: Path, load: Record, rounds: int) -> float:
                     ratios.append((time.perf_counter() - start) / timed.seconds)
 
         asyncio.run(measure())
-    return round(turns.median(ratios[1:]), 4)
+    return round(interleave.median(ratios[1:]), 4)
 
 
 def _print(loads: list[Record]) -> None:

@@ -1,4 +1,4 @@
-"""The runs of `fastgen bench` whose tables and plots stand in README.md and docs/limits.md.
+"""The runs of `fastgen bench` whose tables and plots stand in README.md and docs/performance.md.
 
     python benchmarks/dated_run.py [--only float32,int8] [--rounds 5] [--python PEER=PATH ...]
 

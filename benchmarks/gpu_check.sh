@@ -44,9 +44,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 timeout "$(left 40)" "$PYTHON" -m fastgen info --device cuda || failed=1
 
 step "tests on the GPU"
-TESTS=(tests/test_kernel_products.py tests/test_kernel_attention.py tests/test_kernel_sampling.py
-  tests/test_decoder_interface.py tests/test_cuda_decoder.py tests/test_run_ahead.py
-  tests/test_cuda_warmup.py tests/test_cuda.py)
+TESTS=(tests/kernels/test_products.py tests/kernels/test_attention.py tests/kernels/test_sampling.py
+  tests/decoders/test_interface.py tests/decoders/test_cuda_decoder.py tests/decoders/test_run_ahead.py
+  tests/decoders/test_cuda_warmup.py tests/decoders/test_cuda.py)
 parallel=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
 timeout "$(left 170)" "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider "${parallel[@]}" "${TESTS[@]}" \
@@ -56,7 +56,7 @@ tail -n 15 "$OUT/gpu_tests.txt"
 step "compute-sanitizer on small cases"
 CHOSEN="(linear_with_residual and 36 and float32) or (test_qkv and 3-7 and float32)"
 CHOSEN+=" or (test_head and 64 and float32) or test_norm or drafts_are_cut or grown_table"
-SMALL=(tests/test_kernel_products.py tests/test_kernel_attention.py tests/test_kernel_sampling.py
+SMALL=(tests/kernels/test_products.py tests/kernels/test_attention.py tests/kernels/test_sampling.py
   -k "$CHOSEN")
 : >"$OUT/gpu_sanitizer.txt"
 for tool in memcheck racecheck; do

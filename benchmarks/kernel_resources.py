@@ -33,12 +33,12 @@ from harness import RESULTS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastgen.config import GPT2Config
-from fastgen.decoders.cuda_decoder import large_tile
-from fastgen.decoders.cuda_inputs import decode_parts, step_inputs
-from fastgen.decoders.cuda_model import CudaModel
-from fastgen.decoders.cuda_sampler import RING, new_scores, new_table
-from fastgen.decoders.interface import DecoderLimits
+from fastgen.checkpoints.config import GPT2Config
+from fastgen.decoders.cuda.decoder import large_tile
+from fastgen.decoders.cuda.inputs import decode_parts, step_inputs
+from fastgen.decoders.cuda.model import CudaModel
+from fastgen.decoders.cuda.sampler import RING, new_scores, new_table
+from fastgen.decoders.interface import Capacity
 
 META = torch.device("meta")
 BATCHES, PREFILL, ROWS = (1, 8, 32, 256), 2048, 256
@@ -159,7 +159,7 @@ def drive(shape: str, settings: launch.Settings, *, quantized: bool, int8_kv: bo
     """Steps of several sizes, with every kind of draws."""
     width, heads, vocab_size = SHAPES[shape]
     config = GPT2Config(vocab_size, 1024, width, 1, heads, 4 * width)
-    limits = DecoderLimits(64, 32, 1024, 8192, ROWS, ROWS, settings.batch_invariant)
+    limits = Capacity(64, 32, 1024, 8192, ROWS, ROWS, settings.batch_invariant)
     weights = one_layer(config, settings.dtype, quantized=quantized)
     model = CudaModel(config, weights, settings, limits, META, int8_kv=int8_kv)
     scores, table = new_scores(ROWS, vocab_size, META), new_table(ROWS, vocab_size, META)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastgen.bench.turns import percentile
+from fastgen.bench.interleave import percentile
 
 # One request: sends its prompt, and yields once for each token, when it comes.
 Send = Callable[[list[int], int], AsyncIterator[None]]
@@ -36,10 +36,10 @@ class Outcome:
 
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
     """Seconds at which `count` requests of a Poisson process come, `rate` a second."""
-    coins = random.Random(seed)
+    uniforms = random.Random(seed)
     now, due = 0.0, []
     for _ in range(count):
-        now += coins.expovariate(rate)
+        now += uniforms.expovariate(rate)
         due.append(now)
     return due
 

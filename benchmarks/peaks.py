@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 
+from fastgen.bench.interleave import interleave_calls, median
 from fastgen.bench.peaks import KINDS, Peaks
-from fastgen.bench.turns import median, take_turns
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     with Peaks(arguments.threads, int(arguments.megabytes * 1e6)) as machine:
         peaks = {"read": machine.read(), **{kind: machine.multiply_add(kind) for kind in KINDS}}
         measures = {name: peak.seconds for name, peak in peaks.items()}
-        seconds = take_turns(measures, rounds=arguments.rounds)
+        seconds = interleave_calls(measures, rounds=arguments.rounds)
     for name, peak in peaks.items():
         speeds = sorted(peak.amount / value / 1e9 for value in seconds[name])
         unit = "GB/s" if name == "read" else "G multiply-adds/s"

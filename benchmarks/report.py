@@ -1,4 +1,4 @@
-"""Tables of the dated runs (dated_run.py), written into README.md and docs/limits.md.
+"""Tables of the dated runs (dated_run.py), written into README.md and docs/performance.md.
 
 python benchmarks/report.py            # write them between their marks
 python benchmarks/report.py --check    # fail if that would change a page
@@ -21,7 +21,7 @@ from fastgen.bench import roofline
 from fastgen.bench.shapes import SHAPES, Precision, weight_bytes
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "limits.md")
+PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
 PEERS = {
     "transformers": "transformers",
     "transformers_static": "transformers, static cache, compiled",

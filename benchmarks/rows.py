@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 import fastgen
-from fastgen.decoders.interface import Decoder, Draw, StepBatch
-from fastgen.kv_cache import blocks_for
+from fastgen.decoders.interface import Decoder, StepBatch
+from fastgen.decoders.memory import blocks_for
+from fastgen.sampling.draw import Draw
 
 Piece = tuple[int, int, Sequence[int], bool]  # row, tokens cached, new tokens, whether it draws
 

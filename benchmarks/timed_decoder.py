@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.decoders.interface import Decoder, Draw, StepBatch
+from fastgen.decoders.interface import Decoder, StepBatch
+from fastgen.sampling.draw import Draw
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import fastgen
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """The model lives as long as the app."""
     with fastgen.load(os.environ.get("MODEL")) as model:
-        async with fastgen.AsyncEngine(model, fastgen.Terms(max_waiting=256)) as engine:
+        async with fastgen.AsyncEngine(model, fastgen.QueueConfig(max_waiting=256)) as engine:
             app.state.engine = engine
             yield
             await engine.drain(timeout=10)

@@ -13,63 +13,65 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.async_engine import AsyncEngine, AsyncStream
-    from fastgen.decoders.choice import Backend, backends
-    from fastgen.engine_thread import Terms
+    from fastgen.decoders.select import BackendInfo, backends
+    from fastgen.engine.request_limits import RequestLimits
     from fastgen.errors import CheckpointError, EngineError, QueueFull
-    from fastgen.generator import Generator, load
+    from fastgen.frontends.async_engine import AsyncEngine, AsyncStream
+    from fastgen.frontends.engine_thread import QueueConfig
+    from fastgen.frontends.generator import BUNDLED_MODEL, Generator, load
+    from fastgen.frontends.stream import Stream
+    from fastgen.frontends.threaded_engine import ThreadedEngine, ThreadedStream
     from fastgen.hf.model import GPT2LMHeadModel, accelerate
-    from fastgen.limits import Limits
     from fastgen.results import Completion, Generation, Piece, Score, Timings, TokenLogprobs
-    from fastgen.sampling_params import SamplingParams
-    from fastgen.stream import Stream
-    from fastgen.threaded_engine import ThreadedEngine, ThreadedStream
+    from fastgen.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "AsyncEngine": "async_engine",
-    "AsyncStream": "async_engine",
-    "Backend": "decoders.choice",
+    "AsyncEngine": "frontends.async_engine",
+    "AsyncStream": "frontends.async_engine",
+    "BUNDLED_MODEL": "frontends.generator",
+    "BackendInfo": "decoders.select",
     "CheckpointError": "errors",
     "Completion": "results",
     "EngineError": "errors",
     "GPT2LMHeadModel": "hf.model",
     "Generation": "results",
-    "Generator": "generator",
-    "Limits": "limits",
+    "Generator": "frontends.generator",
     "Piece": "results",
+    "QueueConfig": "frontends.engine_thread",
     "QueueFull": "errors",
-    "SamplingParams": "sampling_params",
+    "RequestLimits": "engine.request_limits",
+    "SamplingParams": "sampling.params",
     "Score": "results",
-    "Stream": "stream",
-    "Terms": "engine_thread",
-    "ThreadedEngine": "threaded_engine",
-    "ThreadedStream": "threaded_engine",
+    "Stream": "frontends.stream",
+    "ThreadedEngine": "frontends.threaded_engine",
+    "ThreadedStream": "frontends.threaded_engine",
     "Timings": "results",
     "TokenLogprobs": "results",
     "accelerate": "hf.model",
-    "backends": "decoders.choice",
-    "load": "generator",
+    "backends": "decoders.select",
+    "load": "frontends.generator",
 }
 
 __all__ = [
+    "BUNDLED_MODEL",
     "AsyncEngine",
     "AsyncStream",
-    "Backend",
+    "BackendInfo",
     "CheckpointError",
     "Completion",
     "EngineError",
     "GPT2LMHeadModel",
     "Generation",
     "Generator",
-    "Limits",
     "Piece",
+    "QueueConfig",
     "QueueFull",
+    "RequestLimits",
     "SamplingParams",
     "Score",
     "Stream",
-    "Terms",
     "ThreadedEngine",
     "ThreadedStream",
     "Timings",

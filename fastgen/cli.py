@@ -13,12 +13,12 @@ from typing import Any
 
 from fastgen import __version__
 from fastgen.bench import command as bench_command
-from fastgen.decoders.choice import backends, plan_decoder
 from fastgen.decoders.plan import LoadOptions
+from fastgen.decoders.select import backends, plan_decoder
 from fastgen.errors import CheckpointError, EngineError
-from fastgen.generator import Generator, load, open_model
+from fastgen.frontends.generator import Generator, load, open_model
 from fastgen.results import Generation, Score
-from fastgen.sampling_params import SamplingParams
+from fastgen.sampling.params import SamplingParams
 from fastgen.server import command as server_command
 
 _REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)

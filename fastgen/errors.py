@@ -1,6 +1,22 @@
-"""The exceptions that are not the caller's: what a file holds, and what the engine met."""
+"""Exceptions: what a caller did wrong, what a file holds, what the engine met."""
 
 from __future__ import annotations
+
+
+class OptionError(ValueError):
+    """A value that `option` cannot have; None: of no option alone."""
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class OptionTypeError(TypeError):
+    """A value of a type that `option` cannot have, or an option that does not exist."""
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class CheckpointError(Exception):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def activated(x, NAME: tl.constexpr):
-    """`NAME` is what fastgen.config.ACTIVATIONS names."""
+    """`NAME` is what fastgen.checkpoints.config.ACTIVATIONS names."""
     if NAME == "gelu" or NAME == "gelu_python":
         y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif NAME == "quick_gelu":

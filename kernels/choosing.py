@@ -1,7 +1,8 @@
 """How one row's token is chosen: from few candidates, or from the whole vocabulary.
 
 Both return the first id, in token-id order, whose running sum of kept probabilities exceeds
-coin * total (fastgen.sampler). Probabilities are fixed-point, so sums do not depend on their order.
+uniform * total (fastgen.sampling.definition). Probabilities are fixed-point, so sums do not depend
+on their order.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def from_ordered(keys):
 
 @triton.jit
 def first_above(running, target, total):
-    """How many of non-decreasing `running` sums do not exceed coin * total: the index of the first
-    that does; and how many do not reach the total, if coin * total rounds up to it."""
+    """The index of the first of non-decreasing `running` sums that exceeds uniform * total; where
+    that product rounds up to the total, of the first that reaches the total."""
     not_above = tl.sum((running.to(tl.float64) <= target).to(tl.int32), 0)
     return tl.minimum(not_above, tl.sum((running < total).to(tl.int32), 0))
 
@@ -69,7 +70,7 @@ def gather_candidates(
 
 @triton.jit
 def choose_among(
-    candidate_values, candidate_ids, count, highest, top_k, top_p, min_p, coin, whole,
+    candidate_values, candidate_ids, count, highest, top_k, top_p, min_p, uniform, whole,
     MOST: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """An id from up to MOST candidates; -1 where top_p would keep more than the candidates.
@@ -101,7 +102,7 @@ def choose_among(
     fixed = tl.where(there & (keys >= edge), fixed, 0)
     running = tl.cumsum(fixed, 0)
     total = tl.sum(fixed, 0)
-    chosen = first_above(running, coin * total.to(tl.float64), total)
+    chosen = first_above(running, uniform * total.to(tl.float64), total)
     token_id = tl.sum(tl.where(at == chosen, ids, 0), 0)
     return tl.where(is_enough, token_id, -1)
 
@@ -109,7 +110,7 @@ def choose_among(
 @triton.jit
 def revive(scores, mask, V: tl.constexpr, CHUNK: tl.constexpr):
     """Where everything that a row's mask allows has been ruled out, any of it may be drawn: 0 for
-    what it allows, -inf for the rest, as fastgen.processors has it.
+    what it allows, -inf for the rest, as fastgen.sampling.processors has it.
 
     Returns:
         The lowest id that is allowed; V if none is.
@@ -163,7 +164,7 @@ def _edge(
 
 @triton.jit
 def choose_of_all(
-    source, weights, temperature, highest, top_k, top_p, min_p, coin, has_weights,
+    source, weights, temperature, highest, top_k, top_p, min_p, uniform, has_weights,
     V: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """An id, whatever the options: edges are found by bisection, a pass over the row each.
@@ -177,11 +178,11 @@ def choose_of_all(
             _, fixed = fixed_point(divided(values, temperature), highest, BITS)
             tl.store(weights + ids, fixed, mask=ids < V)
         tl.debug_barrier()
-    least = coin.to(tl.int64) * 0 - 2147483648
+    least = uniform.to(tl.int64) * 0 - 2147483648
     if top_k > 0:
         goal = top_k.to(tl.float64)
         least = _edge(source, weights, temperature, least, goal, V, CHUNK, True)
-    edge, num_equals = least, coin.to(tl.int64) * 0 + V
+    edge, num_equals = least, uniform.to(tl.int64) * 0 + V
     if top_p < 1.0:
         total = _amount(source, weights, temperature, least, least, V, CHUNK, False)
         goal = top_p * total.to(tl.float64)
@@ -191,7 +192,7 @@ def choose_of_all(
         missing = tl.maximum(goal - above.to(tl.float64), 0.0) / tl.maximum(own, 1).to(tl.float64)
         num_equals = tl.maximum(missing.to(tl.int64), 1)
         num_equals += ((above + num_equals * own).to(tl.float64) < goal).to(tl.int64)
-    total = coin.to(tl.int64) * 0
+    total = uniform.to(tl.int64) * 0
     equals = total
     for start in range(0, V, CHUNK):
         kept, equals = _kept(
@@ -199,8 +200,8 @@ def choose_of_all(
             V, CHUNK, BITS,
         )  # fmt: skip
         total += tl.sum(kept, 0)
-    target = coin * total.to(tl.float64)
-    before = coin.to(tl.int64) * 0
+    target = uniform * total.to(tl.float64)
+    before = uniform.to(tl.int64) * 0
     equals = before
     token_id = 0
     for start in range(0, V, CHUNK):  # running sums never fall: the id is how many are too low
@@ -232,7 +233,7 @@ def _kept(
 
 @triton.jit
 def choose_unfiltered(
-    source, chunk_sums, temperature, highest, min_p, coin,
+    source, chunk_sums, temperature, highest, min_p, uniform,
     V: tl.constexpr, CHUNK: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """An id where no filter, or only min_p, is on: `weigh` has summed each chunk."""
@@ -241,7 +242,7 @@ def choose_unfiltered(
     sums = tl.load(chunk_sums + chunk, mask=chunk < num_chunks, other=0)
     running = tl.cumsum(sums, 0)
     total = tl.sum(sums, 0)
-    target = coin * total.to(tl.float64)
+    target = uniform * total.to(tl.float64)
     own_chunk = first_above(running, target, total)
     before = tl.sum(tl.where(chunk < own_chunk, sums, 0), 0)
     ids = own_chunk * CHUNK + tl.arange(0, CHUNK)

@@ -1,4 +1,4 @@
-"""The coin of a draw, as fastgen.philox defines it: Philox4x32-10, Salmon et al. 2011."""
+"""The uniform of a draw: Philox4x32-10 (Salmon et al. 2011), as in fastgen.sampling.philox."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def coin(seed, position):
+def uniform(seed, position):
     """float64 in [0, 1), 53 bits of Philox(key = seed, counter = (position, 0, 0, 0)).
 
     seed: int64, position: int32, both scalars.

@@ -54,7 +54,7 @@ class SeatTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ProcessedLogits:
     """Logits of a step's n draws, and what its kernels find out about them.
 
     Attributes:
@@ -182,11 +182,11 @@ def _weigh(
 
 
 def process(
-    settings: Settings, rows: Scores, seats: Tensor, table: SeatTable, num_draws: int
+    settings: Settings, rows: ProcessedLogits, seats: Tensor, table: SeatTable, num_draws: int
 ) -> None:
-    """Scores, and the highest of their tiles, of the draws whose row changes its logits.
+    """Process the logits of draws whose row changes them, and find the highest of each tile.
 
-    In this order, as fastgen.processors has it: bias, repetition penalty, frequency and presence
+    In the order of fastgen.sampling.processors: bias, repetition penalty, frequency and presence
     penalty, allowed ids.
 
     Args:
@@ -211,7 +211,7 @@ def process(
 
 
 def weigh(
-    settings: Settings, rows: Scores, seats: Tensor, table: SeatTable, num_draws: int
+    settings: Settings, rows: ProcessedLogits, seats: Tensor, table: SeatTable, num_draws: int
 ) -> None:
     """Fixed-point probabilities of the draws whose row has no top-k, or a large one, and their sum
     over each CHUNK. min_p is taken into account where it is the only filter."""

@@ -1,8 +1,8 @@
 """The last kernel of a step: one draw for each row that wants one, and the feedback of its token.
 
 A program a draw. Greedy rows and rows with a top-k (up to MOST_TOP_K) read what their tiles' maxima
-point at; rows without filters read the chunk that the coin falls into. Where top-p alone decides,
-the 512 highest and what equals them are tried, then the whole row.
+point at; rows without filters read the chunk that the uniform falls into. Where top-p alone
+decides, the 512 highest and what equals them are tried, then the whole row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastgen.kernels.choosing import (
     revive,
 )
 from fastgen.kernels.launch import Settings, cdiv, power_of_two, run, wait_for_previous
-from fastgen.kernels.philox import coin
+from fastgen.kernels.philox import uniform
 from fastgen.kernels.processing import (
     CHANGES,
     CHUNK,
@@ -32,7 +32,7 @@ from fastgen.kernels.processing import (
     TEMPERATURE,
     TOP_K,
     TOP_P,
-    Scores,
+    ProcessedLogits,
     SeatTable,
     divided,
     fixed_point_bits,
@@ -77,7 +77,7 @@ def _sampled(
     top_k = option(options, TOP_K, seat).to(tl.int32)
     top_p = option(options, TOP_P, seat)
     min_p = option(options, MIN_P, seat)
-    u = coin(tl.load(seeds + seat), tl.load(lengths + seat))
+    u = uniform(tl.load(seeds + seat), tl.load(lengths + seat))
     num_chunks: tl.constexpr = (V + CHUNK - 1) // CHUNK
     is_long = (top_k == 0) | (top_k > MOST_TOP_K)
     token_id = -1
@@ -183,7 +183,7 @@ def sample(
     feedback: Feedback,
     seats: Tensor,
     table: SeatTable,
-    rows: Scores,
+    rows: ProcessedLogits,
     num_draws: int,
     *,
     samples: bool = True,

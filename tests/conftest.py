@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
@@ -34,43 +34,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # for the tests of Ctrl-C
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # tests end what they have started
 
-# How far results may be from the reference. "ratio": times transformers' own error at the same
-# dtype; "slack": times the largest |logit|, for where that error happens to be near zero.
-TOLERANCES = {
-    "float32": {"ratio": 2.0, "slack": 1e-6},
-    "bfloat16": {"ratio": 2.0, "slack": 1e-3},
-    "float16": {"ratio": 2.0, "slack": 1e-4},
-    # where PyTorch's products, which change bits with the batch, may decide differently
-    "torch_gap": 1e-3,
-    # int8 weights and products against float32: mean KL divergence in nats a token, and change of
-    # perplexity as a share
-    "int8_kl": 1e-3,
-    "int8_perplexity": 0.005,
-    # one kernel against its twin in float64, as a share of the largest value: what half a dozen
-    # roundings of operands and results in that dtype add up to
-    "kernels": {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2},
-    # the drop-in against transformers in float32: either is off by about 1e-5 of the largest logit
-    "drop_in": 3e-5,
-    # float64 sums in another order: log-probabilities against transformers' float32
-    "logprob": 2e-5,
-    # transformers sums a filter's masses in float32: this near to its edge it may decide otherwise
-    "filter_edge": 1e-5,
-}
-
 
 # Files that take longest. They start first where files run side by side, so that all processors
 # have something to do until the end.
 LONG = (
-    "test_hf_generate.py", "test_packaging.py", "test_sanitizers.py", "test_kernel_resources.py",
-    "test_cuda_decoder.py", "test_decoder_interface.py", "test_kernel_sampling.py",
-    "test_kernel_attention.py", "test_random_steps.py", "test_variants.py", "test_quantization.py",
+    "hf/test_generate", "project/test_packaging", "native/test_sanitizers",
+    "kernels/test_resources", "decoders/test_cuda_decoder", "decoders/test_interface",
+    "kernels/test_sampling", "kernels/test_attention", "engine/test_random_steps",
+    "checkpoints/test_variants", "decoders/test_quantization",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of several processes
         place = {name: at for at, name in enumerate(LONG)}
-        items.sort(key=lambda item: place.get(item.path.name, len(LONG)))
+        items.sort(
+            key=lambda item: place.get(f"{item.path.parent.name}/{item.path.stem}", len(LONG))
+        )
 
 
 @pytest.fixture(autouse=True)

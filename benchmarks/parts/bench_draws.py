@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 import fastgen
 from fastgen.bench.shapes import VOCAB_SIZE, random_prompts
-from fastgen.decoders.interface import Draw
-from fastgen.decoders.native_sampler import NativeSampler
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 from fastgen.native import native
+from fastgen.sampling.draw import Draw
+from fastgen.sampling.native_sampler import NativeSampler
 
 BATCHES = (1, 8)
 PROMPT, NEW = 100, 50  # tokens that a row has had and drawn before

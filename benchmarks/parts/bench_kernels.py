@@ -15,9 +15,10 @@ from rows import Rows
 
 import fastgen
 from fastgen.bench.shapes import VOCAB_SIZE, Shape, random_prompts, save_checkpoint
-from fastgen.decoders.interface import Decoder, Draw, StepBatch
-from fastgen.machine import may_have_gpu
+from fastgen.decoders.interface import Decoder, StepBatch
+from fastgen.decoders.machine import may_have_gpu
 from fastgen.native import native
+from fastgen.sampling.draw import Draw
 
 SHAPE = Shape(layers=2, hidden=768, heads=12)
 BATCHES = (1, 8, 32)

@@ -8,9 +8,9 @@ import pytest
 from models import PRECISIONS
 
 import fastgen
-from fastgen.checkpoint import Checkpoint, open_checkpoint
-from fastgen.generator import BUNDLED_MODEL
-from fastgen.tokenizer import Tokenizer
+from fastgen.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from fastgen.frontends.generator import BUNDLED_MODEL
+from fastgen.text.tokenizer import Tokenizer
 
 HEAVY = ("GPT2LMHeadModel", "accelerate")  # they load torch and transformers
 NAMES = [name for name in fastgen.__all__ if name not in ("__version__", *HEAVY)]

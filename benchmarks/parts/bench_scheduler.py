@@ -11,11 +11,12 @@ from timed_decoder import InstantDecoder
 
 import fastgen
 from fastgen.bench.shapes import SHAPES, VOCAB_SIZE, random_prompts, save_checkpoint
-from fastgen.decoders.interface import DecoderLimits, Draw
-from fastgen.engine import Engine
-from fastgen.kv_cache import BLOCK_SIZE, blocks_for
-from fastgen.request import Request, Row
-from fastgen.scheduler import Admission, Scheduler, StepPlan
+from fastgen.decoders.interface import Capacity
+from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
+from fastgen.engine.engine import Engine
+from fastgen.engine.requests import Request, Row
+from fastgen.engine.scheduler import Admission, Scheduler, StepPlan
+from fastgen.sampling.draw import Draw
 
 ROWS = (1, 8, 32, 128)
 MAX_LEN = 1024  # tokens of a row
@@ -29,7 +30,7 @@ PARAMS = fastgen.SamplingParams(
 
 def make_scheduler(num_seats: int) -> Scheduler:
     return Scheduler(
-        DecoderLimits(
+        Capacity(
             num_blocks=num_seats * blocks_for(MAX_LEN),
             block_size=BLOCK_SIZE,
             max_seq_len=MAX_LEN,
@@ -63,7 +64,7 @@ def hand_out(plan: StepPlan, rng: np.random.Generator) -> None:
     """A drawn token for each row that was to get one."""
     ids = rng.integers(0, VOCAB_SIZE, len(plan.entries)).tolist()
     for entry, token_id in zip(plan.entries, ids, strict=True):
-        if entry.draws:
+        if entry.needs_draw:
             entry.row.accept(Draw(entry.row.seat, token_id), frozenset())
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastgen.generator import BUNDLED_MODEL
-from fastgen.text_sink import TextSink
-from fastgen.tokenizer import Tokenizer
+from fastgen.frontends.generator import BUNDLED_MODEL
+from fastgen.text.detokenizer import TextSink
+from fastgen.text.tokenizer import Tokenizer
 
 TOKENS = 512  # of a text that is decoded
 TEXTS = {"short": (1, 50), "many short": (64, 50), "long": (1, 20_000)}  # texts, characters each

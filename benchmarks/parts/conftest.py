@@ -19,7 +19,7 @@ import pytest
 Timed = Callable[..., Any]
 Describe = Callable[..., None]
 
-HELD_OUT = Path(__file__).parents[2] / "tests" / "held_out.txt"
+HELD_OUT = Path(__file__).parents[2] / "tests" / "data" / "held_out.txt"
 
 
 @pytest.fixture

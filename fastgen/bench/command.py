@@ -18,7 +18,7 @@ from fastgen.bench.peer_process import INSTALL
 from fastgen.bench.run import Run, measure
 from fastgen.bench.shapes import SHAPES, save_checkpoint
 from fastgen.decoders.plan import LoadOptions
-from fastgen.sampling_params import SamplingParams
+from fastgen.sampling.params import SamplingParams
 
 PEERS = tuple(name for name in INSTALL if name != "fastgen")
 _SAMPLING = (

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from fastgen.bench.interleave import median, ratios, spread
 from fastgen.bench.peer_process import Generated, Ids, PeerError, PeerProcess, start
 from fastgen.bench.shapes import random_prompts
-from fastgen.bench.turns import median, ratios, spread
-from fastgen.generator import load
+from fastgen.frontends.generator import load
 
 Record = dict[str, Any]
 Progress = Callable[[str], None]
@@ -192,9 +192,9 @@ def take_rounds(
     """A B C, A B C, ...; the first round is not kept. One that fails leaves `running`."""
     rng = np.random.default_rng(batch)
     found = Found({peer: [] for peer in running}, {})
-    for turn in range(1 + job.rounds):
+    for round_index in range(1 + job.rounds):
         prompts = random_prompts(batch, job.prompt_len, rng, job.vocab)
-        told = f"round {turn} of {job.rounds}" if turn else "warming up"
+        told = f"round {round_index} of {job.rounds}" if round_index else "warming up"
         for peer, process in list(running.items()):
             progress(f"comparing, batch {batch}, {told}: {peer}")
             time.sleep(SETTLE)
@@ -206,7 +206,7 @@ def take_rounds(
                 found.failed[peer] = str(error)
                 del running[peer], found.rounds[peer]
                 continue
-            if turn > 0:
+            if round_index > 0:
                 found.rounds[peer].append(generated)
     return found
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from fastgen.decoders.machine import may_have_gpu
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.machine import may_have_gpu
 from fastgen.native import native
 
 _SWITCHES = {  # of the environment, and the value that changes nothing

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
-from fastgen.machine import granted_cores
+from fastgen.decoders.machine import granted_cores
 from fastgen.native import native
 
 ROOT = Path(__file__).parents[2]  # of the checkout, if this is one

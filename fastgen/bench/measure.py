@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from fastgen.bench import roofline
-from fastgen.bench.limits import Limits
+from fastgen.bench.hardware_peaks import HardwarePeaks
+from fastgen.bench.interleave import median, percentile, ratios, spread
 from fastgen.bench.recording import RecordingDecoder, StepSize, TokenClock
 from fastgen.bench.roofline import Speeds
 from fastgen.bench.shapes import Precision, Shape, random_prompts
-from fastgen.bench.turns import median, percentile, ratios, spread
 from fastgen.errors import EngineError
-from fastgen.generator import Generator
-from fastgen.sampling_params import SamplingParams
+from fastgen.frontends.generator import Generator
+from fastgen.sampling.params import SamplingParams
 
 Record = dict[str, Any]
 Progress = Callable[[str], None]
@@ -133,7 +133,7 @@ def take_rounds(
     model: Generator,
     work: Work,
     batches: Sequence[int],
-    limits: Limits,
+    limits: HardwarePeaks,
     rounds: int,
     progress: Progress,
 ) -> list[Rounds]:
@@ -141,10 +141,10 @@ def take_rounds(
     rng = np.random.default_rng(1)
     found = [Rounds(batch) for batch in batches]
     with recorded(model) as decoder:
-        for turn in range(rounds):
+        for round_index in range(rounds):
             before = limits.probe()
             for each in found:
-                progress(f"round {turn + 1} of {rounds}, batch {each.batch}")
+                progress(f"round {round_index + 1} of {rounds}, batch {each.batch}")
                 seen = run_once(model, decoder, work, each.batch, rng)
                 after = limits.probe()
                 each.kept.append((seen, limits.speeds(before, after)))

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastgen.bench.turns import median, take_turns
+from fastgen.bench.interleave import interleave_calls, median
 from fastgen.native import native
 
 KINDS = ("float32", "bfloat16", "int8")  # of multiply-adds
@@ -85,7 +85,7 @@ class Peaks:
         names = self._open().readers()
         passes = -(-_TRIED_BYTES // self._pass_bytes)
         tries = {name: partial(self._read, at, passes) for at, name in enumerate(names)}
-        seconds = {name: median(taken) for name, taken in take_turns(tries, rounds=5).items()}
+        seconds = {name: median(taken) for name, taken in interleave_calls(tries, rounds=5).items()}
         how = min(seconds, key=seconds.__getitem__)
         times = max(1, round(_SECONDS * passes / seconds[how]))
         read = partial(self._read, names.index(how), times)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from fastgen.checkpoint import Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.errors import CheckpointError
 
 

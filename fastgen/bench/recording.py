@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.decoders.interface import Decoder, PendingStep, StepBatch
-from fastgen.request import Request, Row
+from fastgen.engine.requests import Request, Row
 
 
 class StepSize(NamedTuple):

@@ -11,17 +11,17 @@ from typing import Any
 
 from fastgen.bench.compare import Comparison, compare
 from fastgen.bench.fallbacks import fallbacks, notes
-from fastgen.bench.limits import MemoryWatch, limits_of
+from fastgen.bench.hardware_peaks import MemoryWatch, limits_of
 from fastgen.bench.machine import machine
 from fastgen.bench.measure import Work, take_rounds, warm_up
 from fastgen.bench.peer_process import PeerError
 from fastgen.bench.plain_checkpoint import write_plain
 from fastgen.bench.shapes import Precision, Shape, described, weight_bytes
-from fastgen.checkpoint import Checkpoint
-from fastgen.decoders.choice import plan_decoder
+from fastgen.checkpoints.checkpoint import Checkpoint
+from fastgen.decoders.machine import granted_cores
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.generator import Generator, load, open_model
-from fastgen.machine import granted_cores
+from fastgen.decoders.select import plan_decoder
+from fastgen.frontends.generator import Generator, load, open_model
 
 SCHEMA = "fastgen-bench/1"
 NOISY = 1.25  # highest over lowest read bandwidth

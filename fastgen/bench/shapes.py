@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from fastgen.config import GPT2Config
+from fastgen.checkpoints.config import GPT2Config
 from fastgen.decoders.plan import DecoderPlan
 
 VOCAB_SIZE, POSITIONS = 50_257, 1024  # GPT-2's

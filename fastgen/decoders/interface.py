@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.memory import MemoryPlan
-from fastgen.results import TokenLogprobs
-from fastgen.sampling_params import SamplingParams
+from fastgen.decoders.memory import MemoryPlan
+from fastgen.sampling.draw import Draw
+from fastgen.sampling.params import SamplingParams
 
 Ints = NDArray[np.int32]
 Logits = Any  # float32 (L, V), an array or tensor in the decoder's own buffer
@@ -49,7 +49,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLimits:
+class Capacity:
     """What one decoder can hold (fixed at load) and take in one step.
 
     `max_tokens` bounds N, `max_logits` bounds L; `batch_invariant` promises the same bits for a row
@@ -63,15 +63,6 @@ class DecoderLimits:
     max_logits: int
     num_seats: int
     batch_invariant: bool
-
-
-class Draw(NamedTuple):
-    """One drawn token. Where the logits were NaN or infinite, `ok` is false and `token_id` 0."""
-
-    seat: int
-    token_id: int
-    ok: bool = True
-    logprobs: TokenLogprobs | None = None
 
 
 class PendingStep(Protocol):
@@ -101,7 +92,7 @@ class PendingStep(Protocol):
 class Decoder(Protocol):
     """A model on its device. Calls act in the order made; one thread at a time."""
 
-    limits: DecoderLimits
+    limits: Capacity
 
     def forward(self, batch: StepBatch) -> Logits:
         """Logits, float32 (L, V), in the decoder's own buffer, valid until the next call."""
@@ -152,7 +143,7 @@ class Decoder(Protocol):
         ...
 
 
-def grown(limits: DecoderLimits, blocks: int, seats: int) -> DecoderLimits:
+def with_capacity(limits: Capacity, blocks: int, seats: int) -> Capacity:
     """The limits of a decoder with at least so many blocks and seats.
 
     Raises:
@@ -164,7 +155,7 @@ def grown(limits: DecoderLimits, blocks: int, seats: int) -> DecoderLimits:
     return replace(limits, num_blocks=blocks, num_seats=seats)
 
 
-def check_batch(batch: StepBatch, limits: DecoderLimits) -> None:
+def check_batch(batch: StepBatch, limits: Capacity) -> None:
     """Raise AssertionError where a batch breaks the interface; the scheduler never makes one."""
     num_rows, num_tokens = len(batch.cache_lens), len(batch.token_ids)
     assert 0 < num_tokens <= limits.max_tokens, "token budget"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.config import DTYPES, GPT2Config
-from fastgen.decoders.interface import DecoderLimits
-from fastgen.kv_cache import BLOCK_SIZE
-from fastgen.memory import MemoryPlan
+from fastgen.checkpoints.config import DTYPES, GPT2Config
+from fastgen.decoders.interface import Capacity
+from fastgen.decoders.memory import BLOCK_SIZE, MemoryPlan
 
 SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
 _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
@@ -62,9 +61,7 @@ class LoadOptions:
         """Whether `device` names the CPU."""
         return self.device.partition(":")[0] == "cpu"
 
-    def limits(
-        self, config: GPT2Config, step_tokens: int, *, batch_invariant: bool
-    ) -> DecoderLimits:
+    def limits(self, config: GPT2Config, step_tokens: int, *, batch_invariant: bool) -> Capacity:
         """Of a decoder whose steps take at least `step_tokens`; no blocks are planned yet.
 
         Raises:
@@ -75,7 +72,7 @@ class LoadOptions:
             raise ValueError(
                 f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
             )
-        return DecoderLimits(
+        return Capacity(
             num_blocks=0,
             block_size=BLOCK_SIZE,
             max_seq_len=max_seq_len,
@@ -100,7 +97,7 @@ class DecoderPlan:
     dtype: str
     weights: str
     num_threads: int | None
-    limits: DecoderLimits
+    limits: Capacity
     memory: MemoryPlan
     kv_dtype: str | None = None
 

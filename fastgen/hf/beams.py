@@ -19,8 +19,8 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import check_positions, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows
+from fastgen.hf.not_native import NotNative
 from fastgen.hf.sampling import check_arguments, starts_of
-from fastgen.hf.unfit import UnfitError
 
 _NOT_CHOSEN = -1e9  # transformers' score of what must not be chosen
 
@@ -52,14 +52,14 @@ def beam_call(
     """Read a call's arguments.
 
     Raises:
-        UnfitError: transformers' loop has to run it.
+        NotNative: transformers' loop has to run it.
     """
     check_arguments(config, arguments)
     if getattr(config, "low_memory", None):
-        raise UnfitError("low_memory was asked for")
+        raise NotNative("low_memory was asked for")
     cache = arguments.get("past_key_values")
     if not isinstance(cache, BlockCache) or cache.has_tensors or cache.get_seq_length():
-        raise UnfitError("there is another kind of cache, none, or one to be continued")
+        raise NotNative("there is another kind of cache, none, or one to be continued")
     return BeamCall(token_ids, starts_of(token_ids, arguments), processors, criteria, config, cache)
 
 

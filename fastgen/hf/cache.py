@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from fastgen.hf.kv_rows import Ints, KvRow, KvRows, NewTokens
-from fastgen.hf.unfit import UnfitError
+from fastgen.hf.not_native import NotNative
 
 Bools = NDArray[np.bool_]
 # (token_ids, mask, positions) -> a DynamicCache that holds them
@@ -87,7 +87,7 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
             float32 (B, num_wanted, V).
 
         Raises:
-            UnfitError: the rows cannot hold what is asked; nothing has changed then.
+            NotNative: the rows cannot hold what is asked; nothing has changed then.
         """
         self._attach(kv)
         past = self.get_seq_length()
@@ -245,15 +245,15 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
 
     def _check(self, token_ids: Ints, mask: Bools) -> None:
         if len(token_ids) != len(self._rows):
-            raise UnfitError("the cache has another number of rows")
+            raise NotNative("the cache has another number of rows")
         if mask.shape != (len(token_ids), self.get_seq_length() + token_ids.shape[1]):
-            raise UnfitError("the attention mask is not as long as cache and input together")
+            raise NotNative("the attention mask is not as long as cache and input together")
         for row, old, new in zip(self._rows, self.mask, mask, strict=True):
             # what is in the cache already: the first tokens that were attended
             cached = len(row.token_ids)
             seen = int(np.flatnonzero(old)[cached - 1]) + 1 if cached else 0
             if (old[:seen] != new[:seen]).any():
-                raise UnfitError("the attention mask of cached tokens has changed")
+                raise NotNative("the attention mask of cached tokens has changed")
 
     def _computed(self, kv: KvRows, num_wanted: int) -> NDArray[np.float32]:
         """Compute what is not in the cache yet, equal new rows once."""

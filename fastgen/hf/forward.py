@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from fastgen.hf.cache import BlockCache, Bools, Compute
 from fastgen.hf.kv_rows import Ints
+from fastgen.hf.not_native import NotNative, check_known
 from fastgen.hf.packing import PackedModel
-from fastgen.hf.unfit import UnfitError, check_known
 
 OwnForward = Callable[..., Any]
 
@@ -54,15 +54,15 @@ def fast_forward(
     """What transformers' forward returns for these arguments.
 
     Raises:
-        UnfitError: that forward has to do it; no argument has changed.
+        NotNative: that forward has to do it; no argument has changed.
         IndexError: a token or position is not in the model's tables, as transformers raises.
     """
     needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
     if needs_grad and model.training:
         packed.forget()
-        raise UnfitError("training with gradients")
+        raise NotNative("training with gradients")
     if torch._C._is_tracing():
-        raise UnfitError("it is being traced")
+        raise NotNative("it is being traced")
     call = _call(model, own, arguments)
     kv = packed.kv_rows(model)
     past = call.cache.get_seq_length()
@@ -104,18 +104,18 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     check_known(arguments, _KNOWN)
     for key in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, key, False):
-            raise UnfitError(f"config.{key} is set")
+            raise NotNative(f"config.{key} is set")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
-        raise UnfitError("input_ids is not a tensor (B, T)")
+        raise NotNative("input_ids is not a tensor (B, T)")
     if input_ids.dtype not in ID_DTYPES or input_ids.is_meta:
-        raise UnfitError("input_ids are no ids, or have no memory")
+        raise NotNative("input_ids are no ids, or have no memory")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
     if cache is None:
         cache = new_cache(model, own)
     elif not isinstance(cache, BlockCache) or cache.has_tensors:
-        raise UnfitError("past_key_values is another kind of cache")
+        raise NotNative("past_key_values is another kind of cache")
     past, (batch_size, length) = cache.get_seq_length(), input_ids.shape
     if past == 0:
         model.transformer.warn_if_padding_and_no_attention_mask(
@@ -124,7 +124,7 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     mask = _mask(arguments.get("attention_mask"), batch_size, past + length)
     columns = _columns(arguments.get("logits_to_keep", 0), length)
     if mask is not None and not mask[:, past:][:, columns.min() :].all():
-        raise UnfitError("logits of padding are wanted")
+        raise NotNative("logits of padding are wanted")
     call = ForwardCall(
         token_ids=input_ids.cpu().numpy().astype(np.int64),
         mask=mask,
@@ -186,9 +186,9 @@ def _mask(mask: Any, batch_size: int, length: int) -> Bools | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UnfitError("attention_mask is not a tensor (B, S + T)")
+        raise NotNative("attention_mask is not a tensor (B, S + T)")
     if mask.shape != (batch_size, length):
-        raise UnfitError("attention_mask is not as long as cache and input together")
+        raise NotNative("attention_mask is not as long as cache and input together")
     attended: Bools = (mask != 0).cpu().numpy()
     return attended
 
@@ -199,7 +199,7 @@ def _columns(logits_to_keep: Any, length: int) -> Ints:
     else:
         columns = np.arange(length)[-int(logits_to_keep) :]
     if columns.ndim != 1 or not len(columns):
-        raise UnfitError("logits_to_keep keeps nothing, or is not a list")
+        raise NotNative("logits_to_keep keeps nothing, or is not a list")
     return columns
 
 
@@ -211,7 +211,7 @@ def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> In
         (1, length),
         (batch_size, length),
     ):
-        raise UnfitError("position_ids are not (B, T)")
+        raise NotNative("position_ids are not (B, T)")
     return np.broadcast_to(position_ids.cpu().numpy().astype(np.int64), (batch_size, length))
 
 

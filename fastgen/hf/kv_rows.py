@@ -15,17 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.decoders.interface import Decoder, Logits, StepBatch
-from fastgen.engine import Engine
-from fastgen.interrupts import deferred_interrupts
-from fastgen.kv_cache import (
-    BLOCK_SIZE,
-    Key,
-    block_keys,
-    blocks_for,
-    blocks_needed,
-    next_key,
-)
-from fastgen.scheduler import Scheduler
+from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
+from fastgen.engine.blocks import Key, block_keys, blocks_needed, next_key
+from fastgen.engine.engine import Engine
+from fastgen.engine.interrupts import deferred_interrupts
+from fastgen.engine.scheduler import Scheduler
 
 Ints = NDArray[np.int64]
 

@@ -15,10 +15,10 @@ from transformers.utils.generic import can_return_tuple
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
+from fastgen.hf.not_native import NotNative
 from fastgen.hf.packing import PackedModel, has_global_hooks
 from fastgen.hf.sampling import generate_natively, native_call
 from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_errors
-from fastgen.hf.unfit import UnfitError
 
 _Own = transformers.GPT2LMHeadModel
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
@@ -60,7 +60,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         arguments = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
         try:
             output = fast_forward(self, self._packed, self._own_forward, arguments)
-        except UnfitError as unfit:
+        except NotNative as unfit:
             self._packed.note("transformers", unfit)
             return super().forward(**arguments)
         self._packed.note("forward")
@@ -135,7 +135,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
             for name in _EACH_STEP
         )
         if synced_gpus or hooked or changed:
-            raise UnfitError("each forward has to be seen from outside")
+            raise NotNative("each forward has to be seen from outside")
 
     def _first_way(
         self,
@@ -149,7 +149,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         try:
             self._check_unseen(synced_gpus)
             output = native()
-        except UnfitError as unfit:
+        except NotNative as unfit:
             reason = str(unfit)
         else:
             self._packed.note("native")

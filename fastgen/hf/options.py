@@ -1,7 +1,7 @@
 """transformers' resolved processors and stopping criteria, as fastgen's own options.
 
 transformers has made them from its defaults, files and keywords; here they are only read. What has
-no exact counterpart raises UnfitError, with its name.
+no exact counterpart raises NotNative, with its name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
-from fastgen.hf.unfit import UnfitError
-from fastgen.sampling_params import SamplingParams
+from fastgen.hf.not_native import NotNative
+from fastgen.sampling.params import SamplingParams
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class NativeOptions:
         eos_ids = [token_id for token_id in self.eos_ids or () if 0 <= token_id < vocab_size]
         ends = self.forced_eos is not None and self.forced_eos >= vocab_size
         if ends or ("exponential_decay_length_penalty" in self.params and not eos_ids):
-            raise UnfitError("an eos id that is needed is outside the vocabulary")
+            raise NotNative("an eos id that is needed is outside the vocabulary")
         options = {**self.params, "max_new_tokens": num_new}
         options |= {"stop_token_ids": eos_ids, "ignore_eos": True}  # the call's, alone
         options["suppress_tokens"] = (*options.get("suppress_tokens", ()), *bans)
@@ -95,44 +95,44 @@ class NativeOptions:
         try:
             return SamplingParams(**options)
         except (TypeError, ValueError) as error:
-            raise UnfitError(str(error)) from error
+            raise NotNative(str(error)) from error
 
 
 def native_options(
     prompts: Prompts, processor_list: Iterable[Any], criteria_list: Iterable[Any], *, sampled: bool
 ) -> NativeOptions:
-    """Raises UnfitError for a processor or criterion that the engine does not know."""
+    """Raises NotNative for a processor or criterion that the engine does not know."""
     options = NativeOptions()
     kinds: set[type] = set()
     for criterion in criteria_list:
         _of(_CRITERIA, criterion, "stopping criterion")(options, criterion)
         if type(criterion) in kinds:
-            raise UnfitError(f"two criteria of the kind {type(criterion).__name__}")
+            raise NotNative(f"two criteria of the kind {type(criterion).__name__}")
         kinds.add(type(criterion))
     if options.max_length <= prompts.length:
-        raise UnfitError("there is no bound of the length, or it has been reached")
+        raise NotNative("there is no bound of the length, or it has been reached")
     order = list(_PROCESSORS)
     last = -1
     for processor in processor_list:
         read = _of(_PROCESSORS, processor, "logits processor")
         rank = order.index(type(processor))
         if rank <= last:
-            raise UnfitError(f"{type(processor).__name__} stands in an order of its own")
+            raise NotNative(f"{type(processor).__name__} stands in an order of its own")
         last = rank
         read(options, processor, prompts)
     if options.removes_invalid and "exponential_decay_length_penalty" in options.params:
-        raise UnfitError("remove_invalid_values before a penalty that raises eos ids")
+        raise NotNative("remove_invalid_values before a penalty that raises eos ids")
     options.params.setdefault("temperature", 1.0)
     if not sampled:
         if options.num_warpers:
-            raise UnfitError("a filter without sampling")
+            raise NotNative("a filter without sampling")
         options.params["temperature"] = 0.0
     return options
 
 
 def _of(table: dict[type, Any], item: Any, kind: str) -> Any:
     if type(item) not in table:
-        raise UnfitError(f"{kind} {type(item).__name__}")
+        raise NotNative(f"{kind} {type(item).__name__}")
     return table[type(item)]
 
 
@@ -147,7 +147,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 def _same_eos(options: NativeOptions, processor: Any) -> None:
     if set(_ids(processor.eos_token_id)) != set(options.eos_ids or ()):
-        raise UnfitError(f"{type(processor).__name__} has eos ids of its own")
+        raise NotNative(f"{type(processor).__name__} has eos ids of its own")
 
 
 def _bias(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
@@ -163,7 +163,7 @@ def _check_beginnings(words: Iterable[tuple[int, ...]], prompts: Prompts, name: 
     """Where prompts are padded, transformers takes the padding for a part of them."""
     beginnings = {token_id for word in words for token_id in word[:-1]}
     if prompts.are_padded and beginnings & prompts.padding():
-        raise UnfitError(f"{name} may begin in the padding")
+        raise NotNative(f"{name} may begin in the padding")
 
 
 def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
@@ -171,11 +171,11 @@ def _repetition(options: NativeOptions, processor: Any, prompts: Prompts) -> Non
     if isinstance(ignored, Tensor):
         ignored = ignored.cpu().numpy()
     if ignored is None and prompts.are_padded:
-        raise UnfitError("repetition_penalty counts padding")
+        raise NotNative("repetition_penalty counts padding")
     if ignored is not None and (np.asarray(ignored) != prompts.starts).any():
-        raise UnfitError("repetition_penalty leaves out a part of the prompt")
+        raise NotNative("repetition_penalty leaves out a part of the prompt")
     if getattr(processor, "logits_indices", None) is not None:
-        raise UnfitError("repetition_penalty of packed rows")
+        raise NotNative("repetition_penalty of packed rows")
     options.params["repetition_penalty"] = float(processor.penalty)
 
 
@@ -184,18 +184,18 @@ def _ngrams(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if processor.ngram_size == 1:  # transformers counts what is in the padding as seen
         options.row_bans = [tuple(ids) for ids in prompts.paddings()]
     elif not padding <= set(options.eos_ids or ()) or padding & prompts.seen():
-        raise UnfitError("no_repeat_ngram_size with n-grams that begin in the padding")
+        raise NotNative("no_repeat_ngram_size with n-grams that begin in the padding")
     options.params["no_repeat_ngram_size"] = processor.ngram_size
 
 
 def _bad_words(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     words = [tuple(word) for word in processor.sequence_bias]  # the eos ids are left out of it
     if any(bias != float("-inf") for bias in processor.sequence_bias.values()):
-        raise UnfitError("bad words with a bias of their own")
+        raise NotNative("bad words with a bias of their own")
     _check_beginnings(words, prompts, "bad_words_ids")
     alone = {word[0] for word in words if len(word) == 1}
     if alone & set(options.eos_ids or ()):
-        raise UnfitError("bad words hold an eos id")
+        raise NotNative("bad words hold an eos id")
     options.params["bad_words"] = words
 
 
@@ -216,13 +216,13 @@ def _at_least(options: NativeOptions, num_new: int) -> None:
 
 def _forced_bos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if prompts.length == 1:
-        raise UnfitError("forced_bos_token_id behind a prompt of one token")
+        raise NotNative("forced_bos_token_id behind a prompt of one token")
 
 
 def _forced_eos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     ids = _ids(processor.eos_token_id)
     if len(ids) != 1 or processor.max_length != options.max_length:
-        raise UnfitError("several forced eos ids, or at another length")
+        raise NotNative("several forced eos ids, or at another length")
     [options.forced_eos] = ids
 
 
@@ -236,23 +236,23 @@ def _length_penalty(options: NativeOptions, processor: Any, prompts: Prompts) ->
 def _suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     options.params["suppress_tokens"] = _ids(processor.suppress_tokens)
     if options.forced_eos in options.params["suppress_tokens"]:
-        raise UnfitError("a suppressed token is forced")
+        raise NotNative("a suppressed token is forced")
 
 
 def _begin_suppress(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if processor.begin_index != prompts.length:
-        raise UnfitError("begin_suppress_tokens at another place than the beginning")
+        raise NotNative("begin_suppress_tokens at another place than the beginning")
     options.params["begin_suppress_tokens"] = _ids(processor.begin_suppress_tokens)
     if options.forced_eos in options.params["begin_suppress_tokens"]:
-        raise UnfitError("a suppressed token is forced")
+        raise NotNative("a suppressed token is forced")
 
 
 def _warper(name: str, attribute: str) -> Reader:
     def read(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
-            raise UnfitError(f"{name} that keeps at least several tokens")
+            raise NotNative(f"{name} that keeps at least several tokens")
         if getattr(processor, "filter_value", -np.inf) != -np.inf:
-            raise UnfitError(f"{name} with a filter value of its own")
+            raise NotNative(f"{name} with a filter value of its own")
         value = getattr(processor, attribute)
         options.params[name] = value.item() if isinstance(value, Tensor) else value
         options.num_warpers += 1
@@ -306,7 +306,7 @@ def _max_time(options: NativeOptions, criterion: Any) -> None:
 
 def _stop_strings(options: NativeOptions, criterion: Any) -> None:
     if not all(criterion.stop_strings):
-        raise UnfitError("an empty stop string")
+        raise NotNative("an empty stop string")
     options.stop_strings = criterion
 
 

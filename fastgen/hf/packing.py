@@ -13,14 +13,14 @@ from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
-from fastgen.checkpoint import Checkpoint
-from fastgen.decoders.choice import build_decoder, plan_decoder
+from fastgen.checkpoints.checkpoint import Checkpoint
+from fastgen.checkpoints.in_memory import checkpoint_of_model
 from fastgen.decoders.plan import LoadOptions
-from fastgen.engine import Engine
+from fastgen.decoders.select import build_decoder, plan_decoder
+from fastgen.engine.engine import Engine
 from fastgen.errors import CheckpointError
 from fastgen.hf.kv_rows import KvRows
-from fastgen.hf.unfit import UnfitError
-from fastgen.model_tensors import checkpoint_of_model
+from fastgen.hf.not_native import NotNative
 
 _MODULES = (
     modeling_gpt2.GPT2Model,
@@ -59,20 +59,20 @@ class PackedModel:
         """The decoder of the model's weights as they are now.
 
         Raises:
-            UnfitError: these are not the modules, or not weights, that fastgen computes exactly.
+            NotNative: these are not the modules, or not weights, that fastgen computes exactly.
         """
         with self._lock:
             try:
                 if self._state is None or not self._state.holds():
                     if _drops_out(model.modules()):
-                        raise UnfitError("dropout is active")
+                        raise NotNative("dropout is active")
                     self._pack(model)
             except RuntimeError as error:  # of tensors without memory, as torch.func has them
-                raise UnfitError(str(error)) from error
+                raise NotNative(str(error)) from error
             if self._kv is None or self._state is None:
-                raise UnfitError(self._refused)
+                raise NotNative(self._refused)
             if self._state.drops_out():
-                raise UnfitError("dropout is active")
+                raise NotNative("dropout is active")
             return self._kv
 
     def forget(self) -> None:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from fastgen.engine.requests import Request, Row
 from fastgen.errors import EngineError, NothingToDrawError
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import ID_DTYPES, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows, logits_of
+from fastgen.hf.not_native import NotNative, check_known
 from fastgen.hf.options import NativeOptions, Prompts, native_options
 from fastgen.hf.stop_strings import StopStringSink
 from fastgen.hf.streamers import RowStreamers
-from fastgen.hf.unfit import UnfitError, check_known
-from fastgen.philox import sample_seed
-from fastgen.request import Request, Row
-from fastgen.sampling_params import SamplingParams
+from fastgen.sampling.params import SamplingParams
+from fastgen.sampling.philox import sample_seed
 
 _KNOWN = {
     *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"),
@@ -70,7 +70,7 @@ def native_call(
     """Read a call's options.
 
     Raises:
-        UnfitError: transformers' loop has to run it.
+        NotNative: transformers' loop has to run it.
     """
     check_arguments(config, arguments)
     returns_dict = bool(config.return_dict_in_generate)
@@ -79,13 +79,13 @@ def native_call(
     options = native_options(prompts, processors, criteria, sampled=config.do_sample)
     rows = len(prompts.token_ids)
     if options.stop_strings is not None and options.eos_ids is None and rows > 1:
-        raise UnfitError("rows that a stop string has ended go on without an eos")
+        raise NotNative("rows that a stop string has ended go on without an eos")
     cache = arguments.get("past_key_values")
     _check_cache(cache, prompts, config, arguments)
     num_new = options.max_length - prompts.length
     pad = config._pad_token_tensor
     if pad is None and options.eos_ids is not None:
-        raise UnfitError("there is an eos, but nothing to pad with")
+        raise NotNative("there is an eos, but nothing to pad with")
     return SamplingCall(
         prompts=prompts,
         options=options,
@@ -106,7 +106,7 @@ def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
     """Run the call's rows to their ends; returns what transformers' loop returns.
 
     Raises:
-        UnfitError: the rows cannot run; nothing has been streamed.
+        NotNative: the rows cannot run; nothing has been streamed.
     """
     check_tokens(call.prompts.token_ids, kv.vocab_size)
     rows = _start(kv, call)
@@ -135,35 +135,35 @@ def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
 
 
 def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
-    """Raise UnfitError for what needs transformers' own forward, or its loop."""
+    """Raise NotNative for what needs transformers' own forward, or its loop."""
     check_known(arguments, _KNOWN)
     for key in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, key):
-            raise UnfitError(f"{key} was asked for")
+            raise NotNative(f"{key} was asked for")
     if getattr(config, "is_assistant", False):
-        raise UnfitError("it drafts for another model")
+        raise NotNative("it drafts for another model")
 
 
 def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
     """Where each row begins behind its padding (B,)."""
     if token_ids.dim() != 2 or not token_ids.numel() or token_ids.dtype not in ID_DTYPES:
-        raise UnfitError("input_ids are not integers (B, T)")
+        raise NotNative("input_ids are not integers (B, T)")
     batch_size, length = token_ids.shape
     positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     starts = np.zeros(batch_size, np.int64)
     if mask is not None:
         attended = (mask != 0).cpu().numpy()
         if attended.shape != (batch_size, length):
-            raise UnfitError("attention_mask is not as long as the input")
+            raise NotNative("attention_mask is not as long as the input")
         if not attended[:, -1].all() or (np.diff(attended.astype(np.int8), axis=1) < 0).any():
-            raise UnfitError("padding that is not on the left")
+            raise NotNative("padding that is not on the left")
         starts = length - attended.sum(axis=1)
     if positions is not None:
         expected = np.maximum(np.arange(length) - starts[:, None], 0)
         given = positions.cpu().numpy()
         shapes = ((1, length), (batch_size, length))
         if given.shape not in shapes or (given != expected).any():
-            raise UnfitError("position_ids of its own")
+            raise NotNative("position_ids of its own")
     return starts
 
 
@@ -171,7 +171,7 @@ def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[s
     if cache is None:
         return
     if not isinstance(cache, BlockCache) or cache.has_tensors:
-        raise UnfitError("past_key_values is another kind of cache")
+        raise NotNative("past_key_values is another kind of cache")
     past = cache.get_seq_length()
     if past == 0:
         return
@@ -179,13 +179,13 @@ def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[s
     length = mask.shape[1] if mask is not None else getattr(config, "_mask_length", None)
     attended = np.arange(past) >= prompts.starts[:, None]
     if length != prompts.length or past >= length:
-        raise UnfitError("only what follows the cache was given")
+        raise NotNative("only what follows the cache was given")
     if cache.mask.shape != attended.shape or (cache.mask != attended).any():
-        raise UnfitError("the cache was made with another mask")
+        raise NotNative("the cache was made with another mask")
     same = (cache.token_ids == prompts.token_ids[:, :past]) | ~attended
     expected = np.arange(past) - prompts.starts[:, None]
     if not same.all() or ((cache.positions != expected) & attended).any():
-        raise UnfitError("the cache was made of other tokens")
+        raise NotNative("the cache was made of other tokens")
 
 
 def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
@@ -196,7 +196,7 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
     ]
     longest = max(map(len, prompts)) + call.num_drawn
     if longest > kv.decoder.limits.max_seq_len:
-        raise UnfitError("rows may get longer than the context")
+        raise NotNative("rows may get longer than the context")
     if call.num_drawn == 0:
         return []
     seed = int(torch.randint(2**63 - 1, ())) if call.sampled else 0
@@ -212,7 +212,7 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
         for request in requests:
             kv.engine.cancel(request)
         if isinstance(error, (TypeError, ValueError)):
-            raise UnfitError(str(error)) from error
+            raise NotNative(str(error)) from error
         raise
     return [request.rows[0] for request in requests]
 
@@ -363,7 +363,7 @@ def _raise_error(row: Row, num_streamed: int) -> None:
     error = row.error or row.request.error
     if isinstance(error, NothingToDrawError):
         if not num_streamed:
-            raise UnfitError("there was nothing that could be drawn")
+            raise NotNative("there was nothing that could be drawn")
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
     if error is not None:
         raise error

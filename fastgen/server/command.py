@@ -13,13 +13,13 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from fastgen.engine_thread import Terms
-from fastgen.generator import Generator
-from fastgen.limits import Limits
+from fastgen.engine.request_limits import RequestLimits
+from fastgen.frontends.engine_thread import QueueConfig
+from fastgen.frontends.generator import Generator
 from fastgen.server.limits import ServerLimits
 
 BUNDLED = "fastgen-bundled"
-_TERMS = ("max_waiting", "max_unread", "stall_timeout")
+_QUEUE_CONFIG = ("max_waiting", "max_unread", "stall_timeout")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, one a line")
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     group = parser.add_argument_group("limits of the server").add_argument
-    texts = _described(ServerLimits) | _described(Terms)
-    for field in (*fields(ServerLimits), *_fields(Terms)):
+    texts = _described(ServerLimits) | _described(QueueConfig)
+    for field in (*fields(ServerLimits), *_fields(QueueConfig)):
         _add(group, field.name, type(field.default), field.default, texts[field.name])
     group = parser.add_argument_group("limits of a request").add_argument
-    texts = _described(Limits)
-    for name, bound in vars(Limits.for_serving()).items():
+    texts = _described(RequestLimits)
+    for name, bound in vars(RequestLimits.for_serving()).items():
         kind = float if isinstance(bound, float) else int
         _add(group, f"limit_{name}", kind, bound, f"the most: {texts[name]}")
 
@@ -61,7 +61,7 @@ def _add(add: Callable[..., Any], name: str, kind: Any, default: Any, text: str)
 
 
 def _fields(kind: Any) -> list[Field[Any]]:
-    return [f for f in fields(kind) if f.name in _TERMS and f.default is not MISSING]
+    return [f for f in fields(kind) if f.name in _QUEUE_CONFIG and f.default is not MISSING]
 
 
 def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) -> int:
@@ -77,8 +77,10 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
     given = vars(arguments)
     keys = Keys() if arguments.api_key_file is None else Keys.from_file(arguments.api_key_file)
     limits = ServerLimits(**{field.name: given[field.name] for field in fields(ServerLimits)})
-    request_limits = Limits(**{f.name: given[f"limit_{f.name}"] for f in fields(Limits)})
-    terms = Terms(**{name: given[name] for name in _TERMS})
+    request_limits = RequestLimits(
+        **{f.name: given[f"limit_{f.name}"] for f in fields(RequestLimits)}
+    )
+    queue_config = QueueConfig(**{name: given[name] for name in _QUEUE_CONFIG})
     address = Address(host=arguments.host, port=arguments.port, uds=arguments.uds)
     with ExitStack() as models:
         served: dict[str, Generator] = {}
@@ -88,7 +90,11 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
             served[name] = models.enter_context(load(path))
             served[name].warmup()
         service = Service(
-            served, limits=limits, request_limits=request_limits, terms=terms, keys=keys
+            served,
+            limits=limits,
+            request_limits=request_limits,
+            queue_config=queue_config,
+            keys=keys,
         )
         serve(service, address)
     return 0

@@ -12,12 +12,12 @@ from typing import Any
 from fastgen.checks import boolean, integer, real, reject_unknown
 from fastgen.errors import EngineError
 from fastgen.results import Completion, Generation
-from fastgen.sampling_params import SamplingParams
+from fastgen.sampling.params import SamplingParams
 from fastgen.server.errors import ApiError, row_failed, unavailable
 from fastgen.server.limits import ServerLimits
 from fastgen.server.logprobs import LogprobsWriter
 from fastgen.server.streaming import as_json
-from fastgen.tokenizer import Tokenizer
+from fastgen.text.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 # Names of this protocol for what SamplingParams calls otherwise.

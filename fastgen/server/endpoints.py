@@ -10,9 +10,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fastgen.async_engine import AsyncStream
 from fastgen.checks import integer
-from fastgen.engine_thread import sized
+from fastgen.frontends.async_engine import AsyncStream
+from fastgen.frontends.engine_thread import estimate_size
 from fastgen.results import Generation
 from fastgen.server.bodies import read_json
 from fastgen.server.calls import json_response, off_loop, salt_of, service_of
@@ -63,7 +63,7 @@ def _answer_size(asked: CompletionRequest, generation: Generation) -> int:
 def _size(body: dict[str, Any]) -> int:
     """Values of options that have to be looked at."""
     options = (value for name, value in body.items() if name != "prompt")
-    return sum(sized(value) for value in options if isinstance(value, (list, dict)))
+    return sum(estimate_size(value) for value in options if isinstance(value, (list, dict)))
 
 
 async def _streamed(model: ServedModel, asked: CompletionRequest, salt: str | None) -> EventStream:

@@ -1,4 +1,4 @@
-"""What a server lets strangers have; Limits (fastgen.limits) has what concerns one request."""
+"""What a server lets strangers have; RequestLimits bounds a single request."""
 
 from __future__ import annotations
 

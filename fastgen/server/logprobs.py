@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastgen.results import TokenLogprobs
-from fastgen.text_sink import TextSink
-from fastgen.tokenizer import Tokenizer
+from fastgen.text.detokenizer import TextSink
+from fastgen.text.tokenizer import Tokenizer
 
 
 class LogprobsWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import fastgen
-from fastgen.limits import Limits
+from fastgen.engine.request_limits import RequestLimits
 from fastgen.server.completions import LONGEST_SALT, OTHERS, SAMPLING
 from fastgen.server.service import Service
 
@@ -42,7 +42,7 @@ def schema_of(service: Service) -> Schema:
     return document
 
 
-def _completion(service: Service, limits: Limits, names: list[str]) -> Schema:
+def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Schema:
     context = max(model.max_seq_len for model in service.models.values())
     text_or_ids = [
         {"type": "string"},

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fastgen.async_engine import AsyncEngine
-from fastgen.engine_thread import Terms
-from fastgen.generator import Generator
-from fastgen.limits import Limits
+from fastgen.engine.request_limits import RequestLimits
+from fastgen.frontends.async_engine import AsyncEngine
+from fastgen.frontends.engine_thread import QueueConfig
+from fastgen.frontends.fair_lock import FairLock
+from fastgen.frontends.generator import Generator
 from fastgen.server.errors import ApiError
 from fastgen.server.limits import ServerLimits
 from fastgen.server.metrics import Metrics
-from fastgen.turns import Turns
 
 logger = logging.getLogger("fastgen.server")
 _LONGEST_KEY = 4096
@@ -94,21 +94,23 @@ class Service:
         models: Mapping[str, Generator],
         *,
         limits: ServerLimits | None = None,
-        request_limits: Limits | None = None,
-        terms: Terms | None = None,
+        request_limits: RequestLimits | None = None,
+        queue_config: QueueConfig | None = None,
         keys: Keys | None = None,
     ) -> None:
         if not models:
             raise ValueError("a server needs a model")
         self.limits, self.keys = limits or ServerLimits(), keys or Keys()
-        terms = terms or Terms()
+        queue_config = queue_config or QueueConfig()
         if len(models) > 1:
-            terms = replace(terms, turns=Turns())
+            queue_config = replace(queue_config, fair_lock=FairLock())
         created = int(time.time())
         self.models: dict[str, ServedModel] = {}
         for name, generator in models.items():
-            generator.engine.limits = request_limits or Limits.for_serving()
-            self.models[name] = ServedModel(name, generator, AsyncEngine(generator, terms), created)
+            generator.engine.limits = request_limits or RequestLimits.for_serving()
+            self.models[name] = ServedModel(
+                name, generator, AsyncEngine(generator, queue_config), created
+            )
         engines = {name: generator.engine for name, generator in models.items()}
         self.metrics = Metrics(engines, lambda: not self.troubles)
         for name, model in self.models.items():

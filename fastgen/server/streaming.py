@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from fastgen.async_engine import AsyncStream
+from fastgen.frontends.async_engine import AsyncStream
 from fastgen.results import Piece
 from fastgen.server.errors import api_error
 

@@ -20,9 +20,9 @@
 #include <thread>
 #include <vector>
 
-#include "cpu_decoder.h"
-#include "cpu_features.h"
-#include "number_formats.h"
+#include "common/cpu_features.h"
+#include "common/number_formats.h"
+#include "decoder/cpu_decoder.h"
 #include "require.h"
 
 namespace {

@@ -24,7 +24,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/thread_pool.h"
+#include "common/thread_pool.h"
 #include "require.h"
 
 #ifdef __linux__

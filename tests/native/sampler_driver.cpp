@@ -19,9 +19,9 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu_features.h"
-#include "../../csrc/sampler.h"
+#include "common/cpu_features.h"
 #include "require.h"
+#include "sampler/sampler.h"
 
 namespace {
 

@@ -1,0 +1,1 @@
+"""The CPU decoder: csrc/decoder behind the decoder interface. No PyTorch."""

@@ -1,0 +1,393 @@
+"""The engine: ids in, ids out. One step loop: schedule, forward, sample, emit.
+
+Any thread may add requests and run the loop. Whoever finds it idle drives it, for everybody, until
+what it waits for has come; the others wait for the driver's steps and take over when it leaves. So
+a caller that pauses its stream stalls nobody. The engine knows no text: a request that needs text
+brings a TextSink for each row.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from fastgen.decoders.interface import Decoder, PendingStep
+from fastgen.engine.inbox import Inbox
+from fastgen.engine.interrupts import deferred_interrupts
+from fastgen.engine.outputs import StepOutput, needs_logits, step_outputs
+from fastgen.engine.request_checks import (
+    check_ids,
+    check_options,
+    check_params,
+    checked_prompt,
+    longest_row,
+)
+from fastgen.engine.request_limits import RequestLimits
+from fastgen.engine.requests import Listener, Request, Row
+from fastgen.engine.scheduler import Admission, ScheduledRow, Scheduler, StepPlan
+from fastgen.engine.stats import EngineStats
+from fastgen.engine.step_lock import StepLock
+from fastgen.errors import EngineError, NothingToDrawError
+from fastgen.results import FinishReason
+from fastgen.sampling.draw import Draw
+from fastgen.sampling.params import SamplingParams
+from fastgen.text.detokenizer import Sink
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """Runs requests on one decoder. Thread-safe.
+
+    `limits` bounds what a request may ask for; it may be replaced at any time.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        vocab_size: int,
+        eos_ids: Iterable[int] = (),
+        limits: RequestLimits | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.limits = limits or RequestLimits()
+        self.stats = EngineStats()
+        self._vocab_size, self._eos_ids = vocab_size, frozenset(eos_ids)
+        self._scheduler = Scheduler(decoder.limits)
+        self._inbox = Inbox()
+        self._under_way: deque[tuple[StepPlan, PendingStep]] = deque()  # at most 2 steps
+        self._step_lock = StepLock()
+        self._progress = self._step_lock.changed  # guards the inbox
+        self._closed = False
+        self.pid = os.getpid()
+        _engines.add(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._scheduler.pool.num_free
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows that have no seat yet."""
+        return len(self._inbox.arrived) + len(self._scheduler.waiting)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rows that wait or run."""
+        return len(self._inbox.arrived) + self._scheduler.num_unfinished
+
+    def add_request(
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        sinks: Sequence[Sink] | None = None,
+        deadline: float | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        keeps_logits: bool = False,
+        listener: Listener | None = None,
+        is_checked: bool = False,
+    ) -> Request:
+        """Queue a prompt; it runs when somebody runs the engine.
+
+        Args:
+            token_ids: the prompt, at least one id.
+            params: its options.
+            sinks: one for each row (`params.num_rows`), for text and stop strings.
+            deadline: the time.monotonic() at which its rows end with "timeout".
+            cache_salt: prompts with different salts share no KV blocks.
+            priority: -1000 to 1000; rows with a lower one go before those with a higher one that
+                came up to 1000 rows earlier, a level.
+            keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
+            listener: is told of the request's tokens and of its end.
+            is_checked: check_request has returned these ids, for these params.
+
+        Raises:
+            TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
+                is untouched.
+            EngineError: the engine is closed.
+        """
+        prompt = tuple(token_ids) if is_checked else self.check_request(token_ids, params)
+        check_options(params, sinks, deadline, cache_salt, priority)
+        request = Request(prompt, params, deadline, cache_salt, priority, listener)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        max_len = longest_row(len(prompt), params, self.decoder.limits)
+        request.make_rows(seed, max_len, params.ending_ids(self._eos_ids), sinks)
+        for row in request.rows if keeps_logits else ():
+            row.raw_logits = []
+        if request.prefill_len == 0:  # nothing to compute, nothing to draw
+            for row in request.rows:
+                row.finish("length")
+                request.row_ended()
+            return request
+        with self._progress:
+            if self._closed:
+                raise EngineError("this model has been closed")
+            self._inbox.add(request)
+        return request
+
+    def cancel(self, request: Request, *, if_idle: bool = True) -> None:
+        """End those of the request's rows that run with "cancelled", before the next step.
+
+        `if_idle`: now, if nobody drives; False leaves that to whoever drives next.
+        """
+        with self._progress:
+            self._inbox.cancelled.append(request)
+        if if_idle:
+            self._process_inbox_if_idle()
+
+    def run(self, until: Callable[[], bool]) -> None:
+        """Take part in running the engine until `until()` is true; it is asked after every step.
+
+        Ctrl-C in the main thread is raised between two steps, so that it breaks nobody's row.
+
+        A step that fails ends its rows with "error" and leaves the cause in `request.error`. What
+        fails for one row alone ends only that, with the cause in `row.error`.
+
+        Raises:
+            EngineError: nothing is left to run, and `until()` is not true; or the engine's own
+                step, in some row's function, asks for this.
+        """
+        with deferred_interrupts() as interrupted:
+
+            def over() -> bool:
+                return bool(interrupted) or until()
+
+            while not over():
+                with self._step_lock.held(wait=True, until=over) as driving:
+                    if driving and not over():
+                        self._step()
+            self._process_inbox_if_idle()  # what was cancelled while the last step ran
+
+    def close(self, timeout: float | None = None) -> None:
+        """End every row with "cancelled" and free the decoder. Safe to call twice.
+
+        A step under way is waited for; if that takes `timeout` seconds, nothing is freed.
+        """
+        with self._progress:
+            self._step_lock.refuse_in_own_step()
+            self._closed = True  # the next step of whoever drives ends every row
+            if not self._progress.wait_for(lambda: self._step_lock.driver is None, timeout):
+                return
+        with self._step_lock.held(wait=True):
+            self._process_inbox()
+            self._drain_steps()
+            self.decoder.close()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[Scheduler]:
+        """Nobody steps meanwhile, and every row that is not running waits in the scheduler: for a
+        forward of one's own in blocks of its pool, and to make the decoder grow.
+
+        Raises:
+            EngineError: the engine is closed.
+        """
+        with self._step_lock.claimed():
+            if self._closed:
+                raise EngineError("this model has been closed")
+            self._process_inbox()
+            self._drain_steps()
+            yield self._scheduler
+        self._process_inbox_if_idle()  # what was cancelled meanwhile
+
+    def _process_inbox_if_idle(self) -> None:
+        """Whoever drives sees what was cancelled; if nobody does, end it now."""
+        while self._inbox.cancelled:
+            with self._step_lock.held(wait=False) as driving:
+                if not driving:
+                    return  # its driver looks once more after it has left
+                self._process_inbox()
+                self._drain_steps()
+
+    def _step(self) -> None:
+        """Start a step, and wait for the one before; for this one, too, if the host has a part in
+        it. What goes wrong in a step ends the rows of its batch, and no others.
+        """
+        if self._process_inbox() and not self._under_way:
+            return  # that may be what the driver waits for
+        runs_ahead = self._launch_next()
+        while len(self._under_way) > runs_ahead:
+            self._collect_step()
+        if not any(row.finish_reason is None for row in self._rows_under_way()):
+            self._drain_steps()
+
+    def _launch_next(self) -> bool:
+        """Start the next step, if there is one; whether the one behind it can be started, too."""
+        rows: Sequence[Row] = ()
+        admissions: Sequence[Admission] = ()
+        with self._failing_together(lambda: rows or self._running_and(admissions)):
+            admissions = self._scheduler.admit()
+            for admission in admissions:
+                self._start(admission)
+            plan = self._scheduler.schedule()
+            if plan is not None:
+                rows = [entry.row for entry in plan.entries]
+                step = self.decoder.step(plan.batch)
+                for row in rows:
+                    row.num_under_way += 1
+                self._under_way.append((plan, step))
+                return step.is_async and not needs_logits(plan)
+            if not admissions and not self._under_way:
+                # whoever runs the engine waits for something that cannot come
+                rows = list(self._scheduler.waiting)
+                raise EngineError("there is no row that could run")
+        return False
+
+    def _collect_step(self) -> None:
+        """Wait for the oldest step under way, and give its rows what they got of it."""
+        plan, step = self._under_way[0]
+        rows = [entry.row for entry in plan.entries]
+        with self._failing_together(lambda: rows), ExitStack() as afterwards:
+            afterwards.callback(self._free, rows)
+            outputs = step_outputs(plan, step)  # all first: logits are gone after another call
+            self.stats.count(plan)
+            for entry, output in zip(plan.entries, outputs, strict=True):
+                self._hand_out(entry, output)
+
+    def _free(self, rows: Sequence[Row]) -> None:
+        """The oldest step holds its rows no more; those that have ended give back what they had,
+        each of them whatever happens to another."""
+        self._under_way.popleft()
+        with ExitStack() as releases:
+            for row in rows:
+                row.num_under_way -= 1
+                if row.finish_reason is not None and row.seat >= 0:
+                    releases.callback(self._release, row)
+
+    def _drain_steps(self) -> None:
+        while self._under_way:
+            self._collect_step()
+
+    def _rows_under_way(self) -> Iterator[Row]:
+        return (entry.row for plan, _ in self._under_way for entry in plan.entries)
+
+    def _running_and(self, admissions: Sequence[Admission]) -> list[Row]:
+        return [*self._scheduler.running, *(admission.row for admission in admissions)]
+
+    @contextmanager
+    def _failing_together(self, rows: Callable[[], Sequence[Row]]) -> Iterator[None]:
+        """What is raised within ends these rows, and is theirs, if it is an Exception."""
+        try:
+            yield
+        except BaseException as error:
+            hurt = rows()
+            self.stats.failed_steps += 1
+            self._fail(hurt, error)
+            if not (hurt and isinstance(error, Exception)):
+                raise
+
+    def _start(self, admission: Admission) -> None:
+        """Make a row ready for its first step; if that cannot be done, end its request alone."""
+        row = admission.row
+        if row.finish_reason is not None:
+            return  # with its request, another row of which could not be started
+        try:
+            if admission.error is not None:
+                raise admission.error
+            if admission.copies:
+                self.decoder.copy_blocks(admission.copies)
+            if not row.draws_on_host:
+                self.decoder.bind(row.seat, row.params, row.token_ids)
+                row.bound = True
+        except Exception as error:
+            self._end(row.request, "error", error)
+        else:
+            self.stats.reused_tokens = self._scheduler.num_reused_tokens
+            if row.request.admitted is None:
+                row.request.admitted = time.monotonic()
+
+    def _hand_out(self, entry: ScheduledRow, output: StepOutput) -> None:
+        """Give a row what it got of a step; what goes wrong ends it alone."""
+        row = entry.row
+        if row.finish_reason is not None:
+            return  # it ended while the step was under way
+        try:
+            self._scheduler.advance(entry)
+            if isinstance(output, Draw):
+                row.accept(output, self._eos_ids)
+                row.request.row_drew(row)
+            elif output is not None:
+                row.fail(output)
+            elif entry.end >= row.prefill_len:
+                row.finish("length")  # nothing was to be drawn
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            row.fail(error)
+        if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
+            self._scheduler.pool.forget(row.blocks[row.num_shared :])
+
+    def _process_inbox(self) -> bool:
+        """End what was cancelled and what has run out of time; whether there was any."""
+        with self._progress:
+            pending = self._inbox.take()
+        for row in pending.arrived:
+            self._scheduler.waiting.add(row)
+        if self._closed:
+            rows = (*self._scheduler.running, *self._scheduler.waiting)
+            pending.cancelled.extend(dict.fromkeys(row.request for row in rows))
+        ended = [self._end(request, "cancelled") for request in pending.cancelled]
+        ended += [self._end(request, "timeout") for request in pending.late]
+        return any(ended)
+
+    def _end(
+        self, request: Request, reason: FinishReason, error: BaseException | None = None
+    ) -> bool:
+        """End the rows that have not ended yet; whether there were any."""
+        if request.done:
+            return False
+        for row in request.rows:
+            if row.finish_reason is None:
+                row.finish(reason, error=error)
+                self._release(row)
+        return True
+
+    def _release(self, row: Row) -> None:
+        """Free all that a row held that has ended, when no step holds it any more."""
+        if row.num_under_way:
+            return
+        try:
+            if row.bound:
+                self.decoder.release(row.seat)
+        finally:
+            row.bound = False
+            self._scheduler.remove(row)
+            row.request.row_ended()
+
+    def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
+        for request in dict.fromkeys(row.request for row in rows):
+            if any(row.finish_reason is None for row in request.rows):
+                request.error = error
+                self._end(request, "error", error)
+
+    def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
+        check_ids(name, token_ids, self._vocab_size)
+
+    def check_request(self, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """The prompt as ints, if add_request would take it; raises what that would raise."""
+        check_params(params, self._vocab_size)
+        prompt = checked_prompt(token_ids, params, self._vocab_size, self.decoder.limits)
+        self.limits.check(len(prompt), params)
+        return prompt
+
+
+@atexit.register
+def _close_all() -> None:
+    """Python must not end while some daemon thread runs a step in C++."""
+    for engine in list(_engines):
+        if engine.pid == os.getpid():  # a forked child has none of its parent's threads
+            engine.close(timeout=5)  # a row's function may never return

@@ -1,0 +1,132 @@
+"""Stream: one request's pieces, pulled by its reader."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from fastgen.engine.engine import Engine
+from fastgen.engine.requests import Request, Row
+from fastgen.errors import EngineError, message_of
+from fastgen.results import Piece
+from fastgen.text.detokenizer import TextSink
+
+
+class PieceReader:
+    """What one reader has had of a request's rows, and what is new. It never waits."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._read = [0] * len(request.rows)  # new tokens of each row that have been handed out
+        self._ended = [False] * len(request.rows)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last piece of every row has been handed out."""
+        return all(self._ended)
+
+    def has_pending(self) -> bool:
+        return self.ended or any(self._is_new(row) for row in self._request.rows)
+
+    def num_unread(self, row: Row) -> int:
+        """Tokens of a row that wait for the reader; any thread may ask."""
+        return len(row.token_ids) - row.prompt_len - self._read[row.index]
+
+    def end(self) -> None:
+        """Hand out nothing more."""
+        self._ended = [True] * len(self._ended)
+
+    def piece(self) -> Piece | None:
+        """The next one; None if there is nothing new.
+
+        Raises:
+            EngineError: all has been handed out, and a step had failed.
+        """
+        for row in self._request.rows:
+            if self._is_new(row):
+                return self._take(row)
+        if self.ended:
+            raise_error(self._request)
+        return None
+
+    def _is_new(self, row: Row) -> bool:
+        if self._ended[row.index]:
+            return False
+        return row.finish_reason is not None or self.num_unread(row) > 0
+
+    def _take(self, row: Row) -> Piece:
+        finish_reason = row.finish_reason  # first: all that it ends is there once it is set
+        token_ids = tuple(row.token_ids[row.prompt_len + self._read[row.index] :])
+        start, self._read[row.index] = self._read[row.index], self._read[row.index] + len(token_ids)
+        logprobs = None
+        if row.logprobs is not None:
+            logprobs = tuple(row.logprobs[start : start + len(token_ids)])
+        ended = self._ended[row.index] = finish_reason is not None
+        return Piece(
+            index=row.index,
+            text=row.sink.take() if isinstance(row.sink, TextSink) else "",
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=row.stop_reason if ended else None,
+            error=message_of(row.error) if ended and row.error is not None else None,
+        )
+
+
+class Stream:
+    """An iterator over the Pieces of one request.
+
+    It generates while its reader waits for a piece; a reader that pauses stops nobody else. Closing
+    it, or dropping it, ends the generation and frees its memory.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self._engine, self._request = engine, request
+        self._reader = PieceReader(request)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        """The next piece.
+
+        Raises:
+            EngineError: a step failed.
+        """
+        try:
+            while (piece := self._reader.piece()) is None:
+                if self._reader.ended:
+                    raise StopIteration
+                self._engine.run(self._reader.has_pending)
+        except StopIteration:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        return piece
+
+    def close(self) -> None:
+        """End the generation; rows that had not ended end with "cancelled"."""
+        if not self._request.done:
+            self._engine.cancel(self._request)
+        self._reader.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def raise_error(request: Request) -> None:
+    """Raise EngineError if a step that the request was in has failed."""
+    if request.error is not None:
+        raise EngineError(f"generation failed: {request.error}") from request.error

@@ -1,0 +1,125 @@
+"""A scheduler without a decoder: rows come, run and end, and who goes before whom is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastgen.decoders.interface import Capacity
+from fastgen.decoders.memory import BLOCK_SIZE
+from fastgen.engine.blocks import BlockPool
+from fastgen.engine.queue import BYPASS
+from fastgen.engine.requests import Request, Row
+from fastgen.engine.scheduler import Scheduler, StepPlan
+from fastgen.sampling.params import SamplingParams
+
+LIMITS = Capacity(
+    num_blocks=24, block_size=BLOCK_SIZE, max_seq_len=192, max_tokens=80, max_logits=40,
+    num_seats=5, batch_invariant=False,
+)  # fmt: skip
+
+# Few distinct beginnings, so that rows share blocks often: prompts are cuts of three texts.
+TEXTS = [np.random.default_rng(seed).integers(0, 50, 192).tolist() for seed in range(3)]
+
+
+class FailingPool(BlockPool):
+    """Its next `failures` allocations raise."""
+
+    failures = 0
+
+    def allocate(self, count: int) -> list[int]:
+        if self.failures:
+            self.failures -= 1
+            raise MemoryError("injected")
+        return super().allocate(count)
+
+
+class Simulation:
+    """A scheduler without a decoder: every draw is a function of the row."""
+
+    def __init__(self, limits: Capacity = LIMITS) -> None:
+        self.scheduler = Scheduler(limits)
+        self.scheduler.pool = self.pool = FailingPool(limits.num_blocks)
+        self.limits = limits
+        self.rows: list[Row] = []
+        self.given: dict[Row, tuple[int, int]] = {}  # the turn each row came with
+        self.passed_by: dict[Row, list[Row]] = {}  # waiting rows, and who was admitted before them
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        new: int,
+        *,
+        n: int = 1,
+        scored: bool = False,
+        priority: int = 0,
+    ) -> list[Row]:
+        scored = scored or new == 0
+        params = SamplingParams(
+            n=n, max_new_tokens=new, seed=1, prompt_logprobs=0 if scored else None
+        )
+        request = Request(tuple(prompt), params, priority=priority)
+        if request.prefill_len == 0:
+            return []
+        if scored:
+            request.prompt_logprobs = [None]
+        max_len = min(len(prompt) + new, self.limits.max_seq_len)
+        request.make_rows(1, max_len, frozenset(), None)
+        for row in request.rows:
+            self.scheduler.waiting.add(row)
+            self.given[row], self.passed_by[row] = row.queue_key, []
+            assert row.queue_key == (len(self.rows) + BYPASS * priority, len(self.rows))
+            self.rows.append(row)
+        return request.rows
+
+    def step(self) -> StepPlan | None:
+        """Admit and schedule; whoever calls it advances the entries."""
+        admissions = self.scheduler.admit()
+        for admission in admissions:
+            if admission.error is not None:
+                assert admission.row.blocks == [] and admission.row.seat == -1
+                self.end(admission.row)
+            else:
+                assert admission.row.is_prefilling, "something is left to compute"
+                self.copy(admission.copies)
+                self._check_order(admission.row)
+        decoding = {row for row in self.scheduler.running if not row.is_prefilling}
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert admissions or not self.scheduler.waiting, "work waits, nothing runs: a deadlock"
+            return None
+        assert len(plan.batch.token_ids) <= self.limits.max_tokens
+        assert len(plan.batch.logits_at) <= self.limits.max_logits
+        assert decoding <= {entry.row for entry in plan.entries}, "a decoding row got no token"
+        return plan
+
+    def serve(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            plan = self.step()
+            if plan is not None:
+                self.advance(plan)
+
+    def advance(self, plan: StepPlan) -> None:
+        for entry in plan.entries:
+            row = entry.row
+            self.scheduler.advance(entry)
+            if entry.needs_draw:
+                row.token_ids.append(hash(tuple(row.token_ids)) % 50)
+            if len(row.token_ids) >= row.max_len and not row.is_prefilling:
+                self.end(row)
+
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        pass
+
+    def end(self, row: Row) -> None:
+        row.finish("cancelled")
+        self.scheduler.remove(row)
+
+    def _check_order(self, admitted: Row) -> None:
+        """Whoever should have gone first waits for a running row to compute its beginning."""
+        ahead = [row for row in self.scheduler.waiting if self.given[row] < self.given[admitted]]
+        assert all(row.awaits_prefix for row in ahead), "a row was passed that could have run"
+        assert len(ahead) <= self.limits.num_seats
+        for row in ahead:
+            self.passed_by[row].append(admitted)

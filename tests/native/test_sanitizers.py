@@ -1,0 +1,301 @@
+"""The sampler and the decoder under sanitizers: alone, and inside Python; and the thread pool.
+
+AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
+ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
+new code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pybind11
+import pytest
+
+import processes
+
+ROOT = Path(__file__).parents[2]
+DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
+POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
+POOL = ROOT / "csrc" / "common" / "thread_pool.cpp"
+DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
+COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREAD = ("-fsanitize=thread",)
+SECONDS = 60  # of each driver of the sampler
+POOL_SECONDS = 20
+DECODER_SECONDS = 60
+
+
+def core_of(sources: Path) -> list[Path]:
+    """All but the bindings: what needs no Python."""
+    return sorted(p for p in sources.glob("*/*.cpp") if p.parent.name != "bindings")
+
+
+CORE = core_of(ROOT / "csrc")
+INCLUDE = f"-I{ROOT / 'csrc'}"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are set up for Linux"),
+]
+
+
+def compiler(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
+    """Its output; fails with all of it where the command does."""
+    process = processes.run(
+        command,
+        env={**os.environ, **(env or {})},
+        stderr=subprocess.STDOUT,
+        errors="replace",
+        cwd=ROOT,
+    )
+    assert process.returncode == 0, process.stdout[-8000:]
+    return process.stdout
+
+
+def counts(program: Path, seconds: int, pattern: str, least: tuple[int, ...]) -> list[int]:
+    """What a driver says it has done, run over and over with new seeds until that is enough."""
+    totals = [0] * len(least)
+    while any(total < wanted for total, wanted in zip(totals, least, strict=True)):
+        seed = str(int.from_bytes(os.urandom(3), "big"))
+        print(f"{program.name} with seed {seed}")
+        [found] = re.findall(pattern, run(program, str(seconds), seed))
+        new = [found] if isinstance(found, str) else found
+        totals = [total + int(count) for total, count in zip(totals, new, strict=True)]
+    return totals
+
+
+def failure(program: Path, seconds: int) -> str:
+    """What it says when it fails, run over and over until it does."""
+    for seed in itertools.count(1):
+        process = processes.run([program, str(seconds), str(seed)], errors="replace")
+        if process.returncode != 0:
+            return process.stderr
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "least"),
+    [("address", ADDRESS, 1000), ("thread", THREAD, 300)],
+)
+def test_random_bytes(name: str, flags: tuple[str, ...], least: int, tmp_path: Path) -> None:
+    program = tmp_path / name
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, *CORE, DRIVER, "-o", program)
+    print(counts(program, SECONDS, r"(\d+) cases", (least,)), "cases")
+
+
+def test_fuzzer(tmp_path: Path) -> None:
+    program = tmp_path / "fuzzer"
+    flags = ("-DLIBFUZZER", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
+    run(compiler("clang++"), *COMMON, *flags, INCLUDE, *CORE, DRIVER, "-o", program)
+    artifacts = f"-artifact_prefix={tmp_path}/"
+    runs = 0
+    while runs < 5000:
+        output = run(program, f"-max_total_time={SECONDS}", "-max_len=4096", artifacts)
+        [done] = re.findall(r"Done (\d+) runs", output)
+        runs += int(done)
+    print(f"fuzzer: {runs} runs")
+
+
+def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
+    """A sampler that forgets suppress_tokens, and one that reads behind a row, are both caught."""
+    broken = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", broken)
+    driver = shutil.copytree(DRIVER.parent, tmp_path / "tests" / "native") / DRIVER.name
+    source = (broken / "sampler" / "processors.cpp").read_text()
+    old = "rule_out(options.suppress, scores);"
+    assert old in source
+    (broken / "sampler" / "processors.cpp").write_text(source.replace(old, ""))
+    assert "suppress" in failure_of(broken, driver, tmp_path / "forgets")
+    (broken / "sampler" / "processors.cpp").write_text(source)
+    kernels = (broken / "sampler" / "sampler_kernels.inc").read_text()
+    old = "start + at < count ? block[at] : kLowest"
+    assert old in kernels
+    (broken / "sampler" / "sampler_kernels.inc").write_text(kernels.replace(old, "block[at]"))
+    assert "AddressSanitizer" in failure_of(broken, driver, tmp_path / "reads")
+
+
+def failure_of(sources: Path, driver: Path, program: Path) -> str:
+    include = f"-I{sources}"
+    run(compiler("g++"), *COMMON, *ADDRESS, include, *core_of(sources), driver, "-o", program)
+    return failure(program, 20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "least_forks"),
+    [pytest.param(ADDRESS, 20, id="address"), pytest.param(THREAD, 0, id="thread")],
+)
+def test_the_thread_pool(flags: tuple[str, ...], least_forks: int, tmp_path: Path) -> None:
+    program = tmp_path / "pool"
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, POOL, POOL_DRIVER, "-o", program)
+    told = r"(\d+) calls, (\d+) shared, (\d+) forks"
+    print(counts(program, POOL_SECONDS, told, (5000, 500, least_forks)), "calls, shared, forks")
+
+
+@pytest.mark.parametrize(
+    ("flags", "old", "new", "complaint"),
+    [
+        pytest.param(ADDRESS, "num_active(state) > 0", "false", "trace->", id="caller waits"),
+        pytest.param(ADDRESS, "if (num_awake < seats)", "if (false)", "until", id="sleepers wake"),
+        pytest.param(
+            THREAD,
+            "fetch_sub(kActive, std::memory_order_release)",
+            "fetch_sub(kActive, std::memory_order_relaxed)",
+            "ThreadSanitizer: data race",
+            id="writes are seen",
+        ),
+    ],
+)
+def test_the_pool_drivers_checks_can_fail(
+    flags: tuple[str, ...], old: str, new: str, complaint: str, tmp_path: Path
+) -> None:
+    source = POOL.read_text()
+    assert source.count(old) == 1
+    broken, program = tmp_path / POOL.name, tmp_path / "pool"
+    broken.write_text(source.replace(old, new))
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, broken, POOL_DRIVER, "-o", program)
+    assert complaint in failure(program, 5)
+
+
+def copy_sources(folder: Path, flags: tuple[str, ...]) -> Path:
+    """csrc, for AddressSanitizer with an arena whose pieces it can tell from each other."""
+    copy = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", copy)
+    if flags == ADDRESS:
+        shutil.copy(ROOT / "tests" / "native" / "guarded_arena.h", copy / "common" / "arena.h")
+    return copy
+
+
+class Decoder:
+    """The decoder's objects with a sanitizer, made once; of a changed source, anew."""
+
+    def __init__(self, folder: Path, flags: tuple[str, ...]) -> None:
+        self.folder, self.flags = folder, flags
+        self.sources = copy_sources(folder, flags)
+        self.objects = {source.stem: self.compile(source) for source in core_of(self.sources)}
+
+    def compile(self, source: Path, folder: Path | None = None) -> Path:
+        made = (folder or self.folder) / f"{source.stem}.o"
+        run(compiler("g++"), *COMMON, *self.flags, f"-I{self.sources}", "-c", source, "-o", made)
+        return made
+
+    def program(self, changed: Path | None = None) -> Path:
+        """The driver with these objects, but one of the changed source."""
+        objects = dict(self.objects)
+        if changed is not None:
+            objects[changed.stem] = self.compile(changed, changed.parent)
+        driver, program = self.compile(DECODER_DRIVER), self.folder / "driver"
+        run(compiler("g++"), *COMMON, *self.flags, *objects.values(), driver, "-o", program)
+        return program
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Decoder]:
+    return cache(lambda flags: Decoder(tmp_path_factory.mktemp("decoder"), flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "least"),
+    [pytest.param(ADDRESS, 200, id="address"), pytest.param(THREAD, 100, id="thread")],
+)
+def test_the_decoder(
+    flags: tuple[str, ...], least: int, decoders: Callable[[tuple[str, ...]], Decoder]
+) -> None:
+    program = decoders(flags).program()
+    print(counts(program, DECODER_SECONDS, r"(\d+) cases", (least,)), "cases")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "old", "new", "complaint"),
+    [
+        pytest.param(
+            ADDRESS,
+            "attention",
+            "rows.cache_lens[task.row] + task.first + 1;",
+            "rows.cache_lens[task.row] + task.first + 2;",
+            "memcmp",
+            id="looks ahead",
+        ),
+        pytest.param(
+            ADDRESS,
+            "packed_linear",
+            "bias = cursor.take<float>(padded)",
+            "bias = cursor.take<float>(columns)",
+            "AddressSanitizer",
+            id="reads behind a piece",
+        ),
+        pytest.param(
+            THREAD,
+            "packed_linear",
+            "alignas(kCacheLine) float sums[",
+            "alignas(kCacheLine) static float sums[",
+            "ThreadSanitizer: data race",
+            id="shares a buffer",
+        ),
+    ],
+)
+def test_the_decoder_drivers_checks_can_fail(
+    flags: tuple[str, ...],
+    name: str,
+    old: str,
+    new: str,
+    complaint: str,
+    decoders: Callable[[tuple[str, ...]], Decoder],
+    tmp_path: Path,
+) -> None:
+    decoder = decoders(flags)
+    source = (decoder.sources / "decoder" / f"{name}.cpp").read_text()
+    assert source.count(old) == 1
+    broken = tmp_path / f"{name}.cpp"
+    broken.write_text(source.replace(old, new))
+    assert complaint in failure(decoder.program(broken), 20)
+
+
+def test_the_extension_inside_python(tmp_path: Path) -> None:
+    """The tests of what needs no PyTorch, with bindings and all built for sanitizers."""
+    package = tmp_path / "fastgen"
+    shutil.copytree(ROOT / "fastgen", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    module = package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+    copy = copy_sources(tmp_path, ADDRESS)
+    sources = sorted(copy.glob("*/*.cpp"))
+    includes.append(f"-I{copy}")
+    gxx = compiler("g++")
+    shared = ("-shared", "-fPIC", "-fvisibility=hidden")
+    run(gxx, *COMMON, *ADDRESS, *shared, *includes, *sources, "-o", module)
+    libraries = [
+        run(gxx, f"-print-file-name={name}").strip() for name in ("libasan.so", "libstdc++.so")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself keeps memory until the end
+        "PYTHONPATH": str(tmp_path),
+        "PYTHONSAFEPATH": "1",  # the checkout, where this runs, has a package of that name, too
+        "PYTHONMALLOC": "malloc",
+    }
+    options = ("-q", "-p", "no:cacheprovider", "--import-mode=importlib")
+    tests = [
+        ROOT / "tests" / folder / f"test_native_{part}.py"
+        for folder, part in (("sampling", "sampler"), ("decoders", "decoder"))
+    ]
+    output = run(sys.executable, "-m", "pytest", *options, *tests, env=env)
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output
+    where = "import fastgen._native as n; print(n.__file__)"
+    assert run(sys.executable, "-c", where, env=env).strip() == str(module)

@@ -1,0 +1,398 @@
+"""Tokenizer: every kind of tokenizer file, against the library that defines it, and bad input.
+
+The files are made on the spot: from the bundled tokenizer, from a few words, or by training.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, pre_tokenizers
+
+from engine_harness import assert_linear
+from fastgen.errors import CheckpointError
+from fastgen.frontends.generator import BUNDLED_MODEL
+from fastgen.text.tokenizer import Tokenizer
+from waits import WITHIN
+
+HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.txt"
+BUNDLED = Tokenizer.from_folder(BUNDLED_MODEL)
+BUNDLED_JSON = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text("utf-8"))
+LONGEST = max(map(len, BUNDLED_JSON["model"]["vocab"]))
+EOS = "<|endoftext|>"
+TEXTS = [
+    "",
+    "Hello, world!",
+    "  In the beginning\twas the word.\n\n\n  ",
+    "don't we'll I'm 12345 n't 's .",
+    "你好，世界！今天天气很好龘",
+    "👩‍👩‍👧‍👦 e\u0301 naïve Ωμέγα",
+    f"{EOS}a{EOS} b",
+    "[SEP]你[MASK] </s> <extra_id_0>",
+    "a <sp> b[PAD]<note>c",
+    "\0\x7f\u2028",
+]
+
+
+def write_vocab_and_merges(folder: Path) -> None:
+    model = BUNDLED_JSON["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+    merges = ["#version: 0.2", *map(" ".join, model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", "utf-8")
+
+
+def write_json(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value), "utf-8")
+
+
+def write_added_tokens(folder: Path) -> None:
+    """As transformers 4 saved a GPT-2 with tokens of one's own."""
+    write_vocab_and_merges(folder)
+    write_json(folder, "added_tokens.json", {"<sp>": 4096, "[PAD]": 4097})
+    write_json(folder, "special_tokens_map.json", {"pad_token": "[PAD]", "eos_token": EOS})
+
+
+def write_added_tokens_decoder(folder: Path) -> None:
+    """The same in its later form."""
+    write_vocab_and_merges(folder)
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    tokens = {"4096": ("<sp>", False), "4097": ("[PAD]", True), "4098": ("<note>", False)}
+    listed = {
+        i: {"content": text, "special": special} | flags for i, (text, special) in tokens.items()
+    }
+    write_json(folder, "tokenizer_config.json", {"added_tokens_decoder": listed})
+
+
+def write_bert(folder: Path, **config: Any) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s", "a", "b", "##b"]
+    vocab = dict.fromkeys([*words, *"你好世界今天气很，！,.!'", "don", "t", "n", "s"])
+    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", "utf-8")
+    if config:
+        write_json(folder, "tokenizer_config.json", config)
+
+
+def write_sentencepiece(folder: Path, name: str = "spiece.model", **config: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its generated bindings warn on newer Pythons
+        import sentencepiece
+    lines = [line for line in HELD_OUT.read_text("utf-8").splitlines() if line.strip()][:800]
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lines, "你好，世界！今天天气很好"]),
+        model_writer=trained,
+        vocab_size=300,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=5,
+    )
+    (folder / name).write_bytes(trained.getvalue())
+    if config:
+        write_json(folder, "tokenizer_config.json", config)
+
+
+def write_bert_japanese(folder: Path) -> None:
+    """One that transformers has in Python only."""
+    kind = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+    write_bert(folder, tokenizer_class="BertJapaneseTokenizer", **kind)
+
+
+# What is in the folder, and the class of transformers that reads it.
+KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "tokenizer.json": (lambda f: write_json(f, "tokenizer.json", BUNDLED_JSON), "GPT2Tokenizer"),
+    "vocab and merges": (write_vocab_and_merges, "GPT2Tokenizer"),
+    "added tokens": (write_added_tokens, "GPT2Tokenizer"),
+    "added_tokens_decoder": (write_added_tokens_decoder, "GPT2Tokenizer"),
+    "bert": (write_bert, "BertTokenizer"),
+    "bert cased": (lambda f: write_bert(f, do_lower_case=False), "BertTokenizer"),
+    "bert japanese": (write_bert_japanese, "BertJapaneseTokenizer"),
+    "t5": (write_sentencepiece, "T5Tokenizer"),
+    "xlnet": (lambda f: write_sentencepiece(f, tokenizer_class="XLNetTokenizer"), "XLNetTokenizer"),
+    "xlm-r": (lambda f: write_sentencepiece(f, "sentencepiece.bpe.model"), "XLMRobertaTokenizer"),
+}
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    sink = tokenizer.sink()
+    pieces = []
+    for token_id in ids:
+        assert not sink.push(token_id)
+        pieces.append(sink.take())
+    sink.finish()
+    return "".join([*pieces, sink.take()])
+
+
+def reopened(folder: Path, tokenizer: tokenizers.Tokenizer) -> Tokenizer:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_folder(folder)
+
+
+def library() -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(BUNDLED_JSON))
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
+    write, class_name = KINDS[kind]
+    write(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    theirs = getattr(transformers, class_name).from_pretrained(tmp_path)
+    ids = [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
+    assert ours.encode(TEXTS) == ids
+    rng = random.Random(kind)
+    ids += [rng.choices(range(len(theirs)), k=rng.randrange(12)) for _ in range(100)]
+    for row in ids:
+        text = theirs.decode(row, skip_special_tokens=True)
+        assert ours.decode(row) == streamed(ours, row) == text
+    for token_id in range(0, len(theirs), 7):
+        assert ours.token_text(token_id) == theirs.decode([token_id])
+
+
+def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
+    write_vocab_and_merges(tmp_path)
+    opened = Tokenizer.from_folder(tmp_path)
+    texts = [*TEXTS, HELD_OUT.read_text("utf-8")[:50_000]]
+    assert opened.encode(texts) == BUNDLED.encode(texts)
+    eos = BUNDLED_JSON["model"]["vocab"][EOS]
+    assert opened.encode([f"{EOS}{EOS}"]) == [[eos, eos]]
+    assert opened.decode([eos]) == streamed(opened, [eos]) == ""
+
+
+def test_add_prefix_space_is_followed(tmp_path: Path) -> None:
+    write_vocab_and_merges(tmp_path)
+    write_json(tmp_path, "tokenizer_config.json", {"add_prefix_space": True})
+    assert Tokenizer.from_folder(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
+
+
+def test_chinese_characters_of_bert(tmp_path: Path) -> None:
+    write_bert(tmp_path)
+    opened = Tokenizer.from_folder(tmp_path)
+    vocab = (tmp_path / "vocab.txt").read_text("utf-8").split()
+    [ids] = opened.encode(["你好龘Hellos"])
+    assert [vocab[i] for i in ids] == ["你", "好", "[UNK]", "hello", "##s"]
+    assert opened.decode(ids) == streamed(opened, ids) == "你 好 hellos"
+    assert opened.token_text(vocab.index("[UNK]")) == "[UNK]"
+
+
+def test_sentencepiece_words_come_back(tmp_path: Path) -> None:
+    write_sentencepiece(tmp_path)
+    opened = Tokenizer.from_folder(tmp_path)
+    [ids] = opened.encode(["In the beginning was the word"])
+    assert len(ids) > 6
+    assert opened.decode(ids) == streamed(opened, ids) == "In the beginning was the word"
+
+
+@pytest.mark.parametrize("files", [[], ["vocab.json"], ["merges.txt"], ["tokenizer_config.json"]])
+def test_no_tokenizer_in_the_folder(files: list[str], tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    assert Tokenizer.from_folder(tmp_path) is None
+
+
+HOSTILE_MODEL = BUNDLED_JSON["model"] | {"continuing_subword_prefix": "much longer than a merge"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "none"}}'),
+        ("tokenizer.json", json.dumps(BUNDLED_JSON | {"model": HOSTILE_MODEL})),
+        ("spiece.model", "no model"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "{"),
+        ("vocab.json", '{"a": "b"}'),
+        ("merges.txt", "no such"),
+        ("merges.txt", "one"),
+    ],
+)
+def test_unusable_files_are_named(name: str, content: str, tmp_path: Path) -> None:
+    if name in ("tokenizer_config.json", "vocab.json", "merges.txt"):
+        write_vocab_and_merges(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"vocab\.json" if name == "merges.txt" else name):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_files_elsewhere_are_not_opened(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt", "spiece.model"):
+        folder = tmp_path / name.replace(".", "_")
+        folder.mkdir()
+        (folder / name).symlink_to(BUNDLED_MODEL / "tokenizer.json")
+        with pytest.raises(CheckpointError, match="leads out of the folder"):
+            Tokenizer.from_folder(folder)
+
+
+def test_without_transformers_the_way_to_get_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bert(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"BertTokenizer.*pip install 'fastgen\[hf\]'"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_stored_truncation_and_padding_have_no_effect(tmp_path: Path) -> None:
+    stored = library()
+    stored.enable_truncation(3)
+    stored.enable_padding(length=50)
+    opened = reopened(tmp_path, stored)
+    assert '"truncation": {' in (tmp_path / "tokenizer.json").read_text("utf-8")
+    assert opened.encode(TEXTS) == BUNDLED.encode(TEXTS)
+
+
+@pytest.mark.parametrize("content", ["<note>", "中", "a b", "é", "Ġx", "ab\u0301"])
+def test_added_tokens_stream_as_they_decode(content: str, tmp_path: Path) -> None:
+    with_added = library()
+    with_added.add_tokens([AddedToken(content, special=False)])
+    opened = reopened(tmp_path, with_added)
+    [ids] = opened.encode([f"so {content} is {content}{content}"])
+    assert streamed(opened, ids) == opened.decode(ids) == with_added.decode(ids)
+
+
+def test_cleaning_up_spaces_does_not_part_stream_and_decode(tmp_path: Path) -> None:
+    """transformers would clean the whole text, which takes back what a stream has shown."""
+    for kind in ("BertTokenizer", "BertJapaneseTokenizer"):
+        settings = {"word_tokenizer_type": "basic", "clean_up_tokenization_spaces": True}
+        write_bert(tmp_path, tokenizer_class=kind, **settings)
+        opened = Tokenizer.from_folder(tmp_path)
+        [ids] = opened.encode(["don't a 's b, a ."])
+        assert streamed(opened, ids) == opened.decode(ids)
+
+
+# Texts
+
+
+@given(st.lists(st.text().filter(lambda text: "<|endoftext|>" not in text), max_size=4))
+@settings(deadline=None)
+def test_every_text_comes_back(texts: list[str]) -> None:
+    encoded = BUNDLED.encode(texts)
+    assert [BUNDLED.decode(ids) for ids in encoded] == texts
+    assert encoded == [ids for text in texts for ids in BUNDLED.encode([text])]
+    for text, ids in zip(texts, encoded, strict=True):
+        assert BUNDLED.encode([text], len(ids)) == [ids]  # what fits is never refused
+
+
+@pytest.mark.parametrize("text", [b"ab", None, 1, ["ab"], bytearray(b"ab")])
+def test_only_strings_are_encoded(text: Any) -> None:
+    with pytest.raises(TypeError, match=f"must be a string, not {type(text).__name__}"):
+        BUNDLED.encode(["fine", text])
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfffc", "\ude00\ud83d"])
+def test_lone_surrogates_are_refused(text: str) -> None:
+    at = next(i for i, character in enumerate(text) if "\ud800" <= character <= "\udfff")
+    with pytest.raises(ValueError, match=f"lone surrogate at character {at}"):
+        BUNDLED.encode(["fine", text])
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts that reach the tokenizer library."""
+    calls: list[list[str]] = []
+    encode = BUNDLED._backend.encode
+
+    def count(texts: list[str]) -> list[list[int]]:
+        calls.append(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(BUNDLED._backend, "encode", count)
+    return calls
+
+
+def test_what_cannot_fit_is_refused_before_any_work(encoded: list[list[str]]) -> None:
+    size = 10 * LONGEST + 1
+    with pytest.raises(ValueError, match=rf"{size} characters.* 10 tokens.* {LONGEST} characters"):
+        BUNDLED.encode(["short", "a" * size], 10)
+    with pytest.raises(ValueError, match="10000000 characters"):
+        BUNDLED.encode(["a" * 10_000_000], 1024)
+    assert encoded == []
+
+
+def test_what_might_fit_is_encoded(encoded: list[list[str]]) -> None:
+    text = max(BUNDLED_JSON["model"]["vocab"], key=len).replace("Ġ", " ") * 10
+    assert len(text) == 10 * LONGEST
+    assert len(BUNDLED.encode([text], 10)[0]) == 10
+    assert len(BUNDLED.encode(["a" * 10 * LONGEST], 10)[0]) > 10  # only the count can tell
+    assert len(encoded) == 2
+
+
+def swallows_spaces(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+
+
+def splits_at_spaces(tokenizer: tokenizers.Tokenizer) -> None:
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+
+
+@pytest.mark.parametrize("change", [swallows_spaces, splits_at_spaces])
+def test_a_text_that_shrinks_is_not_refused(
+    change: Callable[[tokenizers.Tokenizer], None], tmp_path: Path
+) -> None:
+    shrinking = library()
+    change(shrinking)
+    assert len(reopened(tmp_path, shrinking).encode([" " * 1000 + "<mask>"], 10)[0]) <= 10
+
+
+def test_a_text_of_unknown_characters_is_not_refused(tmp_path: Path) -> None:
+    write_json(tmp_path, "vocab.json", {EOS: 0, "a": 1, "b": 2, "ab": 3})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert Tokenizer.from_folder(tmp_path).encode(["z" * 1000 + "ab"], 10) == [[3]]
+
+
+@pytest.mark.parametrize("unit", ["a", " ", "\n", "你", "e\u0301", "9", "'"])
+def test_a_megabyte_of_one_character(unit: str) -> None:
+    def there_and_back(size: int) -> None:
+        text = unit * (size // len(unit.encode()))
+        [ids] = BUNDLED.encode([text])
+        assert BUNDLED.decode(ids) == text
+
+    assert_linear(there_and_back, 2**20)
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    """A thread is never asked here to give way, so another one runs only if the GIL is let go."""
+    rng = random.Random(3)
+    text = " ".join("".join(rng.choices("abcdefghij你é", k=7)) for _ in range(130_000))
+    ticks, begun, done = 0, threading.Event(), threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            begun.set()
+            time.sleep(0.0005)
+
+    other, interval = threading.Thread(target=tick), sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        other.start()
+        assert begun.wait(WITHIN)
+        before = ticks
+        BUNDLED.encode([text])
+        meanwhile = ticks - before
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        other.join()
+    assert meanwhile > 5, "not only for a moment"
