@@ -4,9 +4,9 @@
 
 Decode: rows with a prompt of 32 random tokens, then 96 greedy steps, timed as one block; the steps
 alone, without an engine. Prefill: one row, in chunks as large as the decoder takes, logits wanted
-only behind the last token. Between any two measurements stand the read bandwidth and the
+only for the last token. Between any two measurements stand the read bandwidth and the
 multiply-add peaks, measured natively (fastgen/bench/peaks.py); a measurement's limit (roofline.py)
-is computed from those before and behind it. Shares are formed within a round; medians of the rounds
+is computed from those before and after it. Shares are formed within a round; medians of the rounds
 are shown. `--save NAME` keeps the result as results/NAME.json.
 """
 

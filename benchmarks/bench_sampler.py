@@ -7,8 +7,8 @@ its held-out text (their sorted values, stretched from its vocabulary to GPT-2's
 has a prompt of 100 tokens. Timed is what a step pays for its draws, from logits to ids on the host:
 `NativeSampler.draw` with one thread and with all that are granted, `TorchSampler.draw`, and
 transformers' processors with softmax and multinomial. All take turns in one run, so each finds the
-caches as another left them, which is what a sampler finds behind a forward. "hot" is the mean of
-ten calls with one thread directly behind one another.
+caches as another left them, as they are after a forward pass. "hot" is the mean of
+ten calls of one thread, one right after another.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import numpy as np
 
 import fastgen
 
-NEW = 16  # tokens generated behind prompts that fill the rest of the context
+NEW = 16  # tokens generated after prompts that fill the rest of the context
 
 
 def status(name: str) -> int:

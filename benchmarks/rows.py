@@ -37,7 +37,7 @@ class Rows:
             self.decoder.release(seat)
 
     def prefill_batches(self, prompts: Sequence[Sequence[int]]) -> Iterator[StepBatch]:
-        """The prompts in as few steps as the decoder takes; each row draws behind its last."""
+        """The prompts in as few steps as the decoder takes; each row draws after its last token."""
         room = self.decoder.limits.max_tokens
         pieces: list[Piece] = []
         for row, prompt in enumerate(prompts):

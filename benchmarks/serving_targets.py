@@ -77,7 +77,7 @@ async def fastgen_server(work: Work) -> AsyncIterator[Send]:
 
 
 def peer(name: str, rows: int = 1) -> Callable[[Work], AbstractAsyncContextManager[Send]]:
-    """A peer behind peers/token_server.py, `rows` at a time."""
+    """A peer served by peers/token_server.py, `rows` at a time."""
 
     @contextlib.asynccontextmanager
     async def target(work: Work) -> AsyncIterator[Send]:

@@ -73,9 +73,9 @@ class Generation:
 class Piece:
     """What one step added to one streamed completion; `str(piece)` is its text.
 
-    Text can lag behind the tokens: bytes of an unfinished character, and text that may yet turn out
-    to be a stop string, are held back. The last piece of a completion carries `finish_reason`, and
-    `error` if that is "error".
+    Text can come later than its tokens: bytes of an unfinished character, and text that may become
+    a stop string, are held back. The last piece of a completion carries `finish_reason`, and `error`
+    if that is "error".
     """
 
     index: int

@@ -46,7 +46,7 @@ class Settings:
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
-    """Everything that earlier kernels wrote can be read behind this, and what they read be written.
+    """After this, what earlier kernels wrote can be read, and what they read can be written.
 
     Every kernel calls it before it touches what a step computes: a later kernel relies on this one
     having waited for those before it.
@@ -85,7 +85,7 @@ def run(
         kernel: a triton.jit function with a constant PDL.
         grid: its number of programs, in up to three dimensions; nothing is started for none.
         arguments: by parameter: tensors and numbers, and constants, whose names are upper-case.
-        fuse: a product and the sum behind it may be rounded once instead of twice.
+        fuse: a product and the sum after it may be rounded once instead of twice.
     """
     if 0 in grid:
         return

@@ -1,7 +1,7 @@
 """The C++ sampler alone: from logits of GPT-2's vocabulary to ids, with every core that is granted.
 
 Logits are as the bundled model gives them, stretched to that vocabulary, and have just been written
-when they are drawn from, as behind a head. bench_sampler.py compares more options with PyTorch's
+when they are drawn from, as after a head. bench_sampler.py compares more options with PyTorch's
 and transformers' samplers.
 """
 

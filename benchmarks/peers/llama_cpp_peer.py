@@ -50,7 +50,7 @@ def load(job: Job) -> Generate:
 
 
 def serve(job: Job) -> Callable[[list[int], int, Callable[[int], None]], None]:
-    """See token_server.py. Behind a lock, as llama-cpp-python's own server has it."""
+    """See token_server.py. Under a lock, as llama-cpp-python's own server has it."""
     session = _open(job)
 
     def generate(prompt: list[int], count: int, emit: Callable[[int], None]) -> None:

@@ -4,7 +4,7 @@
 
 The peer is a module like those of worker.py with one function more: `serve(job)` gives what
 generates for one request. SERVES_TOGETHER says that many threads may call it at once; else one
-request waits for another behind a lock.
+request waits for another at a lock.
 """
 
 from __future__ import annotations

@@ -272,7 +272,7 @@ class CheckedDecoder {
     return linear.pack(source, bias, smooth, decoder.num_threads());
   }
 
-  // It keeps the decoder's memory, also behind close().
+  // It keeps the decoder's memory, also after close().
   static py::array_t<float> view_of(const Held& decoder, const float* logits, py::ssize_t count) {
     const py::capsule owner(new Held(decoder),
                             [](void* pointer) { delete static_cast<Held*>(pointer); });

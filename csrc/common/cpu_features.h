@@ -88,8 +88,8 @@ inline bool is_intel() {
 #endif
 }
 
-// The path of products of bfloat16: as chosen above, but by itself not vdpbf16ps on Intel's, which
-// makes half as many multiply-adds there as float32's (benchmarks/LOG.md).
+// The path of products of bfloat16: as chosen above, except that vdpbf16ps is used on Intel's only
+// when FASTGEN_ISA asks for it: it is slower there than float32 (benchmarks/LOG.md).
 inline std::string bfloat16_instruction_set() {
   const std::string chosen = chosen_instruction_set();
   const char* const asked = std::getenv("FASTGEN_ISA");

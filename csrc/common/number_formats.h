@@ -42,7 +42,7 @@ inline std::uint16_t round_to_float16(float value) {
   const std::uint32_t sign = (bits_of_float(value) >> 16) & 0x8000;
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520) return static_cast<std::uint16_t>(sign | 0x7c00);
-  // Below 2^-14 a half has steps of 2^-24; above, 10 bits behind the leading one.
+  // Below 2^-14 a half has steps of 2^-24; above, 10 bits after the leading one.
   const float smallest_normal = 0x1p-14f;
   std::uint32_t half;
   if (magnitude < smallest_normal) {

@@ -68,9 +68,8 @@ void parallel_for(int num_items, int num_threads, const Body& body) {
 }
 
 // Whether each thread should take a part of a step's rows through all of its loops, rather than a
-// part of each matrix. Then nothing that one core has written is read by another, but each core
-// reads all weights. That pays from 8 rows a thread on where cores share slowly (AMD's, measured on
-// Zen 4), and only from many on Intel's, whose multipliers need the weights sooner
+// part of each matrix. Then no core reads what another has written, but each core reads all
+// weights. That pays from 8 rows a thread on AMD's processors, from 64 on Intel's
 // (benchmarks/LOG.md). No bit of a result depends on it.
 inline bool splits_rows(int num_rows, int num_threads) {
   static const int rows_each = is_intel() ? 64 : 8;

@@ -74,7 +74,7 @@ class TileAttention {
     std::fill(softmax_.total, softmax_.total + kMaxTileRows, 0.0f);
   }
 
-  // `ahead`: how far behind this block the one stands that is to be fetched.
+  // `ahead`: how far after this block the block to be fetched lies.
   void score(int index, const char* keys, const Queries& queries, std::ptrdiff_t ahead) {
     tile_(queries.data, queries.stride, count_, keys, shape_.key_steps(), ahead, scores_[index]);
   }
@@ -119,7 +119,7 @@ class TileAttention {
     return !(sum == 0);
   }
 
-  // One query's weighted values of its `visible` tokens alone: a value behind them that is NaN or
+  // One query's weighted values of its `visible` tokens alone: a value after them that is NaN or
   // infinite would not vanish with a weight of 0.
   void sum_visible(const void* weights, const char* values, int visible, float* sums) {
     alignas(kCacheLine) char copy[kBlockTokens * kPanel * sizeof(float)];
@@ -143,7 +143,7 @@ class TileAttention {
   alignas(kCacheLine) std::uint16_t rounded_[kMaxTileRows * kPanel];
 };
 
-// A task's keys, block by block; each block's values stand behind its keys.
+// A task's keys, block by block; each block's values follow its keys.
 class TaskKeys {
  public:
   TaskKeys(const StepRows& rows, const AttentionPlan::Task& task, int layer, const KvBlocks& blocks)
@@ -170,7 +170,7 @@ class TaskKeys {
   const KvBlocks& blocks_;
 };
 
-// `next`: the task that this thread has behind it, if it has one.
+// `next`: this thread's next task, if it has one.
 void attend_tile(const StepRows& rows, const AttentionPlan::Task& task,
                  const AttentionPlan::Task& next, const AttentionLayer& layer,
                  const KvBlocks& blocks, const DecoderKernels& kernels) {
@@ -182,16 +182,16 @@ void attend_tile(const StepRows& rows, const AttentionPlan::Task& task,
     std::memset(outputs + row * layer.output_stride, 0, shape.head_dim * sizeof(float));
   }
   const int visible = rows.cache_lens[task.row] + task.first + 1;  // to the first query
-  const TaskKeys here(rows, task, layer.layer, blocks), behind(rows, next, layer.layer, blocks);
+  const TaskKeys here(rows, task, layer.layer, blocks), after(rows, next, layer.layer, blocks);
   TileAttention attention(shape, layer, kernels, task.count);
   for (int first = 0; first < here.num_blocks(); first += TileAttention::kBlocksAtOnce) {
     const int last = std::min(first + TileAttention::kBlocksAtOnce, here.num_blocks());
     for (int at = first; at < last; ++at) {
-      attention.score(at - first, here.keys(at), queries, here.ahead(at, behind));
+      attention.score(at - first, here.keys(at), queries, here.ahead(at, after));
     }
     for (int at = first; at < last; ++at) {
       attention.add(at - first, here.keys(at) + shape.key_bytes(), visible - at * kBlockTokens,
-                    here.ahead(at, behind), outputs);
+                    here.ahead(at, after), outputs);
     }
   }
   attention.divide(outputs);
@@ -210,8 +210,8 @@ AttentionPlan::AttentionPlan(const StepRows& rows, int num_heads, int max_tile_r
 
 // A head's tiles stand together: they read the same keys.
 AttentionPlan::Task AttentionPlan::task(int index) const {
-  const auto behind = std::upper_bound(starts_.begin(), starts_.end(), index);
-  const int row = static_cast<int>(behind - starts_.begin()) - 1;
+  const auto after = std::upper_bound(starts_.begin(), starts_.end(), index);
+  const int row = static_cast<int>(after - starts_.begin()) - 1;
   const int tiles = (starts_[row + 1] - starts_[row]) / num_heads_;
   const int head = (index - starts_[row]) / tiles, tile = (index - starts_[row]) % tiles;
   const int first = tile * max_tile_rows_;

@@ -64,7 +64,7 @@ struct RowScale {
 
 // sums (rows, 32) of float, int32 for kInt8: the inputs' rows, `stride` bytes apart, times a panel.
 // Every sum is made step by step in order, in blocks of steps that do not depend on `rows`. At the
-// pace of the panel, what stands `ahead` bytes behind it is fetched into the cache.
+// pace of the panel, what lies `ahead` bytes further on is fetched into the cache.
 using Tile = void (*)(const void* inputs, std::size_t stride, int rows, const void* panel,
                       int steps, std::ptrdiff_t ahead, void* sums);
 

@@ -27,7 +27,7 @@ void KvBlocks::write(int block, int layer, int head, int slot, const std::uint16
   for (int pair = 0; pair < pairs; ++pair) {
     std::memcpy(&to_keys[pair * kPanel], key + 2 * pair, sizeof(std::uint32_t));
   }
-  if (shape_.head_dim % 2 != 0) {  // behind an odd head's last one stands a zero
+  if (shape_.head_dim % 2 != 0) {  // a zero follows an odd head's last one
     const std::uint16_t last[2] = {key[2 * pairs], 0};
     std::memcpy(&to_keys[pairs * kPanel], last, sizeof last);
   }

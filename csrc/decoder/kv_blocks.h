@@ -48,7 +48,7 @@ class KvBlocks {
   }
 
   // One token's key and value of a head, (head_dim) of floats or bfloat16, at `slot` of a block.
-  // Slots are written in order: behind the last one nothing is read but zeros, whatever the block
+  // Slots are written in order: after the last one only zeros are read, whatever the block
   // held before.
   void write(int block, int layer, int head, int slot, const float* key, const float* value) const;
   void write(int block, int layer, int head, int slot, const std::uint16_t* key,

@@ -20,7 +20,7 @@ constexpr int kPanelsAtOnce = 4;         // whose columns are neighbours in memo
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken off, it rounds small numbers
 
 struct Chunk {
-  float values[kChunk][kPanel];  // by input and column; zeros behind the matrix's edges
+  float values[kChunk][kPanel];  // by input and column; zeros beyond the matrix's edges
 };
 
 template <typename Stored, float widen(Stored)>

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sampling", type=sampling, default="temperature=0", metavar="NAME=VALUE,...",
         help='like "temperature=0.8,top_p=0.95" (default: temperature=0, greedy)')  # fmt: skip
     add("--rounds", type=positive, default=5, metavar="N",
-        help="how often each is measured, in turns (default: 5)")  # fmt: skip
+        help="how often each is measured, interleaved (default: 5)")  # fmt: skip
     add("--compare", type=peers, nargs="?", const=PEERS, metavar="PEER,PEER",
         help=f"next to other engines, those that are installed: {', '.join(PEERS)}")  # fmt: skip
     add("--python", type=interpreter, action="append", default=[], metavar="PEER=PATH",
@@ -124,7 +124,7 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends this as Ctrl-C does: no process and no checkpoint of gigabytes stays behind."""
+    """SIGTERM ends this as Ctrl-C does: no process and no temporary checkpoint is left."""
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)

@@ -1,9 +1,9 @@
 """fastgen and other engines on the same work, each in a process of its own, A B A B.
 
-First each peer's greedy tokens in float32 are held against fastgen's; one that draws others, where
-no two candidates are all but equal, computes another model and is not timed. Then all of them load
-the model in the precision that was asked for and take turns, with new prompts in each round. Timed
-is a whole batch, from its prompts' ids to its last new ids, in the peer's process.
+First each peer's greedy tokens in float32 are compared with fastgen's. A peer that draws other
+tokens where no two candidates are nearly equal computes another model, and is not timed. Then all
+load the model in the requested precision and run interleaved, with new prompts in each round. A
+whole batch is timed, from its prompts' ids to its last new ids, in the peer's process.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def own_candidates(job: Comparison, prompts: Ids, new: int) -> Candidates:
 
 
 def verdict(own: Candidates, ids: Ids) -> Record:
-    """Rows may part where a peer's token is all but as likely as fastgen's best; behind that, they
-    are not compared."""
+    """Rows may differ from where a peer's token is nearly as likely as fastgen's best; tokens after
+    that are not compared."""
     agreeing, farthest = 0, 0.0
     for candidates, row in zip(own, ids, strict=True):
         for top, token_id in zip(candidates, row, strict=True):

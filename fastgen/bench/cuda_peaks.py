@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU can do at most, measured with PyTorch: bytes moved, and multiply-adds."""
+"""An NVIDIA GPU's peaks, measured with PyTorch: bytes moved and multiply-adds a second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of the device that a model runs on, and what a process has taken of its memory."""
+"""HardwarePeaks: the limits of a model's device; MemoryWatch: the peak memory of a process."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MOST_READ = 2**30  # bytes: more than caches hold
 
 
 class HardwarePeaks:
-    """Reading ("read") and kinds of arithmetic, measured again and again between other work.
+    """Read bandwidth ("read") and kinds of arithmetic, measured repeatedly between other work.
 
-    Without peaks nothing is known, and there are no speeds.
+    Without peaks there are no speeds.
     """
 
     def __init__(self, peaks: Mapping[str, Peak], precision: Precision) -> None:
@@ -61,7 +61,7 @@ class HardwarePeaks:
 
 @contextmanager
 def limits_of(plan: DecoderPlan, precision: Precision, num_bytes: int) -> Iterator[HardwarePeaks]:
-    """Of the device of this plan, none where they cannot be measured.
+    """Those of the plan's device; none where they cannot be measured.
 
     `num_bytes` is what a step reads at least: caches that hold that much count as memory.
     """

@@ -1,4 +1,4 @@
-"""Runs that take turns, and what is made of their times.
+"""Interleaved runs, and the medians, percentiles and ratios of their times.
 
 A machine may be shared and its speed may drift, so what is compared runs A B A B within one run,
 and only medians, percentiles and ratios of that run are worth quoting.
@@ -41,7 +41,7 @@ def interleave_calls(
 def interleave(
     candidates: Mapping[str, Callable[[], Any]], *, rounds: int, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate's calls, in turns."""
+    """Seconds of each candidate's calls, interleaved."""
     measures = {name: timed(call) for name, call in candidates.items()}
     return interleave_calls(measures, rounds=rounds, warmups=warmups)
 
@@ -64,7 +64,7 @@ def three_digits(value: float) -> float:
 def spread(
     values: Sequence[float], rounded: Callable[[float], float] = three_digits
 ) -> dict[str, float]:
-    """As records have it."""
+    """Median, lowest and highest, as records have them."""
     found = {"median": median(values), "lowest": min(values), "highest": max(values)}
     return {name: rounded(value) for name, value in found.items()}
 

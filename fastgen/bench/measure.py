@@ -1,8 +1,8 @@
 """Whole requests through the engine, ids in and ids out, between measurements of the limits.
 
 A round at batch B: B new random prompts arrive together, each draws the same number of tokens, and
-the round ends with the last token. Scheduling, sampling and handing out are within the times;
-tokenizing, detokenizing and loading are not. The machine's limits are measured before and after,
+the round ends with the last token. The times include scheduling, sampling and emitting tokens; they
+exclude tokenizing, detokenizing and loading. The machine's limits are measured before and after,
 and the round's own limit is computed from the steps that the engine made.
 """
 
@@ -125,7 +125,7 @@ class Rounds:
 
 
 def mean_gap(times: Sequence[float]) -> float:
-    """Seconds an output token behind the first."""
+    """Seconds an output token, after the first."""
     return (times[-1] - times[0]) / (len(times) - 1)
 
 
@@ -210,8 +210,8 @@ def first_tokens_step(sizes: Sequence[StepSize], batch: int, prompt_len: int) ->
     """The step in which the last of the rows computes the end of its prompt."""
     ended = 0
     for at, size in enumerate(sizes):
-        behind = size.cached + size.new
-        ended += int(((size.cached < prompt_len) & (behind >= prompt_len)).sum())
+        reached = size.cached + size.new
+        ended += int(((size.cached < prompt_len) & (reached >= prompt_len)).sum())
         if ended == batch:
             return at
     raise EngineError(f"{ended} of {batch} prompts were computed")

@@ -1,4 +1,4 @@
-"""What this machine can do at most: bytes read and multiply-adds a second, measured in C++.
+"""The machine's peaks: bytes read and multiply-adds a second, measured in C++.
 
 Reading: each thread its own buffer, with the widest loads; the fastest of a few simple ways is
 chosen once. Multiply-adds: independent chains in registers alone, in float32, bfloat16 and int8,

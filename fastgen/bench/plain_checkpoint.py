@@ -16,7 +16,7 @@ def write_plain(checkpoint: Checkpoint, folder: Path) -> Path:
     """The folder, with config.json as it is and model.safetensors.
 
     16-bit weights are widened, which is exact; shards, prefixes, masks and whatever else the model
-    is not built from are left behind.
+    is not built from are left out.
 
     Raises:
         CheckpointError: there is no config.json to copy: the model is one in memory.

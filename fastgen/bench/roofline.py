@@ -82,5 +82,5 @@ def decode_step(shape: Shape, precision: Precision, batch: int, context: int) ->
 def prefill_step(
     shape: Shape, precision: Precision, cached: int, count: int, *, last: bool
 ) -> Step:
-    """`count` tokens of one row behind `cached` ones; the head's logits only behind the last."""
+    """`count` tokens of one row after `cached` ones; the head's logits for the last one only."""
     return ragged_step(shape, precision, [count], [cached], int(last))

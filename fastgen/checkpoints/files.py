@@ -136,7 +136,7 @@ def checked_file(folder: Path, name: str) -> Path:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether there is anything of this name; a broken link too, so that it is told of."""
+    """Whether there is anything of this name. A broken link counts, so that it is reported."""
     return os.path.lexists(folder / name)
 
 

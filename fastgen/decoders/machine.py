@@ -1,4 +1,4 @@
-"""What this process may use of the machine: processors and memory, as cgroups grant them."""
+"""How many processors and how much memory this process may use, cgroups included."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _available_memory() -> int:
 
 
 def _field(path: Path, name: str) -> int:
-    """The number behind `name` in a file of one "name number" a line; 0 where there is none."""
+    """The number after `name` in a file of one "name number" a line; 0 where there is none."""
     for line in _read(path).splitlines():
         words = line.split()
         if words[:1] == [name]:

@@ -1,4 +1,4 @@
-"""The memory plan of a model: made before anything is loaded, kept as long as it lives."""
+"""The memory plan of a model, made before anything is loaded."""
 
 from __future__ import annotations
 

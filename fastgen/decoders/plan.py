@@ -1,4 +1,4 @@
-"""What a caller wants of a decoder, and what was decided: the two sides of the choice."""
+"""LoadOptions: what a caller asks for. DecoderPlan: which decoder a model gets, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastgen.checkpoints.config import DTYPES, GPT2Config
 from fastgen.decoders.interface import Capacity
 from fastgen.decoders.memory import BLOCK_SIZE, MemoryPlan
 
-SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row; 65 were measured
+SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row
 _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
 
 DECODERS = ("auto", "cpu", "cuda", "torch")

@@ -4,7 +4,7 @@ Smoothing (SmoothQuant: Xiao et al. 2022, arXiv 2211.10438): y = (x / s) @ (W * 
 channel j is as hard for the activations as for the weights with s_j = sqrt(max|x_j| / max|W_j|).
 SmoothQuant measures max|x_j| on text; here it is estimated:
 
-- Behind a layer norm, from gain and bias. That misses a residual channel that stays large beyond
+- After a layer norm, from gain and bias. That misses a residual channel that stays large beyond
   the usual spread, whose gain is small to match: raised by a factor below 1, it would take the
   activations' scale for itself. So these factors are never below 1.
 - Before attn.c_proj, from the columns of the values: attention only averages them.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
 
-_NORMED_PEAK = 4.0  # what few values behind a layer norm surpass, before its gain
+_NORMED_PEAK = 4.0  # few values after a layer norm, before its gain, are larger
 _MAX_EXPONENT = 12  # of a factor; beyond it a channel is as good as dead
 _SLICE = 2**17  # elements looked at in one go: they and their magnitudes stay in the cache
 _MAGNITUDE_BITS = {2: (np.uint16, 0x7FFF), 4: (np.uint32, 0x7FFFFFFF)}  # by bytes of a float
@@ -36,7 +36,7 @@ _MAGNITUDE_BITS = {2: (np.uint16, 0x7FFF), 4: (np.uint32, 0x7FFFFFFF)}  # by byt
 def norm_smoothing(
     gain: NDArray[Any], bias: NDArray[Any], weight: NDArray[Any], *, input_axis: int = 0
 ) -> Floats:
-    """Factors of a linear layer behind a layer norm: attn.c_attn, mlp.c_fc and the head.
+    """Factors of a linear layer after a layer norm: attn.c_attn, mlp.c_fc and the head.
 
     Args:
         gain, bias: (K,) of the norm.

@@ -1,4 +1,4 @@
-"""Which decoder runs a model: decided once, at load, and shown to whoever asks."""
+"""Which decoder runs a model: selected once, at load, with the reason."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """TextSink: the text of one row while its tokens arrive, and its stop strings.
 
-What it shows is final: bytes of an unfinished character wait for the rest, and text that may be the
-beginning of a stop string waits until it is clear whether it is.
+Shown text is final. Bytes of an unfinished character wait for the rest; text that may begin a stop
+string waits until that is decided.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens 
 
 
 class Sink(Protocol):
-    """What the engine tells of a row's tokens, on the step's thread."""
+    """Receives a row's tokens, on the step's thread."""
 
     @property
     def stop_reason(self) -> str | None:
@@ -24,7 +24,7 @@ class Sink(Protocol):
         ...
 
     def push(self, token_id: int) -> bool:
-        """The row has got another token; whether it is to end with it."""
+        """Take the row's next token; returns whether the row ends with it."""
         ...
 
     def finish(self) -> None:

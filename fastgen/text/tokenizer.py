@@ -1,4 +1,4 @@
-"""Text <-> token ids, and TextSink: text out of a stream of ids, correct at every moment.
+"""Tokenizer: text to token ids and back.
 
 Fast tokenizer files run in the `tokenizers` library; vocabularies that only transformers can read
 (BERT's, sentencepiece's) are opened through it when it is installed.
@@ -45,7 +45,7 @@ _CLASS_BY_FILE = {
 
 
 class TokenizerBackend(Protocol):
-    """What a tokenizer library has to offer. All ids and texts are plain Python."""
+    """One tokenizer library. All ids and texts are plain Python."""
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...

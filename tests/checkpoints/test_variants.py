@@ -1,6 +1,6 @@
 """Every checkpoint variant against transformers: logits by the error rule, greedy tokens.
 
-On both decoders that run on a CPU; test_cpu_decoder.py has the CPU decoder's other paths.
+On both decoders that run on a CPU; decoders/test_cpu_decoder.py has the CPU decoder's other paths.
 """
 
 from __future__ import annotations

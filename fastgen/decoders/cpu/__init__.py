@@ -1,1 +1,1 @@
-"""The CPU decoder: csrc/decoder behind the decoder interface. No PyTorch."""
+"""The CPU decoder: csrc/decoder/ as a Decoder. No PyTorch."""

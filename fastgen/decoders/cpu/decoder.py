@@ -1,5 +1,4 @@
-"""The CPU decoder: csrc/cpu_decoder.h behind the decoder interface. Imports neither torch nor
-transformers.
+"""The CPU decoder: csrc/decoder/ as a Decoder. Imports neither torch nor transformers.
 
 Weights are read one tensor at a time and packed by all cores; a step is one call into C++, draws
 included, with the GIL released.
@@ -73,7 +72,7 @@ class CpuDecoder:
     def step(self, batch: StepBatch) -> CpuStep:
         check_batch(batch, self.limits)
         seats, logits_at = batch.seats, batch.logits_at
-        if len(seats) and seats.min() < 0:  # rows of logits for the host stand behind the draws'
+        if len(seats) and seats.min() < 0:  # logits for the host follow those that are drawn from
             drawing = seats >= 0
             seats = seats[drawing]
             logits_at = np.concatenate([logits_at[drawing], logits_at[~drawing]])
@@ -161,7 +160,7 @@ class _Loader:
         out, out_bias = self._read(f"h.{layer}.attn.c_proj")
         qkv_factors = out_factors = None
         if self._quantized:
-            values = 2 * len(out)  # behind queries and keys
+            values = 2 * len(out)  # they follow queries and keys
             qkv_factors = norm_smoothing(gain, bias, qkv)
             out_factors = value_smoothing(qkv[:, values:], qkv_bias[values:], out)
         self._pack(layer, 0, "attn.c_attn", qkv, qkv_bias, qkv_factors)

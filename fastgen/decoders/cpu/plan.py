@@ -64,7 +64,7 @@ def build_cpu(checkpoint: Checkpoint, plan: DecoderPlan) -> CpuDecoder:
 def decoder_shape(
     checkpoint: Checkpoint, dtype: str, weights: str, max_tokens: int, max_logits: int
 ) -> dict[str, Any]:
-    """What the C++ decoder is told of a model."""
+    """The model's shape as the C++ decoder takes it."""
     config = checkpoint.config
     layers = range(config.num_layers)
     return {

@@ -1,1 +1,1 @@
-"""The CUDA decoder: the Triton kernels behind the decoder interface, steps as CUDA graphs."""
+"""The CUDA decoder: the Triton kernels (kernels/) as a Decoder; decode steps are CUDA graphs."""

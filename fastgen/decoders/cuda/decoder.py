@@ -1,8 +1,8 @@
-"""The CUDA decoder: Triton kernels (kernels/) behind the decoder interface.
+"""The CUDA decoder: the Triton kernels (kernels/) as a Decoder.
 
-A step with one token a row is a CUDA graph (cuda_graphs.py); any other starts its kernels one by
-one, as all do where graphs are off. Draws are made on the device, and their ids written where the
-host can read them, so nothing is waited for before `PendingStep.wait`.
+A step with one token a row is a CUDA graph (graphs.py). Other steps launch their kernels one by
+one, as all steps do where graphs are off. The device draws, and writes ids where the host can read
+them: the host waits only in `PendingStep.wait`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class CudaDecoder:
 
     def forward(self, batch: StepBatch) -> Tensor:
         logits = self._forward(batch)
-        if self._stream is not None:  # whoever reads them does so behind this
+        if self._stream is not None:  # readers on the current stream come after these kernels
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return logits
 
@@ -156,9 +156,7 @@ class CudaDecoder:
                 sampler.num_steps += 1
             return self._pending(batch, seats, np.zeros_like(seats))
         parts = self._run(batch, seats)
-        draw_index = _draw_indices(
-            seats
-        )  # drafts are drawn in draw_index: 0 for the first draw of each seat
+        draw_index = _draw_indices(seats)  # 0 for the first draw of each seat; drafts make more
         if draw_index.any():
             parts["seats"].copy_(torch.from_numpy(np.where(draw_index == 0, seats, _NO_SEAT)))
         self._launch(parts["seats"], seats)
@@ -248,7 +246,7 @@ class CudaDecoder:
 
     @_on_stream
     def rehearse(self, num_tokens: int) -> None:
-        """Run a prompt's step with so many tokens, in the block that belongs to nobody."""
+        """Run a prefill step of so many tokens in the spare block."""
         width = blocks_for(self.limits.max_seq_len)
         starts = np.arange(0, num_tokens, self.limits.max_seq_len, dtype=np.int32)
         row_starts = np.append(starts, np.int32(num_tokens))
@@ -285,11 +283,11 @@ class CudaDecoder:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """A step that fails between its kernels may have been counted on the device: then here."""
+        """Count a step that fails between its kernels if the device has counted it."""
         try:
             yield
         except BaseException:
-            with suppress(RuntimeError):  # a device that is lost has nothing to say
+            with suppress(RuntimeError):  # a lost device answers nothing
                 self._synchronize()
                 self._sampler.count_as_device()
             self._interrupt()
@@ -379,7 +377,7 @@ def _draw_indices(seats: Ints) -> Ints:
 
 
 def _in_order(seats: Ints, draws: Sequence[Draw]) -> list[Draw]:
-    """Draws as their seats stand in the step; behind a rejected draft a seat has none left."""
+    """Draws in the order of the step's seats; after a rejected draft a seat has none left."""
     left: dict[int, deque[Draw]] = {}
     for draw in draws:
         left.setdefault(draw.seat, deque()).append(draw)

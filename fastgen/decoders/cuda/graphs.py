@@ -36,12 +36,12 @@ class Line:
         self.on_device = self._copier.copy(self._known)
 
     def rest(self) -> None:
-        """Only rows that fill up."""
+        """Padding rows only."""
         self._known = dict(self._idle)
         self._copier.copy(self._known)
 
     def bring(self, batch: StepBatch, seats: Ints, *, is_next: bool) -> None:
-        """Make the device's inputs those of this step; is_next: no other step ran in between."""
+        """Set the device's inputs to this step's; is_next: no other step ran in between."""
         wanted = self._padded(batch, seats)
         if not is_next or any(
             not np.array_equal(part, self._known[name]) for name, part in wanted.items()
@@ -50,7 +50,7 @@ class Line:
             self._copier.copy(self._known)
 
     def follow(self) -> None:
-        """A step has been launched, and moves on what it draws."""
+        """A step was launched: it advances the inputs of the rows that draw."""
         drew = self._known["seats"] >= 0
         for name in ("positions", "cache_lens"):
             self._known[name] = self._known[name] + drew.astype(np.int32)
@@ -94,7 +94,7 @@ class DecodeGraphs:
         self._last = line
 
     def interrupt(self) -> None:
-        """Some other step ran: what seats drew last is no longer what the lines hold."""
+        """Another step ran: the lines no longer hold what seats drew last."""
         self._last = None
 
     def make_all(self, kinds: list[Kind]) -> None:

@@ -1,4 +1,4 @@
-"""A step's integers on their way to the device: packed into one piece, copied at once.
+"""A step's integers, packed and copied to the device at once.
 
 Shapes: R rows, N tokens, L logits, M blocks of a row; see StepBatch.
 """
@@ -37,7 +37,7 @@ def new_event(device: torch.device) -> torch.cuda.Event | None:
 
 
 class InputCopier:
-    """Brings integers to one place on the device, several times under way."""
+    """Copies integers to one buffer on the device; several copies may be under way."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._copy_index = 0
@@ -86,7 +86,7 @@ def inputs_size(limits: Capacity) -> int:
 
 
 def parts_of(batch: StepBatch, seats: Ints, large_tile: int) -> dict[str, Ints]:
-    """What of a step the device is told; `seats` draw there."""
+    """The step's arrays for the device; `seats` draw there."""
     counts = np.diff(batch.row_starts)
     is_small = (counts <= SMALL_TILE) | (large_tile == SMALL_TILE)
     small, large = (
@@ -127,7 +127,7 @@ def step_inputs(parts: Mapping[str, Tensor], large_tile: int, longest: int) -> S
 
 
 def decode_parts(num_rows: int, width: int, spare_block: int) -> dict[str, Ints]:
-    """A step with one token of each of so many rows that only fill up: no draw, no row's block."""
+    """A step of padding rows, one token each: no draw, and no row's block."""
     row = np.arange(num_rows, dtype=np.int32)
     zeros, none = np.zeros_like(row), row[:0]
     return {

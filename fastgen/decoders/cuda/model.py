@@ -1,7 +1,7 @@
 """The forward pass of the CUDA decoder: which kernels run in what order, and the memory they share.
 
-Nothing here looks at a step's values: with the same sizes, the same kernels run on the same memory,
-so that a CUDA graph can hold them.
+Nothing here depends on a step's values: the same sizes run the same kernels on the same memory, so
+a CUDA graph can hold them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class CudaModel:
 
     @property
     def spare_block(self) -> int:
-        """A block that no row has: for rows that only fill up a batch."""
+        """A spare block: padding rows write there."""
         return self.kv_cache.shape[1] - 1
 
     def forward(
@@ -157,7 +157,7 @@ class CudaModel:
         add_linear(settings, self._hidden, self._inner, layer.mlp_proj, count)
 
     def _normed_input(self, norm: Norm, count: int) -> tuple[Tensor, Norm | None]:
-        """What a product behind a norm reads, and the norm that it has to take itself."""
+        """The input of a product after a norm, and the norm if the product applies it itself."""
         if self._folds_norm(count):
             return self._hidden, norm
         layer_norm(self.settings, self._normed, self._hidden, norm, count)
@@ -167,8 +167,8 @@ class CudaModel:
         return num_rows <= MOST_NORMED_ROWS and not self.settings.batch_invariant
 
     def _spans(self, inputs: StepInputs, tiles: Tiles) -> Spans:
-        """Few tokens: so many that the device is full; many, or invariant: one. So too for rows
-        that are longer than the model's, which the drop-in may have."""
+        """Enough spans to fill the device, where tokens are few; one with many tokens, in
+        batch-invariant mode, and for rows longer than the context (the drop-in has some)."""
         heads, longest = self.config.num_heads, self._max_seq_len
         one = Spans(_ENDLESS, 1)
         is_long = inputs.longest > longest

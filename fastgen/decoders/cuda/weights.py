@@ -80,7 +80,7 @@ class CudaWeights:
         weight, qkv_bias = self._tensor(f"{name}.weight").t(), self._vector(f"{name}.bias")
         out_factors = None
         if self._smooths_values:
-            values = 2 * weight.shape[1]  # behind queries and keys
+            values = 2 * weight.shape[1]  # they follow queries and keys
             out_factors = self._value_factors(name, out_name, values)
             divisors = torch.ones(len(weight), device=self._device)
             divisors[values:] = torch.from_numpy(out_factors).to(self._device)
@@ -101,7 +101,7 @@ class CudaWeights:
     def _factors(
         self, gain: Floats, bias: Floats, name: str, *, input_axis: int = 0
     ) -> Floats | None:
-        """Of the linear layer behind a norm."""
+        """Of the linear layer that follows a norm."""
         if not self._quantized:
             return None
         return norm_smoothing(gain, bias, self._read(name), input_axis=input_axis)
