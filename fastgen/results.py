@@ -74,8 +74,8 @@ class Piece:
     """What one step added to one streamed completion; `str(piece)` is its text.
 
     Text can come later than its tokens: bytes of an unfinished character, and text that may become
-    a stop string, are held back. The last piece of a completion carries `finish_reason`, and `error`
-    if that is "error".
+    a stop string, are held back. The last piece of a completion has `finish_reason`, and `error` if
+    that is "error".
     """
 
     index: int
