@@ -28,7 +28,7 @@ from rows import Rows
 
 import fastgen
 from fastgen.bench import roofline
-from fastgen.bench.hardware_peaks import RequestLimits, limits_of
+from fastgen.bench.hardware_peaks import HardwarePeaks, limits_of
 from fastgen.bench.interleave import Measure, median
 from fastgen.bench.roofline import Speeds, Step
 from fastgen.bench.shapes import (
@@ -129,7 +129,7 @@ def prefill_work(model: Model, length: int) -> Work:
     return Work({"work": "prefill", "size": length, "chunk": chunk}, steps, length, 1, measure)
 
 
-def take_rounds(works: list[Work], limits: RequestLimits, rounds: int) -> None:
+def take_rounds(works: list[Work], limits: HardwarePeaks, rounds: int) -> None:
     """limits, work, limits, work, ..., limits; the first round is not kept."""
     for round_index in range(1 + rounds):
         before = limits.probe()
