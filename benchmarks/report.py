@@ -1,7 +1,8 @@
-"""Tables of the dated runs (dated_run.py), written into README.md and docs/performance.md.
+"""Tables of the dated runs (dated_run.py), written between marks into README.md,
+benchmarks/README.md and docs/performance.md; and README's plot, results/speed.png.
 
 python benchmarks/report.py            # write them between their marks
-python benchmarks/report.py --check    # fail if that would change a page
+python benchmarks/report.py --check    # fail if that would change a page or the plot
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import speed_plot
 from dated_run import CONTEXTS, FOLDER
+from harness import RESULTS
 from models import PRECISIONS
+from speed_plot import Speed
 
 from fastgen.bench import roofline
 from fastgen.bench.shapes import SHAPES, Precision, weight_bytes
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "performance.md",
+)
+PLOT = RESULTS / "speed.png"
 PEERS = {
     "transformers": "transformers",
     "transformers_static": "transformers, static cache, compiled",
@@ -76,6 +85,55 @@ def machine() -> str:
     return "\n".join(lines) + markdown(("run", "limit", "median", "within the run", "how"), rows)
 
 
+def speed() -> str:
+    """README's table: against the fastest other engine and against the machine."""
+    head = ("", "batch", "tokens/s", "fastest other engine", "its tokens/s",
+            "times as fast", "share of the limit")  # fmt: skip
+    rows = [
+        (each.precision, each.batch, f"{each.fastgen:,.0f}", each.best_name, f"{each.best:,.0f}",
+         f"{each.times_best:.2f}", f"{each.decode_share} %")
+        for each in speeds()
+    ]  # fmt: skip
+    return f"{setting()}:\n\n{markdown(head, rows)}"
+
+
+def speeds() -> list[Speed]:
+    """Of the runs with peers; the fastest peer is that over which fastgen's lead is least."""
+    found = []
+    for name in PRECISIONS:
+        record = run(name)
+        for row in record["results"]:
+            batch = row["batch_size"]
+            engines = compared(record, batch)
+            own = engines.pop("fastgen")
+            peer = min(engines, key=lambda each: engines[each]["fastgen_is_faster"]["median"])
+            plain = engines.get("transformers")
+            found.append(Speed(
+                name, batch, own["tokens_per_s"], PEERS[peer], engines[peer]["tokens_per_s"],
+                engines[peer]["fastgen_is_faster"]["median"],
+                None if plain is None else plain["tokens_per_s"], percent(row["decode_share"]),
+            ))  # fmt: skip
+    return found
+
+
+def compared(record: Record, batch: int) -> dict[str, Record]:
+    """Results of the engines that took turns, by name."""
+    rows = record["comparison"]["results"]
+    return {row["peer"]: row for row in rows if row["batch_size"] == batch}
+
+
+def setting() -> str:
+    """What was run, where and when, in a line."""
+    record = run("float32")
+    work, about = record["work"], record["machine"]
+    vectors = "AVX-512" if "avx512f" in about["features"] else "AVX2"
+    return (
+        f"GPT-2 124M, prompts of {work['prompt_len']} tokens, {work['output_len']} new tokens, "
+        f"greedy; {about['cpu'].replace('(R)', '')} ({vectors}), {about['cores']} cores, "
+        f"{about['date']}"
+    )
+
+
 def results() -> str:
     head = ("", "batch", "TTFT p50 / p99", "TPOT p50 / p99", "ITL p50 / p99", "tokens/s",
             "limit", "share", "of prefill", "of decode", "wanted of decode")  # fmt: skip
@@ -109,11 +167,7 @@ def peers() -> str:
     rows = []
     for name in PRECISIONS:
         for index, batch in enumerate((1, 8, 32)):
-            found = {
-                row["peer"]: row
-                for row in run(name)["comparison"]["results"]
-                if row["batch_size"] == batch
-            }
+            found = compared(run(name), batch)
             faster = {peer: found[peer]["fastgen_is_faster"]["median"] for peer in PEERS
                       if peer in found}  # fmt: skip
             wanted, missing = FASTER[name][index], _missing(name)
@@ -290,7 +344,7 @@ def pair(values: dict[str, float] | None) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__.replace("_", "-"): each
-    for each in (machine, results, loading, peers, peers_checked, torch_decoder,
+    for each in (speed, machine, results, loading, peers, peers_checked, torch_decoder,
                  bytes_and_operations, turning_points, contexts, where, prompts, threads)
 }  # fmt: skip
 
@@ -316,6 +370,10 @@ def main() -> None:
             path.write_text(new)
         elif new != page:
             raise SystemExit(f"{path.name} is not what report.py makes of results/runs")
+    if not speed_plot.shows(speeds(), setting(), PLOT):
+        if options.check:
+            raise SystemExit(f"{PLOT.name} is not what report.py makes of results/runs")
+        speed_plot.save(speeds(), setting(), PLOT)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import fastgen
 from fastgen import SamplingParams
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("sampling", "serving", "transformers")
+NAMES = ("library", "sampling", "serving", "transformers")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 
 
