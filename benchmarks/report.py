@@ -1,5 +1,5 @@
-"""Tables of the dated runs (dated_run.py), written between marks into README.md,
-benchmarks/README.md and docs/performance.md; and README's plot, results/speed.png.
+"""Tables of the dated runs (dated_run.py), written between marks into the PAGES below; and README's
+plot, results/speed.png. subject_tables.py has those of other records.
 
 python benchmarks/report.py            # write them between their marks
 python benchmarks/report.py --check    # fail if that would change a page or the plot
@@ -10,16 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import speed_plot
+from cells import PEERS, judged, markdown, pair, percent, processor
 from dated_run import CONTEXTS, FOLDER
 from harness import RESULTS
 from models import PRECISIONS
 from speed_plot import Speed
+from subject_tables import dropin, second_processor
 
 from fastgen.bench import roofline
 from fastgen.bench.shapes import SHAPES, Precision, weight_bytes
@@ -29,15 +31,9 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "transformers.md",
 )
 PLOT = RESULTS / "speed.png"
-PEERS = {
-    "transformers": "transformers",
-    "transformers_static": "transformers, static cache, compiled",
-    "ctranslate2": "CTranslate2",
-    "llama_cpp": "llama.cpp",
-    "openvino": "OpenVINO GenAI",
-}
 # Wanted at batch 1, 8, 32: of the limit of decode steps, and over the best peer.
 SHARES = {"float32": (90, 70, 70), "bfloat16": (90, 65, 65), "int8": (80, 60, 60)}
 FASTER = {"float32": (1.0, 1.3, 1.3), "bfloat16": (1.0, 1.3, 1.2), "int8": (1.3, 2.0, 1.5)}
@@ -50,17 +46,11 @@ KINDS = {
 GPT2 = SHAPES["gpt2"]
 
 Record = dict[str, Any]
-Rows = Iterable[Sequence[Any]]
 
 
 def run(name: str) -> Record:
     record: Record = json.loads((FOLDER / f"{name}.json").read_text())
     return record
-
-
-def markdown(head: Sequence[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def machine() -> str:
@@ -126,11 +116,9 @@ def setting() -> str:
     """What was run, where and when, in a line."""
     record = run("float32")
     work, about = record["work"], record["machine"]
-    vectors = "AVX-512" if "avx512f" in about["features"] else "AVX2"
     return (
         f"GPT-2 124M, prompts of {work['prompt_len']} tokens, {work['output_len']} new tokens, "
-        f"greedy; {about['cpu'].replace('(R)', '')} ({vectors}), {about['cores']} cores, "
-        f"{about['date']}"
+        f"greedy; {processor(about)}"
     )
 
 
@@ -330,22 +318,11 @@ def step_ms(row: Record) -> float:
     return float(1e3 * row["batch_size"] / row["decode_tokens_per_s"])
 
 
-def judged(value: float, wanted: float, told: str) -> str:
-    return told if value >= wanted else f"{told}: **missed**"
-
-
-def percent(share: dict[str, float]) -> int:
-    return round(100 * share["median"])
-
-
-def pair(values: dict[str, float] | None) -> str:
-    return "-" if values is None else f"{values['p50']:,.1f} / {values['p99']:,.1f}"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__.replace("_", "-"): each
     for each in (speed, machine, results, loading, peers, peers_checked, torch_decoder,
-                 bytes_and_operations, turning_points, contexts, where, prompts, threads)
+                 bytes_and_operations, turning_points, contexts, where, prompts, threads, dropin,
+                 second_processor)
 }  # fmt: skip
 
 
