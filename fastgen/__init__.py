@@ -1,4 +1,4 @@
-"""fastgen: GPT-2 inference, as fast and as exact as the machine allows.
+"""Fast, reproducible GPT-2 inference in your Python process.
 
     import fastgen
     model = fastgen.load()
