@@ -1,4 +1,4 @@
-"""The runs of `fastgen bench` whose tables and plots stand in README.md and docs/performance.md.
+"""The runs of `fastgen bench` that README.md, benchmarks/README.md and docs/performance.md show.
 
     python benchmarks/dated_run.py [--only float32,int8] [--rounds 5] [--python PEER=PATH ...]
 

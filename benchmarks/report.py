@@ -1,7 +1,8 @@
-"""Tables of the dated runs (dated_run.py), written into README.md and docs/performance.md.
+"""Tables of the dated runs (dated_run.py), written between marks into the PAGES below; and README's
+plot, results/speed.png. subject_tables.py has those of other records.
 
 python benchmarks/report.py            # write them between their marks
-python benchmarks/report.py --check    # fail if that would change a page
+python benchmarks/report.py --check    # fail if that would change a page or the plot
 """
 
 from __future__ import annotations
@@ -9,26 +10,30 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import speed_plot
+from cells import PEERS, judged, markdown, pair, percent, processor
 from dated_run import CONTEXTS, FOLDER
+from harness import RESULTS
 from models import PRECISIONS
+from speed_plot import Speed
+from subject_tables import dropin, second_processor
 
 from fastgen.bench import roofline
 from fastgen.bench.shapes import SHAPES, Precision, weight_bytes
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "benchmarks" / "README.md", ROOT / "docs" / "performance.md")
-PEERS = {
-    "transformers": "transformers",
-    "transformers_static": "transformers, static cache, compiled",
-    "ctranslate2": "CTranslate2",
-    "llama_cpp": "llama.cpp",
-    "openvino": "OpenVINO GenAI",
-}
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "transformers.md",
+)
+PLOT = RESULTS / "speed.png"
 # Wanted at batch 1, 8, 32: of the limit of decode steps, and over the best peer.
 SHARES = {"float32": (90, 70, 70), "bfloat16": (90, 65, 65), "int8": (80, 60, 60)}
 FASTER = {"float32": (1.0, 1.3, 1.3), "bfloat16": (1.0, 1.3, 1.2), "int8": (1.3, 2.0, 1.5)}
@@ -41,17 +46,11 @@ KINDS = {
 GPT2 = SHAPES["gpt2"]
 
 Record = dict[str, Any]
-Rows = Iterable[Sequence[Any]]
 
 
 def run(name: str) -> Record:
     record: Record = json.loads((FOLDER / f"{name}.json").read_text())
     return record
-
-
-def markdown(head: Sequence[str], rows: Rows) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def machine() -> str:
@@ -74,6 +73,53 @@ def machine() -> str:
         for limit, peak in record["limits"].items()
     ]  # fmt: skip
     return "\n".join(lines) + markdown(("run", "limit", "median", "within the run", "how"), rows)
+
+
+def speed() -> str:
+    """README's table: against the fastest other engine and against the machine."""
+    head = ("", "batch", "tokens/s", "fastest other engine", "its tokens/s",
+            "times as fast", "share of the limit")  # fmt: skip
+    rows = [
+        (each.precision, each.batch, f"{each.fastgen:,.0f}", each.best_name, f"{each.best:,.0f}",
+         f"{each.times_best:.2f}", f"{each.decode_share} %")
+        for each in speeds()
+    ]  # fmt: skip
+    return f"{setting()}:\n\n{markdown(head, rows)}"
+
+
+def speeds() -> list[Speed]:
+    """Of the runs with peers; the fastest peer is that over which fastgen's lead is least."""
+    found = []
+    for name in PRECISIONS:
+        record = run(name)
+        for row in record["results"]:
+            batch = row["batch_size"]
+            engines = compared(record, batch)
+            own = engines.pop("fastgen")
+            peer = min(engines, key=lambda each: engines[each]["fastgen_is_faster"]["median"])
+            plain = engines.get("transformers")
+            found.append(Speed(
+                name, batch, own["tokens_per_s"], PEERS[peer], engines[peer]["tokens_per_s"],
+                engines[peer]["fastgen_is_faster"]["median"],
+                None if plain is None else plain["tokens_per_s"], percent(row["decode_share"]),
+            ))  # fmt: skip
+    return found
+
+
+def compared(record: Record, batch: int) -> dict[str, Record]:
+    """Results of the engines that took turns, by name."""
+    rows = record["comparison"]["results"]
+    return {row["peer"]: row for row in rows if row["batch_size"] == batch}
+
+
+def setting() -> str:
+    """What was run, where and when, in a line."""
+    record = run("float32")
+    work, about = record["work"], record["machine"]
+    return (
+        f"GPT-2 124M, prompts of {work['prompt_len']} tokens, {work['output_len']} new tokens, "
+        f"greedy; {processor(about)}"
+    )
 
 
 def results() -> str:
@@ -109,11 +155,7 @@ def peers() -> str:
     rows = []
     for name in PRECISIONS:
         for index, batch in enumerate((1, 8, 32)):
-            found = {
-                row["peer"]: row
-                for row in run(name)["comparison"]["results"]
-                if row["batch_size"] == batch
-            }
+            found = compared(run(name), batch)
             faster = {peer: found[peer]["fastgen_is_faster"]["median"] for peer in PEERS
                       if peer in found}  # fmt: skip
             wanted, missing = FASTER[name][index], _missing(name)
@@ -276,22 +318,11 @@ def step_ms(row: Record) -> float:
     return float(1e3 * row["batch_size"] / row["decode_tokens_per_s"])
 
 
-def judged(value: float, wanted: float, told: str) -> str:
-    return told if value >= wanted else f"{told}: **missed**"
-
-
-def percent(share: dict[str, float]) -> int:
-    return round(100 * share["median"])
-
-
-def pair(values: dict[str, float] | None) -> str:
-    return "-" if values is None else f"{values['p50']:,.1f} / {values['p99']:,.1f}"
-
-
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__.replace("_", "-"): each
-    for each in (machine, results, loading, peers, peers_checked, torch_decoder,
-                 bytes_and_operations, turning_points, contexts, where, prompts, threads)
+    for each in (speed, machine, results, loading, peers, peers_checked, torch_decoder,
+                 bytes_and_operations, turning_points, contexts, where, prompts, threads, dropin,
+                 second_processor)
 }  # fmt: skip
 
 
@@ -316,6 +347,10 @@ def main() -> None:
             path.write_text(new)
         elif new != page:
             raise SystemExit(f"{path.name} is not what report.py makes of results/runs")
+    if not speed_plot.shows(speeds(), setting(), PLOT):
+        if options.check:
+            raise SystemExit(f"{PLOT.name} is not what report.py makes of results/runs")
+        speed_plot.save(speeds(), setting(), PLOT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""fastgen: fast, reproducible GPT-2 inference in your Python process.
+"""Fast, reproducible GPT-2 inference in your Python process.
 
     import fastgen
     model = fastgen.load()

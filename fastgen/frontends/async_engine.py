@@ -65,7 +65,7 @@ class AsyncEngine:
         """Continue one prompt or many, as Generator.generate does.
 
         Args:
-            cache_salt: prompts with different salts share no computed beginnings.
+            cache_salt: prompts with different salts share no KV blocks.
 
         Raises:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
@@ -200,7 +200,7 @@ class AsyncEngine:
         return [handle.request for handle in handles if handle.request is not None]
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
-        """Do it at once if it is quick, else on another thread."""
+        """Do short work at once, long work on another thread."""
         if size <= _QUICK_SIZE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -311,7 +311,7 @@ class AsyncStream:
 
 
 def _values_in(params: Params, options: dict[str, Any]) -> int:
-    """What has to be looked at for each prompt: words and ids that options hold."""
+    """How much has to be checked for each prompt: words and ids that options hold."""
     one = params if isinstance(params, SamplingParams) or not params else params[0]
     values = (options.get(name, getattr(one, name, None)) for name in _LISTS)
     return sum(

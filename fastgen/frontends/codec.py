@@ -1,4 +1,4 @@
-"""The border between text and token ids, of a model that may have no tokenizer."""
+"""RequestCodec: text and options to ids, rows to completions. A model may have no tokenizer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class RequestCodec:
         self._config, self._tokenizer = config, tokenizer
 
     def token_ids(self, prompts: Sequence[Any], max_tokens: int | None = None) -> list[list[int]]:
-        """Of strings and lists of ids; strings that are certainly too long are refused."""
+        """Ids of strings and of lists of ids; strings that are certainly too long are refused."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         from_text = iter(self._encode(texts, max_tokens))
         return [next(from_text) if isinstance(p, str) else to_list(p) for p in prompts]
 
     def start(self) -> list[int]:
-        """What an empty prompt starts from: bos, else eos."""
+        """The id from which an empty prompt continues: bos, else eos."""
         candidates = (self._config.bos_token_id, *self._config.eos_token_ids)
         for token_id in candidates:
             if token_id is not None:
@@ -62,7 +62,7 @@ class RequestCodec:
         return replace(params, bad_words=tuple(encoded))
 
     def sinks(self, params: SamplingParams, *, streams: bool = False) -> list[TextSink] | None:
-        """One a row, if text is needed while it is generated."""
+        """One sink for each row, if text is needed while it is generated."""
         if self._tokenizer is None:
             if params.stop:
                 raise ValueError("stop strings need text, but this model has no tokenizer")
@@ -75,7 +75,7 @@ class RequestCodec:
         ]
 
     def generation(self, request: Request) -> Generation:
-        """Of a request that is done."""
+        """The Generation of a request that is done."""
         completions = best(tuple(map(self._completion, request.rows)), request.params)
         if request.params.selects_best and request.params.logprobs is None:
             completions = tuple(replace(chosen, logprobs=None) for chosen in completions)

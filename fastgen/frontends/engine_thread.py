@@ -1,8 +1,7 @@
 """An engine on a thread of its own, for servers: a bounded queue, notifications, health.
 
 AsyncEngine and ThreadedEngine are its two faces. Results are read from the rows of a request, as
-everywhere; what comes from here is only the word that there is something new, once a step for all
-that the step brought.
+everywhere; this module only notifies their owners, once a step, that there is something new.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class QueueConfig:
 
 
 class RequestHandle:
-    """A request under way, in the hands of whoever waits for it. It is the request's Listener.
+    """A request under way, for the task or thread that waits for it. It is the request's Listener.
 
     Attributes:
         request: None until it has been put into the engine.
@@ -66,9 +65,7 @@ class RequestHandle:
         self.failure: EngineError | None = None  # the engine's, not the request's
         self.notify = notify
         self._thread, self._streams = thread, streams
-        self._is_pending = (
-            False  # it is in the pending, or its owner has been told and not looked yet
-        )
+        self._is_pending = False  # it waits to be notified of, or its owner has not acknowledged
 
     @property
     def done(self) -> bool:
@@ -79,7 +76,7 @@ class RequestHandle:
         return self.done or (self.reader is not None and self.reader.has_pending())
 
     def acknowledge(self) -> None:
-        """Its owner looks at what it has now: from here on it is told again."""
+        """Its owner reads what it has now; the next token notifies it again."""
         self._is_pending = False
 
     def raise_failure(self) -> None:
@@ -183,8 +180,8 @@ class EngineThread:
         """Put all jobs into the engine, or none.
 
         Args:
-            notify: is called on the step's thread with those of its handles that have pending.
-            streams: there is pending for each token, not only at the end.
+            notify: is called on the step's thread with its handles that have something new.
+            streams: notify of each token, not only of the end.
 
         Raises:
             QueueFull: they would be too many.
@@ -214,16 +211,16 @@ class EngineThread:
                         self._engine.cancel(handle.request)  # now: the thread may be asleep
                 raise
             self._changed.notify_all()
-        self._spread_news()  # what has nothing to compute has ended already
+        self._notify_owners()  # what has nothing to compute has ended already
         return handles
 
     def cancel(self, handle: RequestHandle) -> None:
-        """End a request before the next step; it does not wait for that."""
+        """Have a request ended before the next step, without waiting for it."""
         if handle.request is not None and not handle.request.done:
             self._engine.cancel(handle.request, if_idle=False)
 
     def ended(self, handle: RequestHandle, request: Request) -> None:
-        """One of its requests has; called by the handle."""
+        """A request has ended; its handle calls this."""
         self._handles.discard(handle)
         self._last_error = request.error or self._last_error
         self.observe(request)
@@ -272,7 +269,7 @@ class EngineThread:
         return self._engine.decoder.limits.num_seats + self.queue_config.max_waiting
 
     def check_size(self, num_rows: int) -> None:
-        """Raise ValueError for so many rows together that they can never be had."""
+        """Raise ValueError for more rows in one request than may ever run and wait."""
         if num_rows > self._room:
             raise ValueError(
                 f"{num_rows} completions exceed the {self._room} that may run and wait"
@@ -281,12 +278,12 @@ class EngineThread:
     def _work(self) -> None:
         while self._awaits_work():
             self._step()
-            self._spread_news()
+            self._notify_owners()
             with self._changed:
                 self._changed.notify_all()
 
     def _awaits_work(self) -> bool:
-        """False when there is none to come."""
+        """Wait for a request; False when the thread is to end."""
         with self._changed:
             self._changed.wait_for(lambda: self._handles or self._stopped)
             return not self._stopped
@@ -308,7 +305,7 @@ class EngineThread:
                     engine.run(moved_on)
         except BaseException as error:
             failure = error
-            logger.exception("a step raised what is no request's fault")
+            logger.exception("an engine step failed; no request caused it")
         self._progress = time.monotonic()
         if stats.steps != steps:
             self._failures = 0
@@ -335,9 +332,10 @@ class EngineThread:
                 logger.exception("a request could not be ended")
             handle.fail(error)
         self._handles.clear()
-        self._spread_news()
+        self._notify_owners()
 
-    def _spread_news(self) -> None:
+    def _notify_owners(self) -> None:
+        """Tell the owner of each pending handle, all handles of one owner in one call."""
         pending: dict[Notify, list[RequestHandle]] = {}
         while self.pending:
             try:
@@ -354,7 +352,7 @@ class EngineThread:
 
 
 def estimate_size(items: Iterable[object]) -> int:
-    """Characters and ids that texts hold, and 1 for each, for a guess at how long they take.
+    """Characters and ids of the items, plus 1 for each: an estimate of how long they take.
 
     Counted until it is certain that they take long, since an event loop waits for it.
     """

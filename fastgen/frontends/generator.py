@@ -1,4 +1,4 @@
-"""Text in, text out: the border between text and token ids, around one engine."""
+"""load() and Generator: text in, text out, around one engine."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def load(
     if native is None:
         warnings.warn(
             "fastgen's C++ extension was not built when fastgen was installed (is there a C++ "
-            "compiler?); without it models run on PyTorch, more slowly",
+            "compiler?); without it models run on PyTorch, which is slower",
             stacklevel=2,
         )
     checkpoint = open_model(model, revision)

@@ -58,7 +58,7 @@ class Scoring:
 
 
 class JobMaker:
-    """Makes jobs for one model. Thread-safe; encoding long texts takes its time."""
+    """Makes jobs for one model. Thread-safe; encoding long texts takes long."""
 
     def __init__(
         self, config: GPT2Config, tokenizer: Tokenizer | None, engine: Engine, max_seq_len: int
@@ -95,7 +95,7 @@ class JobMaker:
         return Scoring(ids, [windows_of(token_ids, self._max_seq_len) for token_ids in ids])
 
     def start(self) -> list[int]:
-        """What an empty prompt starts from; see RequestCodec.start."""
+        """The id from which an empty prompt continues; see RequestCodec.start."""
         return self._codec.start()
 
     def generation(self, request: Request) -> Generation:
@@ -119,7 +119,7 @@ class JobMaker:
 
 @contextmanager
 def _naming_prompt(what: str, index: int, count: int) -> Iterator[None]:
-    """Say in a mistake's message which of several it is in."""
+    """Name the prompt in an error's message, if there are several."""
     try:
         yield
     except (TypeError, ValueError) as error:

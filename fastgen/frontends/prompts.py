@@ -13,7 +13,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 def params_for(count: int, params: Params, options: dict[str, Any]) -> Sequence[SamplingParams]:
-    """One SamplingParams per prompt, from whichever way they were given."""
+    """One SamplingParams for each prompt, in whatever form they were given."""
     if params is not None and options:
         raise TypeError(f"give SamplingParams or options such as {next(iter(options))}, not both")
     if params is None or isinstance(params, SamplingParams):

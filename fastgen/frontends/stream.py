@@ -13,7 +13,7 @@ from fastgen.text.detokenizer import TextSink
 
 
 class PieceReader:
-    """What one reader has had of a request's rows, and what is new. It never waits."""
+    """What one reader has read of a request's rows, and what is new. It never waits."""
 
     def __init__(self, request: Request) -> None:
         self._request = request

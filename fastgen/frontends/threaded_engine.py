@@ -1,4 +1,4 @@
-"""ThreadedEngine: a model in a program of threads; `submit` gives a concurrent.futures.Future."""
+"""ThreadedEngine: a model in a program with threads; `submit` gives a concurrent.futures.Future."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastgen.frontends.prompts import Prompt, is_one, to_list
 from fastgen.results import Generation, Piece, Score
 from fastgen.sampling.params import SamplingParams
 
-_POLL = 0.1  # seconds: a word that came before anybody listened is not said again
+_POLL = 0.1  # seconds: a notification that came before anybody waited is not repeated
 
 
 class ThreadedEngine:

@@ -27,7 +27,7 @@ _NOT_CHOSEN = -1e9  # transformers' score of what must not be chosen
 
 @dataclass(slots=True)
 class BeamCall:
-    """One call with beams. `starts` (R,): where each row begins behind its padding."""
+    """One call with beams. `starts` (R,): where each row begins, after its padding."""
 
     token_ids: Tensor  # (R, T), each prompt M times
     starts: Ints

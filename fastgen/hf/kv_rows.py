@@ -112,7 +112,7 @@ class KvRows:
             return [row.copy() for row in rows]
 
     def find(self, row: KvRow, token_ids: Ints) -> None:
-        """Let an empty, plain row share what blocks the cache has of its beginning."""
+        """Let an empty, plain row share the blocks that the cache has of its prefix."""
         keys = block_keys(token_ids.tolist())[: len(token_ids) // BLOCK_SIZE]
         with self._between_steps() as scheduler:
             for key in keys:

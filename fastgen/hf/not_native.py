@@ -1,4 +1,4 @@
-"""The exception that sends a call the slower, more general way."""
+"""NotNative: a call takes a slower, more general path."""
 
 from __future__ import annotations
 

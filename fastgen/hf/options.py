@@ -22,7 +22,7 @@ from fastgen.sampling.params import SamplingParams
 
 @dataclass(slots=True)
 class Prompts:
-    """The prompts of a call: (B, T) ids, of which row r begins at starts[r] behind its padding."""
+    """The prompts of a call: (B, T) ids, of which row r begins at starts[r], after its padding."""
 
     token_ids: Any  # int64 (B, T)
     starts: Any  # int64 (B,)
@@ -45,7 +45,7 @@ class Prompts:
         return set().union(*self.paddings())
 
     def seen(self) -> set[int]:
-        """Ids that stand behind it."""
+        """Ids that stand after the padding."""
         ids: set[int] = set()
         for row, start in zip(self.token_ids, self.starts, strict=True):
             ids.update(row[start:].tolist())
@@ -160,7 +160,7 @@ def _bias(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
 
 
 def _check_beginnings(words: Iterable[tuple[int, ...]], prompts: Prompts, name: str) -> None:
-    """Where prompts are padded, transformers takes the padding for a part of them."""
+    """Where prompts are padded, transformers treats the padding as a part of them."""
     beginnings = {token_id for word in words for token_id in word[:-1]}
     if prompts.are_padded and beginnings & prompts.padding():
         raise NotNative(f"{name} may begin in the padding")
@@ -216,7 +216,7 @@ def _at_least(options: NativeOptions, num_new: int) -> None:
 
 def _forced_bos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
     if prompts.length == 1:
-        raise NotNative("forced_bos_token_id behind a prompt of one token")
+        raise NotNative("forced_bos_token_id after a prompt of one token")
 
 
 def _forced_eos(options: NativeOptions, processor: Any, prompts: Prompts) -> None:

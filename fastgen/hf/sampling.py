@@ -36,9 +36,9 @@ _KNOWN = {
 
 @dataclass(slots=True)
 class SamplingCall:
-    """One call of `generate`, as far as it has been decided.
+    """One call of `generate`, with its options resolved.
 
-    `num_drawn`: new tokens that are drawn; a forced eos comes behind them.
+    `num_drawn`: new tokens that are drawn; a forced eos comes after them.
     """
 
     prompts: Prompts
@@ -145,7 +145,7 @@ def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
-    """Where each row begins behind its padding (B,)."""
+    """Where each row begins, after its padding (B,)."""
     if token_ids.dim() != 2 or not token_ids.numel() or token_ids.dtype not in ID_DTYPES:
         raise NotNative("input_ids are not integers (B, T)")
     batch_size, length = token_ids.shape
@@ -267,7 +267,7 @@ class _Run:
 
     def to_the_end(self) -> None:
         while not self._is_over():
-            self._engine.run(self._has_news)
+            self._engine.run(self._has_pending)
             self._stream()
         self._num_steps = self._count_steps()
         self._stream()
@@ -275,7 +275,7 @@ class _Run:
             self._call.streamer.end()
 
     def new_ids(self) -> Ints:
-        """(B, N), padded behind each row's end."""
+        """(B, N), padded after each row's end."""
         call, count = self._call, self._num_steps
         assert count is not None
         ids = np.full((len(call.prompts.token_ids), count), call.pad_id, np.int64)
@@ -286,7 +286,7 @@ class _Run:
             ids[:, -1] = self._step(call.num_drawn)
         return ids
 
-    def _has_news(self) -> bool:
+    def _has_pending(self) -> bool:
         """Something to stream or to end; asked after each step, with the engine's lock held."""
         if self._is_over():
             return True
@@ -328,7 +328,7 @@ class _Run:
         """The rows' tokens (B,) of one step."""
         call = self._call
         forced = call.options.forced_eos
-        if step == call.num_drawn and forced is not None:  # behind all that is drawn
+        if step == call.num_drawn and forced is not None:  # after all that is drawn
             if not self._rows:
                 return np.full(len(call.prompts.token_ids), forced)
             ended = [row.finish_reason == "stop" for row in self._rows]

@@ -56,9 +56,9 @@ class StopStringSink:
 def _columns(criterion: StopStringCriteria, index: int) -> tuple[slice, slice, int]:
     """Of one stop string: where its places stand in a table row, where its ends, its length."""
     places, ends = criterion.max_valid_positions, criterion.max_valid_end_lens
-    behind = places * criterion.num_stop_strings
+    first_end = places * criterion.num_stop_strings
     return (
         slice(places * index, places * (index + 1)),
-        slice(behind + ends * index, behind + ends * (index + 1)),
+        slice(first_end + ends * index, first_end + ends * (index + 1)),
         int(criterion.target_lens[index]),
     )

@@ -86,7 +86,7 @@ class _Failure:
 
 
 def _forget_failures(streamer: Any) -> None:
-    """Of an earlier call, that nobody has read."""
+    """Drop failures of an earlier call that nobody has read."""
     texts = getattr(streamer, "text_queue", None)
     if isinstance(texts, queue.Queue):
         with texts.mutex:

@@ -34,7 +34,7 @@ def salt_of(request: Request, own: Any) -> str | None:
 
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
-    """Do it at once if it is quick, else on another thread, so that nobody waits for it."""
+    """Do short work at once, long work on another thread, so that the event loop is free."""
     if size <= _QUICK_SIZE:
         return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)

@@ -121,7 +121,7 @@ def _biases(name: str, value: Any) -> Any:
 
 
 def _id(name: str, key: str) -> int:
-    """In one way only, so that no two keys are the same id."""
+    """In one form only, so that no two keys are the same id."""
     if not _ID.fullmatch(key):
         raise ValueError(f"{name} must have token ids as its keys")
     return int(key)
@@ -152,7 +152,7 @@ def timeout_of(given: dict[str, Any], limits: ServerLimits) -> float:
 
 
 def check_names(given: dict[str, Any], known: list[str]) -> None:
-    """As reject_unknown; a name that is very long is not compared to others."""
+    """As reject_unknown; a very long name is not compared with others."""
     for name in given:
         if len(name) > _LONGEST_NAME:
             raise ApiError(400, f"unknown option {name[:_LONGEST_NAME]!r}...")
@@ -263,7 +263,7 @@ class Answer:
 
 
 def refuse_failed(finish_reason: str | None, error: str | None) -> None:
-    """Raise ApiError for a completion that did not end as one should."""
+    """Raise ApiError for a completion that failed."""
     if finish_reason == "cancelled":
         raise unavailable()
     if finish_reason == "error":

@@ -54,14 +54,14 @@ async def completions(request: Request) -> Any:
 
 
 def _answer_size(asked: CompletionRequest, generation: Generation) -> int:
-    """Tokens that have to be written down."""
+    """Tokens that the answer has to list."""
     prompts = asked.echo * (asked.params.n if asked.shows_prompt_logprobs else 1)
     new_tokens = sum(len(completion.token_ids) for completion in generation.completions)
     return prompts * len(generation.prompt_token_ids) + new_tokens
 
 
 def _size(body: dict[str, Any]) -> int:
-    """Values of options that have to be looked at."""
+    """Values of options that have to be checked."""
     options = (value for name, value in body.items() if name != "prompt")
     return sum(estimate_size(value) for value in options if isinstance(value, (list, dict)))
 

@@ -1,4 +1,4 @@
-"""What a server lets strangers have; RequestLimits bounds a single request."""
+"""ServerLimits: bounds of connections, bodies and answers; RequestLimits bounds one request."""
 
 from __future__ import annotations
 

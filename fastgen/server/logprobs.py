@@ -70,7 +70,7 @@ class LogprobsWriter:
             self._offset += len(self._sink.take())
 
     def _best(self, own: TokenLogprobs) -> dict[str, float]:
-        """Of tokens that are shown alike the likeliest."""
+        """Of tokens with the same text, the likeliest."""
         best: dict[str, float] = {}
         for token_id, logprob in own.top:
             best.setdefault(self._text(token_id), logprob)
@@ -83,5 +83,5 @@ class LogprobsWriter:
 
 
 def _stands_at(at: int, text: str, token: str) -> bool:
-    """Whether the text has this token there; of part of a character that cannot be said."""
+    """Whether the text has this token there; False for a part of a character."""
     return "\ufffd" not in token and text.startswith(token, at)

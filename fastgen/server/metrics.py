@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Metrics:
         registry.register(_EngineStates(engines, ready))
 
     def ended(self, model: str, request: Request) -> None:
-        """A prompt's request has, however that was."""
+        """A prompt's request has ended, for whatever reason."""
         timings, new_tokens = request.timings, [len(row.new_token_ids) for row in request.rows]
         self._tokens.labels(model, "prompt").inc(len(request.prompt_token_ids))
         self._tokens.labels(model, "generated").inc(sum(new_tokens))

@@ -50,7 +50,7 @@ class BoundedProtocol(H11Protocol):
         self._read_ahead()
 
     def pause_writing(self) -> None:
-        """The client does not take what it is sent."""
+        """The client does not read its answer."""
         super().pause_writing()
         self._watch_reading()
 
@@ -72,7 +72,7 @@ class BoundedProtocol(H11Protocol):
             self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """What was received is no HTTP, or has more headers than are allowed."""
+        """What was received is not HTTP, or has more headers than are allowed."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # an answer is under way: there is no room for another
             return
@@ -114,7 +114,7 @@ class BoundedProtocol(H11Protocol):
             self._headers_due = self.loop.call_later(timeout, self.transport.abort)
 
     def _read_ahead(self) -> None:
-        """Read on behind a request that is under way: else nobody would see its client go."""
+        """Read on while a request is under way: otherwise its client's disconnect is not seen."""
         ahead, _ = self.conn.trailing_data
         if self.conn.their_state is h11.DONE and len(ahead) <= self.limits.header_bytes:
             self.flow.resume_reading()

@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """uvicorn's own raises them once more in the end, and the process would die of them."""
+        """uvicorn raises captured signals again at its end; the process would die of them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

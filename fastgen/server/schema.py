@@ -18,7 +18,7 @@ def schema_of(service: Service) -> Schema:
     completion = _completion(service, limits, names)
     paths = {
         "/v1/completions": _post("Continue prompts", completion),
-        "/v1/score": _post("Log-probabilities of texts, or of labels behind a prompt",
+        "/v1/score": _post("Log-probabilities of texts, or of labels after a prompt",
                            _score(service, names)),
         "/tokenize": _post("Token ids of a text", _object(
             {"model": _model(names), "prompt": {"type": "string"}}, ["prompt"])),
@@ -134,7 +134,7 @@ def _get(summary: str, parameter: str | None = None) -> Schema:
 
 
 def _open(summary: str) -> Schema:
-    """For which no key is needed."""
+    """For a path that needs no key."""
     operation = _get(summary)
     operation["get"]["security"] = []
     return operation

@@ -1,4 +1,4 @@
-"""/v1/score: log-probabilities of texts, or of labels behind a prompt."""
+"""/v1/score: log-probabilities of texts, or of labels after a prompt."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class ServedModel:
 
 
 class Keys:
-    """API keys; without any, everybody is let in. Compared in a time that tells nothing."""
+    """API keys; without any, everybody has access. Compared in constant time."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -142,7 +142,7 @@ class Service:
         return any(model.generator.engine.num_unfinished for model in self.models.values())
 
     def model(self, name: str) -> ServedModel:
-        """By its name; no name is the only one.
+        """The model of this name; without a name, the only one.
 
         Raises:
             ApiError: there is none of this name.

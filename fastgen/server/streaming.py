@@ -75,7 +75,7 @@ class EventStream:
 
 
 async def merged(streams: Sequence[AsyncStream]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Pieces of several streams as they come, each with its stream's place."""
+    """Pieces of several streams as they come, each with the index of its stream."""
     if len(streams) == 1:
         async for piece in streams[0]:
             yield 0, piece
@@ -99,7 +99,7 @@ def _next(stream: AsyncStream) -> asyncio.Task[Piece]:
 
 
 async def _gone(receive: Receive) -> None:
-    """Until the client has gone."""
+    """Return when the client has disconnected."""
     while True:
         message: Message = await receive()
         if message["type"] == "http.disconnect":
