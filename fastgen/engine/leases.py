@@ -111,8 +111,7 @@ class Lease:
             if copies is None:
                 self.release()
                 return NoRoom()
-            self._know(keys, num_tokens)
-            self._announce(announce)
+            self._announce(keys, num_tokens, announce)
         except BaseException:
             self.release()
             raise
@@ -132,8 +131,10 @@ class Lease:
             self.num_tokens = end
             return ()
         replaced = [] if self._may_write else self._unwritable()
-        num_new = max(0, blocks_for(end) - len(self.blocks))
-        fresh = self._pool.allocate(len(replaced) + num_new)
+        num_new = len(replaced) + max(0, blocks_for(end) - len(self.blocks))
+        fresh = self._pool.allocate(num_new) if num_new else []
+        if replaced:  # what was announced in them will not come there
+            self._pool.forget_pending(self._announced(replaced[0]), self.blocks)
         copies: list[tuple[int, int]] = []
         for index, block in zip(replaced, fresh, strict=False):
             if index * BLOCK_SIZE < self.num_tokens:
@@ -228,28 +229,35 @@ class Lease:
         self._num_reserved = num_blocks
         return [(tail[0], self.blocks[num_shared])] if num_reused % BLOCK_SIZE else []
 
-    def _know(self, keys: Sequence[Key], num_tokens: int) -> None:
-        num_full = num_tokens // BLOCK_SIZE
-        self._keys, self._num_registered = list(keys[:num_full]), self.num_shared
-        if len(keys) > num_full:
-            self._tail_key, self._tail_end = keys[num_full], num_tokens
-        self._set_register_at()
+    def _announce(self, keys: Sequence[Key], num_tokens: int, end: int) -> None:
+        """Register, as pending, the keys of the blocks that are filled before token `end`.
 
-    def _announce(self, end: int) -> None:
-        """Register, as pending, the keys of the blocks that are filled before token `end`."""
+        Of the others nothing is kept: what comes there may be other tokens.
+        """
+        num_full = max(self.num_shared, min(num_tokens, end) // BLOCK_SIZE)
+        self._keys, self._num_registered = list(keys[:num_full]), self.num_shared
+        if num_tokens % BLOCK_SIZE and num_tokens <= end:
+            self._tail_key, self._tail_end = keys[-1], num_tokens
+        self._set_register_at()
         for index, key in enumerate(self._keys):
-            if self.num_tokens < (index + 1) * BLOCK_SIZE <= end:
+            if self.num_tokens < (index + 1) * BLOCK_SIZE:
                 self._pool.register(key, self.blocks[index], pending=True)
-        if self._tail_key is not None and self.num_tokens < self._tail_end <= end:
+        if self._tail_key is not None and self.num_tokens < self._tail_end:
             block = self.blocks[self._tail_end // BLOCK_SIZE]
             self._pool.register(self._tail_key, block, pending=True)
 
     def _withdraw(self, num_full: int, num_tokens: int) -> None:
         """Withdraw what was announced beyond so many full blocks and tokens."""
-        self._pool.forget_pending(self._keys[num_full:], self.blocks)
-        if self._tail_key is not None and num_tokens < self._tail_end:
-            self._pool.forget_pending([self._tail_key], self.blocks)
+        tail_goes = self._tail_key is not None and num_tokens < self._tail_end
+        announced = self._announced(num_full) if tail_goes else self._keys[num_full:]
+        self._pool.forget_pending(announced, self.blocks)
+        if tail_goes:
             self._tail_key = None
+
+    def _announced(self, first: int) -> list[Key]:
+        """Keys of the blocks from the `first` on, and of the partly filled one, if it is to come."""
+        full = self._keys[first:]
+        return full if self._tail_key is None else [*full, self._tail_key]
 
     def _unwritable(self) -> list[int]:
         """Of the blocks that are still to be written, those that others hold (indices)."""

@@ -41,7 +41,10 @@ class CacheModel(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        plan = self.simulation.step()
+        self.run_step()
+
+    def run_step(self, *, admits: bool = True) -> None:
+        plan = self.simulation.step(admits=admits)
         if plan is not None:
             self._write(plan)
             self.simulation.advance(plan)
@@ -52,6 +55,19 @@ class CacheModel(RuleBasedStateMachine):
         row = self.simulation.rows[which % len(self.simulation.rows)]
         if row.finish_reason is None:
             self.simulation.end(row)
+
+    @precondition(lambda self: self.scheduler.pool.num_free > LIMITS.num_seats)
+    @rule(which=st.integers(0, 10**6), count=st.integers(1, 70))
+    def take_drawn_tokens_back(self, which: int, count: int) -> None:
+        """Others are drawn in their place; what their step writes is copied first where shared."""
+        drawn = [row for row in self.scheduler.running if len(row.token_ids) > row.prompt_len]
+        if drawn:
+            row = drawn[which % len(drawn)]
+            kept = max(row.prompt_len + 1, len(row.token_ids) - count)
+            row.schedule.lease.rewind(len(row.token_ids) - kept)
+            row.token_ids[kept - 1 :] = [50]  # no text has it
+            self.simulation.pool.failures = 0
+            self.run_step(admits=False)
 
     @invariant()
     def books_balance(self) -> None:

@@ -92,9 +92,9 @@ class Simulation:
             self.rows.append(row)
         return request.rows
 
-    def step(self) -> StepPlan | None:
+    def step(self, *, admits: bool = True) -> StepPlan | None:
         """Admit and schedule; whoever calls it advances the entries."""
-        admissions = self.scheduler.admit()
+        admissions = self.scheduler.admit() if admits else []
         for admission in admissions:
             if admission.error is not None:
                 assert blocks_of(admission.row) == [] and admission.row.schedule.seat == -1
