@@ -163,14 +163,7 @@ class Engine:
                 step, in some row's function, asks for this.
         """
         with deferred_interrupts() as interrupted:
-
-            def over() -> bool:
-                return bool(interrupted) or until()
-
-            while not over():
-                with self._step_lock.held(wait=True, until=over) as driving:
-                    if driving and not over():
-                        self._step()
+            self._step_lock.drive(self._step, lambda: bool(interrupted) or until())
             self._process_inbox_if_idle()  # what was cancelled while the last step ran
 
     def close(self, timeout: float | None = None) -> None:

@@ -255,7 +255,7 @@ class Lease:
             self._tail_key = None
 
     def _announced(self, first: int) -> list[Key]:
-        """Keys of the blocks from the `first` on, and of the partly filled one, if it is to come."""
+        """Keys of the blocks from the `first` on, and of the partly filled one if it is to come."""
         full = self._keys[first:]
         return full if self._tail_key is None else [*full, self._tail_key]
 

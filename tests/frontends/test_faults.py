@@ -177,12 +177,14 @@ def allocate(scene: Scene) -> None:
 def poison_for(blocks: list[int]) -> StepBatch:
     """A row for each block, which fills it with NaN."""
     count, size = len(blocks), BLOCK_SIZE
-    arrays = (
-        *([POISON] * (count * size), list(range(size)) * count),
-        *(range(0, (count + 1) * size, size), [0] * count, [[block] for block in blocks]),
-        *([size - 1], [-1]),
+    return StepBatch.ragged(
+        token_ids=[POISON] * (count * size),
+        counts=[size] * count,
+        cache_lens=[0] * count,
+        block_tables=np.array(blocks, np.int32)[:, None],
+        logits_at=[size - 1],
+        seats=[-1],
     )
-    return StepBatch(*(np.array(array, np.int32) for array in arrays))
 
 
 def step(scene: Scene, num_new: int) -> None:
