@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastgen.decoders.interface import Capacity, Decoder, Logits, StepBatch
+from fastgen.decoders.interface import Decoder, Logits, StepBatch
 from fastgen.engine.blocks import blocks_needed
 from fastgen.engine.leases import Copies, Lease
 from fastgen.engine.scheduler import Scheduler
@@ -19,11 +19,6 @@ class Pause:
 
     def __init__(self, decoder: Decoder, scheduler: Scheduler) -> None:
         self._decoder, self._scheduler = decoder, scheduler
-
-    @property
-    def limits(self) -> Capacity:
-        """Of the decoder, as it has grown."""
-        return self._decoder.limits
 
     def lease(self) -> Lease:
         """One that holds nothing yet; its content is shared with rows that have no cache_salt."""

@@ -4,13 +4,16 @@ what every block holds; and what taking tokens back does, case by case.
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import fastgen
 from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
 from fastgen.engine.blocks import BlockPool, Key, block_keys
 from fastgen.engine.leases import Acquired, Copies, Lease, NoRoom, PrefixPending
@@ -314,3 +317,14 @@ def test_an_announcement_that_is_taken_back_is_withdrawn() -> None:
     assert found(pool, 2) == [lease.blocks[0], None]
     lease.release()
     assert_all_free(pool)
+
+
+def test_nothing_but_a_lease_takes_blocks_or_gives_them_back() -> None:
+    """Elsewhere a pool is asked how many are free, and made to grow."""
+    folder, used = Path(fastgen.__file__).parent, set[str]()
+    for path in [*folder.glob("engine/*.py"), *folder.glob("hf/*.py")]:
+        if path.name not in ("blocks.py", "leases.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("pool"):
+                    used.add(node.attr)
+    assert used == {"num_free", "grow"}
