@@ -76,17 +76,12 @@ class Rows:
 
     def _batch(self, pieces: Sequence[Piece]) -> StepBatch:
         rows, cached, new, draws = zip(*pieces, strict=True)
-        starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in new])])
-        positions = [
-            np.arange(first, first + len(tokens)) for first, tokens in zip(cached, new, strict=True)
-        ]
-        drawing = np.flatnonzero(draws)
-        return StepBatch(
-            token_ids=np.concatenate(new).astype(np.int32),
-            positions=np.concatenate(positions).astype(np.int32),
-            row_starts=starts.astype(np.int32),
-            cache_lens=np.array(cached, np.int32),
+        counts, drawing = [len(tokens) for tokens in new], np.flatnonzero(draws)
+        return StepBatch.ragged(
+            token_ids=np.concatenate(new),
+            counts=counts,
+            cache_lens=cached,
             block_tables=self._tables[list(rows)],
-            logits_at=(starts[1:] - 1)[drawing].astype(np.int32),
-            seats=np.array(rows, np.int32)[drawing],
+            logits_at=(np.cumsum(counts) - 1)[drawing],
+            seats=np.array(rows)[drawing],
         )

@@ -65,7 +65,7 @@ def hand_out(plan: StepPlan, rng: np.random.Generator) -> None:
     ids = rng.integers(0, VOCAB_SIZE, len(plan.entries)).tolist()
     for entry, token_id in zip(plan.entries, ids, strict=True):
         if entry.needs_draw:
-            entry.row.accept(Draw(entry.row.seat, token_id), frozenset())
+            entry.row.accept(Draw(entry.row.schedule.seat, token_id), frozenset())
 
 
 def prefill(scheduler: Scheduler, rng: np.random.Generator) -> StepPlan:
@@ -114,7 +114,7 @@ def test_admit_long_prompt(
 
     [admission] = timed(call, make, group="scheduler: admit a prompt", rounds=100)
     assert admission.error is None and admission.row is rows[-1]
-    assert admission.row.num_cached == cached
+    assert admission.row.schedule.lease.num_tokens == cached
     scheduler.pool.check()
     describe(rows=1, tokens=PROMPT, cached=cached)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from fastgen.decoders.memory import MemoryPlan
 from fastgen.sampling.draw import Draw
@@ -24,6 +25,8 @@ Logits = Any  # float32 (L, V), an array or tensor in the decoder's own buffer
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """R rows with N new tokens in all, at least one each, without padding; every array is int32.
+
+    `ragged` and `decode` make one.
 
     Attributes:
         token_ids: (N,) row after row; -1 - s stands for the token that seat s drew last.
@@ -42,6 +45,56 @@ class StepBatch:
     block_tables: Ints
     logits_at: Ints
     seats: Ints
+
+    @classmethod
+    def ragged(
+        cls,
+        *,
+        token_ids: ArrayLike,
+        counts: ArrayLike,
+        cache_lens: ArrayLike,
+        block_tables: Ints,
+        logits_at: ArrayLike,
+        seats: ArrayLike,
+        positions: ArrayLike | None = None,
+    ) -> StepBatch:
+        """Any step; integers of any kind are taken.
+
+        Args:
+            counts: (R,) new tokens of each row, at least one.
+            positions: (N,); None: each row's follow its cached tokens.
+        """
+        new, cached = np.asarray(counts, np.int32), np.asarray(cache_lens, np.int32)
+        row_starts = np.zeros(len(new) + 1, np.int32)
+        np.cumsum(new, out=row_starts[1:])
+        if positions is None:
+            positions = np.arange(row_starts[-1], dtype=np.int32)
+            positions += np.repeat(cached - row_starts[:-1], new)
+        return cls(
+            token_ids=np.asarray(token_ids, np.int32),
+            positions=np.asarray(positions, np.int32),
+            row_starts=row_starts,
+            cache_lens=cached,
+            block_tables=block_tables,
+            logits_at=np.asarray(logits_at, np.int32),
+            seats=np.asarray(seats, np.int32),
+        )
+
+    @classmethod
+    def decode(
+        cls, token_ids: Sequence[int], cache_lens: Sequence[int], block_tables: Ints, seats: Ints
+    ) -> StepBatch:
+        """One new token for each row (R,), and a draw behind it; nearly all steps are such."""
+        cached, numbers = np.array(cache_lens, np.int32), _numbers_to(len(cache_lens))
+        return cls(
+            token_ids=np.array(token_ids, np.int32),
+            positions=cached,
+            row_starts=numbers,
+            cache_lens=cached,
+            block_tables=block_tables,
+            logits_at=numbers[:-1],
+            seats=seats,
+        )
 
     def drafts_behind(self, logits_at: Ints) -> Ints:
         """The token that is fed behind each of these, where a draft would stand; -1 at the end."""
@@ -63,6 +116,12 @@ class Capacity:
     max_logits: int
     num_seats: int
     batch_invariant: bool
+
+
+@lru_cache(maxsize=1024)
+def _numbers_to(count: int) -> Ints:
+    """0, 1, ..., count; nobody writes there."""
+    return np.arange(count + 1, dtype=np.int32)
 
 
 class PendingStep(Protocol):

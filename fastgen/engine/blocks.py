@@ -1,9 +1,8 @@
-"""Who owns which block of KV memory: free list, reference counts, and look-up by content.
+"""The books of KV memory: free list, reference counts, and look-up by content.
 
 A block holds the keys and values of 32 consecutive tokens of a row, in every layer. Blocks here are
-only numbers; the decoder owns the memory. Rows that begin with the same tokens share blocks. A row
-only writes blocks that it alone owns: a partly filled block that it finds and wants to continue, it
-copies into one of its own (copy on write).
+only numbers; the decoder owns the memory. Rows that begin with the same tokens share blocks. Only
+leases (leases.py) take blocks, share them and give them back.
 
 Content is known by a chain of SHA-256 hashes: a block's key covers its tokens, their positions and
 everything before it, so equal keys mean equal keys and values. A block stays findable after its
@@ -58,7 +57,7 @@ def blocks_needed(max_len: int) -> int:
 
 
 class BlockPool:
-    """Every block of one decoder: each is free, or owned by one row or several.
+    """Every block of one decoder: each is free, or owned by one lease or several.
 
     Free blocks are reused in the order in which they became free, so that blocks that were one
     row's become one row's again, and neighbours stay neighbours.

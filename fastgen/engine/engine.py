@@ -21,6 +21,7 @@ from fastgen.decoders.interface import Decoder, PendingStep
 from fastgen.engine.inbox import Inbox
 from fastgen.engine.interrupts import deferred_interrupts
 from fastgen.engine.outputs import StepOutput, needs_logits, step_outputs
+from fastgen.engine.pause import Pause
 from fastgen.engine.request_checks import (
     check_ids,
     check_options,
@@ -162,14 +163,7 @@ class Engine:
                 step, in some row's function, asks for this.
         """
         with deferred_interrupts() as interrupted:
-
-            def over() -> bool:
-                return bool(interrupted) or until()
-
-            while not over():
-                with self._step_lock.held(wait=True, until=over) as driving:
-                    if driving and not over():
-                        self._step()
+            self._step_lock.drive(self._step, lambda: bool(interrupted) or until())
             self._process_inbox_if_idle()  # what was cancelled while the last step ran
 
     def close(self, timeout: float | None = None) -> None:
@@ -188,9 +182,9 @@ class Engine:
             self.decoder.close()
 
     @contextmanager
-    def between_steps(self) -> Iterator[Scheduler]:
-        """Nobody steps meanwhile, and every row that is not running waits in the scheduler: for a
-        forward of one's own in blocks of its pool, and to make the decoder grow.
+    def between_steps(self) -> Iterator[Pause]:
+        """A pause in which nobody steps: for forwards of one's own in leased blocks, and to make
+        the decoder grow.
 
         Raises:
             EngineError: the engine is closed.
@@ -200,7 +194,7 @@ class Engine:
                 raise EngineError("this model has been closed")
             self._process_inbox()
             self._drain_steps()
-            yield self._scheduler
+            yield Pause(self.decoder, self._scheduler)
         self._process_inbox_if_idle()  # what was cancelled meanwhile
 
     def _process_inbox_if_idle(self) -> None:
@@ -235,9 +229,11 @@ class Engine:
             plan = self._scheduler.schedule()
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
+                if plan.copies:
+                    self.decoder.copy_blocks(plan.copies)
                 step = self.decoder.step(plan.batch)
                 for row in rows:
-                    row.num_under_way += 1
+                    row.schedule.num_under_way += 1
                 self._under_way.append((plan, step))
                 return step.is_async and not needs_logits(plan)
             if not admissions and not self._under_way:
@@ -263,8 +259,8 @@ class Engine:
         self._under_way.popleft()
         with ExitStack() as releases:
             for row in rows:
-                row.num_under_way -= 1
-                if row.finish_reason is not None and row.seat >= 0:
+                row.schedule.num_under_way -= 1
+                if row.finish_reason is not None and row.schedule.seat >= 0:
                     releases.callback(self._release, row)
 
     def _drain_steps(self) -> None:
@@ -300,8 +296,8 @@ class Engine:
             if admission.copies:
                 self.decoder.copy_blocks(admission.copies)
             if not row.draws_on_host:
-                self.decoder.bind(row.seat, row.params, row.token_ids)
-                row.bound = True
+                self.decoder.bind(row.schedule.seat, row.params, row.token_ids)
+                row.schedule.is_bound = True
         except Exception as error:
             self._end(row.request, "error", error)
         else:
@@ -328,7 +324,7 @@ class Engine:
         except BaseException as error:
             row.fail(error)
         if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
-            self._scheduler.pool.forget(row.blocks[row.num_shared :])
+            row.schedule.lease.forget()
 
     def _process_inbox(self) -> bool:
         """End what was cancelled and what has run out of time; whether there was any."""
@@ -357,13 +353,13 @@ class Engine:
 
     def _release(self, row: Row) -> None:
         """Free all that a row held that has ended, when no step holds it any more."""
-        if row.num_under_way:
+        if row.schedule.num_under_way:
             return
         try:
-            if row.bound:
-                self.decoder.release(row.seat)
+            if row.schedule.is_bound:
+                self.decoder.release(row.schedule.seat)
         finally:
-            row.bound = False
+            row.schedule.is_bound = False
             self._scheduler.remove(row)
             row.request.row_ended()
 

@@ -93,4 +93,4 @@ def _drawn(row: Row, logits: Floats) -> Draw:
     logprobs: TokenLogprobs | None = None
     if ok and row.params.logprobs is not None:
         [logprobs] = token_logprobs(logits[None], [token_id], row.params.logprobs)
-    return Draw(row.seat, token_id, ok, logprobs)
+    return Draw(row.schedule.seat, token_id, ok, logprobs)

@@ -29,18 +29,18 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Row]:
         """In no particular order."""
-        return (row for _, row in self._heap if row.waits)
+        return (row for _, row in self._heap if row.schedule.is_waiting)
 
     def add(self, row: Row) -> None:
         number, self._num_arrived = self._num_arrived, self._num_arrived + 1
-        row.queue_key = (number + BYPASS * row.request.priority, number)
+        row.schedule.queue_key = (number + BYPASS * row.request.priority, number)
         self.put_back([row])
 
     def put_back(self, rows: Iterable[Row]) -> None:
         """Rows that were taken and go on waiting."""
         for row in rows:
-            row.waits = True
-            heapq.heappush(self._heap, (row.queue_key, row))
+            row.schedule.is_waiting = True
+            heapq.heappush(self._heap, (row.schedule.queue_key, row))
 
     def pop(self) -> Row:
         """Take the row whose turn it is.
@@ -50,18 +50,18 @@ class WaitingQueue:
         """
         while True:
             _, row = heapq.heappop(self._heap)
-            if row.waits:
-                row.waits = False
+            if row.schedule.is_waiting:
+                row.schedule.is_waiting = False
                 return row
             self._num_ended -= 1
 
     def remove(self, row: Row) -> None:
         """The row waits no longer; harmless if it did not."""
-        if not row.waits:
+        if not row.schedule.is_waiting:
             return
-        row.waits = False
+        row.schedule.is_waiting = False
         self._num_ended += 1
         if self._num_ended > len(self):
-            self._heap = [item for item in self._heap if item[1].waits]
+            self._heap = [item for item in self._heap if item[1].schedule.is_waiting]
             heapq.heapify(self._heap)
             self._num_ended = 0

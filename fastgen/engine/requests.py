@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.decoders.memory import BLOCK_SIZE
-from fastgen.engine.blocks import Key, block_keys, next_key
+from fastgen.engine.blocks import Key, block_keys
+from fastgen.engine.schedule_state import ScheduleState
 from fastgen.errors import NothingToDrawError
 from fastgen.results import FinishReason, Timings, TokenLogprobs
 from fastgen.sampling.draw import Draw
@@ -42,20 +42,7 @@ class Row:
     raw_logits: list[NDArray[np.float32]] | None = (
         None  # float32 (V,) of each draw, if they are to be kept
     )
-    # the engine's:
-    bound: bool = False  # the decoder's sampler has it in its seat
-    num_under_way: int = 0  # steps started with it and not waited for: they hold seat and blocks
-    # the scheduler's:
-    queue_key: tuple[int, int] = (0, 0)  # rows with a lower one go first
-    waits: bool = False
-    awaits_prefix: bool = False  # a running row computes its beginning: others may pass it
-    seat: int = -1
-    blocks: list[int] = field(default_factory=list)
-    num_shared: int = 0  # of the blocks, those that were found at admission
-    num_cached: int = 0  # tokens whose keys and values are in the cache after the steps started
-    keys: list[Key] = field(default_factory=list)  # of the full blocks, as far as known
-    tail_key: Key | None = None  # of the prompt's last, partly filled block
-    num_registered: int = 0  # full blocks that can be found by content
+    schedule: ScheduleState = field(default_factory=ScheduleState)
     # constants, asked for in every step:
     prompt_len: int = field(init=False)
     prefill_len: int = field(init=False)  # the request's
@@ -67,20 +54,9 @@ class Row:
         self.draws_on_host = self.params.logits_processor is not None
 
     @property
-    def is_prefilling(self) -> bool:
-        """Whether the cache still lacks prompt tokens; afterwards the row gets a token a step."""
-        return self.num_cached < self.prefill_len
-
-    @property
     def scores_prompt(self) -> bool:
         """Whether this row's logits give the request its prompt_logprobs: the first sample's do."""
         return self.index == 0 and self.request.prompt_logprobs is not None
-
-    @property
-    def prompt_keys(self) -> list[Key]:
-        """Content keys of the prompt's blocks, until they have all been computed."""
-        full = self.keys[: self.prompt_len // BLOCK_SIZE]
-        return full if self.tail_key is None else [*full, self.tail_key]
 
     @property
     def ended_by_id(self) -> bool:
@@ -128,17 +104,6 @@ class Row:
 
     def fail(self, error: BaseException) -> None:
         self.finish("error", error=error)
-
-    def make_keys(self) -> None:
-        """Take over the keys of the prompt's blocks, once."""
-        if not self.keys and self.tail_key is None:
-            self.keys = list(self.request.block_keys)
-            if self.prompt_len % BLOCK_SIZE:
-                self.tail_key = self.keys.pop()
-
-    def add_key(self) -> None:
-        """Hash the first block that drawn tokens have filled, and whose key is not known."""
-        self.keys.append(next_key(self.keys, self.token_ids, self.request.cache_salt))
 
 
 class Listener(Protocol):

@@ -17,13 +17,14 @@ Why every row gets its turn:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from fastgen.decoders.interface import Capacity, Ints, StepBatch
 from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
 from fastgen.engine.blocks import BlockPool, blocks_needed
+from fastgen.engine.leases import Acquired, Copies, Lease, PrefixPending
 from fastgen.engine.queue import WaitingQueue
 from fastgen.engine.requests import Row
 
@@ -61,17 +62,21 @@ class Admission:
     """
 
     row: Row
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: Copies = ()
     error: Exception | None = None
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """A step: its batch, and whose it is: first the rows that decode, then those that prefill."""
+    """A step: its batch, and whose it is: first the rows that decode, then those that prefill.
+
+    `copies`: KV blocks (source, destination) to be copied before it runs.
+    """
 
     batch: StepBatch
     entries: list[ScheduledRow]
     num_decoding: int
+    copies: Copies
 
 
 @dataclass(slots=True)
@@ -125,7 +130,7 @@ class Scheduler:
                 if admission is not None:
                     admissions.append(admission)
                     passed.pop()
-                elif not passed[-1].awaits_prefix:
+                elif not passed[-1].schedule.awaits_prefix:
                     break
         finally:
             self.waiting.put_back(passed)
@@ -138,207 +143,164 @@ class Scheduler:
         Its tokens count as cached from now on: what is scheduled next, runs after it. A row's token
         that is still being drawn is fed as -1 - seat.
         """
-        rows = [row for row in self.running if row.finish_reason is None]
-        decoding = [row for row in rows if row.prefill_len <= row.num_cached < row.max_len - 1]
-        entries = [ScheduledRow(row, row.num_cached, 1, True) for row in decoding]
+        entries: list[ScheduledRow] = []
+        prefilling: list[Row] = []
+        for row in self.running:
+            if row.finish_reason is not None:
+                continue
+            num_cached = row.schedule.lease.num_tokens
+            if num_cached < row.prefill_len:
+                prefilling.append(row)
+            elif num_cached < row.max_len - 1:
+                entries.append(ScheduledRow(row, num_cached, 1, True))
         num_decoding = len(entries)
-        if any(row.is_prefilling for row in rows):
-            self._add_prefills(entries, rows)
-            batch = self._batch(entries) if entries else None
-        else:
-            batch = self._decode_batch(decoding) if decoding else None
-        for entry in entries:
-            entry.row.num_cached += entry.count
-        return None if batch is None else StepPlan(batch, entries, num_decoding)
+        if prefilling:
+            self._add_prefills(entries, prefilling)
+        if not entries:
+            return None
+        copies = self._extend(entries)
+        batch = self._batch(entries) if prefilling else self._decode_batch(entries)
+        return StepPlan(batch, entries, num_decoding, copies)
 
     def advance(self, entry: ScheduledRow) -> None:
         """Its step has run: the blocks that it filled can be found."""
-        row = entry.row
-        if entry.end // BLOCK_SIZE > row.num_registered:
-            self._register_full_blocks(row, entry.end // BLOCK_SIZE)
-        if row.tail_key is not None and entry.end >= row.prompt_len:
-            self.pool.register(row.tail_key, row.blocks[row.prompt_len // BLOCK_SIZE])
-            row.tail_key = None
+        row, end = entry.row, entry.start + entry.count
+        lease = row.schedule.lease
+        if end >= lease.register_at:
+            lease.register(end, row.token_ids)
 
     def remove(self, row: Row) -> None:
         """Free a row's seat and blocks, or its place in the queue; harmless the second time."""
         self.waiting.remove(row)
-        if row.seat >= 0:
+        state = row.schedule
+        if state.seat >= 0:
             self.running.remove(row)
-            self._free_seats.append(row.seat)
-            row.seat = -1
-            self._give_back(row)
-            row.keys = []  # its request may have thousands of rows, and wait for the last
+            self._free_seats.append(state.seat)
+            state.seat = -1
+            state.lease.release()
+
+    def lease(self, cache_salt: str | None = None) -> Lease:
+        """One that holds nothing yet."""
+        return Lease(self.pool, cache_salt)
 
     def _admission(self, row: Row) -> Admission | None:
         """None if it has to wait, for a row that computes its beginning or for free blocks."""
+        lease = self.lease(row.request.cache_salt)
         try:
-            found = self._find_prefix(row)
-            row.awaits_prefix = found is None
-            copies = None if found is None else self._take_blocks(row, found)
-            if copies is None:
+            outcome = lease.acquire(
+                row.request.block_keys,
+                row.prompt_len,
+                # The last token is computed in any case: it gives the logits, or the end. A row
+                # that scores needs every token's logits.
+                reuse=None if row.scores_prompt else row.prefill_len - 1,
+                announce=row.prefill_len,
+                num_blocks=blocks_needed(row.max_len),
+                wait=True,
+            )
+            row.schedule.awaits_prefix = isinstance(outcome, PrefixPending)
+            if isinstance(outcome, PrefixPending):
+                self._lend_queue_key(row, outcome.block)
+            if not isinstance(outcome, Acquired):
                 return None
-            self._take_seat(row)
-            return Admission(row, copies)
+            self._seat(row, lease)
+            return Admission(row, outcome.copies)
         except BaseException as error:
-            self._give_back(row)
+            lease.release()
             if not isinstance(error, Exception):
                 raise
             return Admission(row, error=error)
 
-    def _find_prefix(self, row: Row) -> list[int] | None:
-        """Blocks that hold the row's beginning; None while some other row is computing more."""
-        row.make_keys()
-        if row.scores_prompt:
-            return []  # needs the logits of every token, so nothing can be left out
-        found: list[int] = []
-        for key in row.prompt_keys:
-            pending = self.pool.pending(key)
-            if pending is not None:
-                self._lend_queue_key(row, pending)
-                return None
-            block = self.pool.find(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
-
     def _lend_queue_key(self, row: Row, pending: int) -> None:
         """Whoever fills the block that a row waits for does so in that row's turn, if earlier."""
         for other in self.running:
-            if other.is_prefilling and pending in other.blocks:
-                other.queue_key = min(other.queue_key, row.queue_key)
-
-    def _take_blocks(self, row: Row, found: list[int]) -> list[tuple[int, int]] | None:
-        """Give a row its blocks, those it found first; None, and none, if too few are free.
-
-        Returns the copy, if any, that puts a found, partly used block into the row's own.
-        """
-        total = blocks_needed(row.max_len)
-        last = row.prefill_len - 1  # computed in any case: it gives the logits, or the end
-        num_cached = min(len(found) * BLOCK_SIZE, last)
-        num_shared = num_cached // BLOCK_SIZE
-        shared, tail = found[:num_shared], found[num_shared:]  # a tail: found, and written again
-        self.pool.share(found)
-        row.blocks = found  # at any moment what it has, to be given back
-        if tail and total - num_shared > self.pool.num_free:  # no room for it and its copy
-            row.blocks, num_cached = shared, num_shared * BLOCK_SIZE
-            self.pool.release(tail)
-            tail = []
-        if total - num_shared > self.pool.num_free:
-            self._give_back(row)
-            return None
-        row.blocks = shared + self.pool.allocate(total - num_shared)
-        self.pool.release(tail)  # nobody writes there before it is copied
-        row.token_ids = list(row.request.prompt_token_ids)
-        row.num_cached, row.num_registered, row.num_shared = num_cached, num_shared, num_shared
-        self._announce(row)
-        self.num_reused_tokens += num_cached
-        return [(tail[0], row.blocks[num_shared])] if num_cached % BLOCK_SIZE else []
+            state = other.schedule
+            if pending in state.lease.blocks and is_prefilling(other):
+                state.queue_key = min(state.queue_key, row.schedule.queue_key)
 
     def _add_seats(self, num_seats: int) -> None:
         """The lowest free seat is taken first."""
         old, width = self._tables.shape
         self._tables = np.vstack([self._tables, np.zeros((num_seats - old, width), np.int32)])
-        self._numbers: Ints = np.arange(num_seats + 1, dtype=np.int32)
         self._free_seats[:0] = reversed(range(old, num_seats))
 
-    def _take_seat(self, row: Row) -> None:
+    def _seat(self, row: Row, lease: Lease) -> None:
+        """Give a row its blocks and a seat: from now on it runs."""
         seat = self._free_seats[-1]
-        self._tables[seat, : len(row.blocks)] = row.blocks
-        row.seat = self._free_seats.pop()
+        self._tables[seat, : len(lease.blocks)] = lease.blocks
+        row.token_ids = list(row.request.prompt_token_ids)
+        row.schedule.lease, row.schedule.seat = lease, self._free_seats.pop()
+        self.num_reused_tokens += lease.num_tokens
         self.running.append(row)
 
-    def _give_back(self, row: Row) -> None:
-        """Free whatever blocks a row has, and forget what it announced for them."""
-        announced = [*row.keys, row.tail_key] if row.tail_key is not None else row.keys
-        self.pool.forget_pending(announced, row.blocks)
-        self.pool.release(row.blocks)
-        row.blocks = []
+    def _extend(self, entries: list[ScheduledRow]) -> Copies:
+        """Count the step's tokens as cached; the blocks to be copied before they are written."""
+        copies: list[tuple[int, int]] = []
+        for entry in entries:
+            state = entry.row.schedule
+            if new := state.lease.extend(entry.count):
+                copies += new
+                self._tables[state.seat, : len(state.lease.blocks)] = state.lease.blocks
+        return copies
 
-    def _announce(self, row: Row) -> None:
-        """Tell rows with the same beginning that this one is computing it."""
-        for index, key in enumerate(row.prompt_keys):
-            end = min((index + 1) * BLOCK_SIZE, row.prompt_len)
-            if row.num_cached < end <= row.prefill_len:
-                self.pool.register(key, row.blocks[index], pending=True)
-
-    def _register_full_blocks(self, row: Row, end: int) -> None:
-        for index in range(row.num_registered, end):
-            if index == len(row.keys):  # filled by drawn tokens
-                row.add_key()
-            self.pool.register(row.keys[index], row.blocks[index])
-        row.num_registered = end
-
-    def _add_prefills(self, entries: list[ScheduledRow], rows: list[Row]) -> None:
+    def _add_prefills(self, entries: list[ScheduledRow], prefilling: list[Row]) -> None:
         """Prompt tokens for what the decoding rows leave of the step."""
         room = (self.limits.max_tokens - len(entries), self.limits.max_logits - len(entries))
         budget = _Budget(*room, entries)
-        prefilling = [row for row in rows if row.is_prefilling]
-        for row in sorted(prefilling, key=lambda row: row.queue_key):
+        for row in sorted(prefilling, key=lambda row: row.schedule.queue_key):
             _add_prefill(row, budget)
 
-    def _decode_batch(self, rows: list[Row]) -> StepBatch:
-        """What _batch makes of one new token for each row; nearly all steps are such."""
-        count = len(rows)
-        cache_lens = np.array([row.num_cached for row in rows], np.int32)
-        seats = np.array([row.seat for row in rows], np.int32)
+    def _decode_batch(self, entries: list[ScheduledRow]) -> StepBatch:
+        """What _batch makes of one new token for each row."""
+        rows = [entry.row for entry in entries]
+        seats = np.array([row.schedule.seat for row in rows], np.int32)
         tables = self._tables[seats]
         on_host = [row.draws_on_host for row in rows]
         if True in on_host:
             seats[on_host] = -1
-        return StepBatch(
-            token_ids=np.array([_next_fed(row) for row in rows], np.int32),
-            positions=cache_lens,
-            row_starts=self._numbers[: count + 1],
-            cache_lens=cache_lens,
-            block_tables=tables,
-            logits_at=self._numbers[:count],
-            seats=seats,
-        )
+        token_ids = [_next_fed(entry) for entry in entries]
+        return StepBatch.decode(token_ids, [entry.start for entry in entries], tables, seats)
 
     def _batch(self, entries: list[ScheduledRow]) -> StepBatch:
-        counts = np.array([entry.count for entry in entries], np.int32)
-        cache_lens = np.array([entry.start for entry in entries], np.int32)
-        row_starts = np.zeros(len(entries) + 1, np.int32)
-        np.cumsum(counts, out=row_starts[1:])
-        row_of = np.repeat(np.arange(len(entries)), counts)  # (N,)
-        offsets = np.arange(len(row_of), dtype=np.int32) - row_starts[row_of]
         tokens: list[int] = []
         logits_at: list[int] = []
         seats: list[int] = []
         for entry in entries:
             first, row = len(tokens), entry.row
-            if row.is_prefilling:
+            if entry.start < row.prefill_len:
                 tokens += row.token_ids[entry.start : entry.end]
             else:
-                tokens.append(_next_fed(row))
+                tokens.append(_next_fed(entry))
             if entry.num_scored:
                 logits_at += range(first, first + entry.num_scored)
                 seats += [-1] * entry.num_scored
             if entry.needs_draw:
                 logits_at.append(len(tokens) - 1)
-                seats.append(-1 if row.draws_on_host else row.seat)
-        return StepBatch(
-            token_ids=np.array(tokens, np.int32),
-            positions=cache_lens[row_of] + offsets,
-            row_starts=row_starts,
-            cache_lens=cache_lens,
-            block_tables=self._tables[[entry.row.seat for entry in entries]],
-            logits_at=np.array(logits_at, np.int32),
-            seats=np.array(seats, np.int32),
+                seats.append(-1 if row.draws_on_host else row.schedule.seat)
+        return StepBatch.ragged(
+            token_ids=tokens,
+            counts=[entry.count for entry in entries],
+            cache_lens=[entry.start for entry in entries],
+            block_tables=self._tables[[entry.row.schedule.seat for entry in entries]],
+            logits_at=logits_at,
+            seats=seats,
         )
 
 
-def _next_fed(row: Row) -> int:
+def is_prefilling(row: Row) -> bool:
+    """Whether a running row's cache lacks prompt tokens; afterwards it gets a token a step."""
+    return row.schedule.lease.num_tokens < row.prefill_len
+
+
+def _next_fed(entry: ScheduledRow) -> int:
     """The next token of a row that decodes, or which seat is still drawing it."""
+    row = entry.row
     token_ids = row.token_ids
-    return token_ids[-1] if len(token_ids) > row.num_cached else -1 - row.seat
+    return token_ids[-1] if len(token_ids) > entry.start else -1 - row.schedule.seat
 
 
 def _add_prefill(row: Row, budget: _Budget) -> None:
     """As many of the row's next prompt tokens as the budget has room for."""
-    start, end = row.num_cached, row.prefill_len
+    start, end = row.schedule.lease.num_tokens, row.prefill_len
     scored = row.scores_prompt
     draws_at_end = row.request.params.max_new_tokens > 0
     count = min(end - start, budget.tokens)

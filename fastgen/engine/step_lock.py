@@ -32,6 +32,19 @@ class StepLock:
         with self._held(wait, until, lambda: self.driver is None and not self._num_claims) as has:
             yield has
 
+    def drive(self, step: Callable[[], None], until: Callable[[], bool]) -> None:
+        """Take part in driving until `until()` is true: one step whenever the place is free.
+
+        Whoever waits is asked after every step, its own or another's.
+
+        Raises:
+            EngineError: the thread has the place already.
+        """
+        while not until():
+            with self.held(wait=True, until=until) as driving:
+                if driving and not until():
+                    step()
+
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the place; who drives step after step lets those pass who claim it."""

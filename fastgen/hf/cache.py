@@ -240,8 +240,8 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
         """Let rows have no more than the tokens that are attended."""
         kv = self._kv
         for row, count in zip(self._live_rows(), self.mask.sum(axis=1).tolist(), strict=True):
-            if (spare := row.cut(count)) and kv is not None:
-                kv.release_blocks(spare)
+            if kv is not None:
+                kv.cut(row, count)
 
     def _check(self, token_ids: Ints, mask: Bools) -> None:
         if len(token_ids) != len(self._rows):
@@ -311,8 +311,8 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
 
     def _copies(self, rows: Sequence[KvRow]) -> list[KvRow]:
         kv = self._kv
-        if kv is None or not any(row.blocks for row in rows):
-            return [row.copy() for row in rows]
+        if kv is None or not any(row.token_ids for row in rows):
+            return [KvRow(plain=row.plain) for row in rows]
         return kv.copies(rows)
 
     def _drop_rows(self) -> None:

@@ -9,17 +9,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.decoders.interface import Decoder, Logits, StepBatch
 from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
-from fastgen.engine.blocks import Key, block_keys, blocks_needed, next_key
+from fastgen.engine.blocks import block_keys
 from fastgen.engine.engine import Engine
 from fastgen.engine.interrupts import deferred_interrupts
-from fastgen.engine.scheduler import Scheduler
+from fastgen.engine.leases import Lease
+from fastgen.engine.pause import Pause
 
 Ints = NDArray[np.int64]
 
@@ -30,26 +31,13 @@ class KvRow:
 
     Attributes:
         token_ids: the tokens that are in the cache.
-        blocks: where; never more than they need, and as many as they need.
+        lease: their blocks; None as long as there are none.
         plain: the tokens stand at positions 0, 1, 2, ...; only then are blocks known by content.
     """
 
     token_ids: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
+    lease: Lease | None = None
     plain: bool = True
-    keys: list[Key] = field(default_factory=list)  # of full blocks that can be found
-
-    def copy(self) -> KvRow:
-        """The same tokens in the same blocks, whose owners the caller counts."""
-        return KvRow(self.token_ids[:], self.blocks[:], self.plain, self.keys[:])
-
-    def cut(self, num_tokens: int) -> list[int]:
-        """Keep the first tokens only; returns the blocks that the row no longer needs."""
-        del self.token_ids[num_tokens:]
-        spare = self.blocks[blocks_for(num_tokens) :]
-        del self.blocks[blocks_for(num_tokens) :]
-        del self.keys[num_tokens // BLOCK_SIZE :]
-        return spare
 
 
 class NewTokens(NamedTuple):
@@ -79,7 +67,8 @@ class KvRows:
 
     def __init__(self, engine: Engine, vocab_size: int) -> None:
         self.engine, self.vocab_size = engine, vocab_size
-        self._released: deque[list[int]] = deque()  # by whoever, in any thread, at any time
+        # (lease, tokens to keep): by whoever, in any thread, at any time
+        self._cuts: deque[tuple[Lease, int]] = deque()
 
     @property
     def decoder(self) -> Decoder:
@@ -91,38 +80,36 @@ class KvRows:
 
         They are added to the engine inside, before anybody else can take the blocks.
         """
-        needs = [blocks_needed(max_len) for max_len in max_lens]
-        with self._between_steps() as scheduler:
-            self._make_room(scheduler, needs)
+        lens = list(max_lens)
+        with self._between_steps() as pause:
+            pause.reserve_rows(lens)
             yield
 
     def release(self, rows: Iterable[KvRow]) -> None:
         """Give the rows' blocks back, before the next forward. From any thread, at any time."""
-        self._released.extend(row.blocks for row in rows)
+        self._cuts.extend((row.lease, 0) for row in rows if row.lease is not None)
 
-    def release_blocks(self, blocks: list[int]) -> None:
-        """Give back some that a row no longer needs."""
-        self._released.append(blocks)
+    def cut(self, row: KvRow, num_tokens: int) -> None:
+        """Let the row have its first tokens only; their blocks go before the next forward."""
+        if num_tokens < len(row.token_ids) and row.lease is not None:
+            del row.token_ids[num_tokens:]
+            self._cuts.append((row.lease, num_tokens))
 
     def copies(self, rows: Sequence[KvRow]) -> list[KvRow]:
         """Rows that share these rows' blocks, until either writes."""
-        with self._between_steps() as scheduler:
-            for row in rows:
-                scheduler.pool.share(row.blocks)
-            return [row.copy() for row in rows]
+        with self._between_steps():
+            return [
+                KvRow(row.token_ids[:], row.lease and row.lease.share(), row.plain) for row in rows
+            ]
 
     def find(self, row: KvRow, token_ids: Ints) -> None:
         """Let an empty, plain row share the blocks that the cache has of its prefix."""
         keys = block_keys(token_ids.tolist())[: len(token_ids) // BLOCK_SIZE]
-        with self._between_steps() as scheduler:
-            for key in keys:
-                block = scheduler.pool.find(key)
-                if block is None:
-                    break
-                scheduler.pool.share([block])
-                row.blocks.append(block)
-                row.keys.append(key)
-        row.token_ids = token_ids[: len(row.blocks) * BLOCK_SIZE].tolist()
+        num_tokens = BLOCK_SIZE * len(keys)
+        with self._between_steps() as pause:
+            lease = _lease_of(row, pause)
+            lease.acquire(keys, num_tokens, reuse=num_tokens)
+            row.token_ids = token_ids[: lease.num_tokens].tolist()
 
     def forward(self, work: Sequence[NewTokens], out: Logits) -> None:
         """Put new tokens into the rows' caches.
@@ -135,68 +122,37 @@ class KvRows:
             ValueError, MemoryError: there is no memory for the blocks; nothing has changed then.
         """
         before = [len(new.row.token_ids) for new in work]
-        with self._between_steps() as scheduler:
+        with self._between_steps() as pause:
+            leases = [_lease_of(new.row, pause) for new in work]
             try:
-                self._take_blocks(scheduler, work)
-                self._compute(work, out)
+                _extend(pause, leases, work)
+                self._compute(pause, work, out)
             except BaseException:
-                for new, count in zip(work, before, strict=True):
-                    self.release_blocks(new.row.cut(count))
+                for new, lease, count in zip(work, leases, before, strict=True):
+                    del new.row.token_ids[count:]
+                    lease.rewind(lease.num_tokens - count)
                 raise
-            for new in work:
-                _register(scheduler, new.row)
+            for new, lease in zip(work, leases, strict=True):
+                if new.row.plain:
+                    lease.register(lease.num_tokens, new.row.token_ids)
 
-    def _compute(self, work: Sequence[NewTokens], out: Logits) -> None:
+    def _compute(self, pause: Pause, work: Sequence[NewTokens], out: Logits) -> None:
         at = 0
         for pieces in self._steps(work):
             count = sum(piece.num_wanted for piece in pieces)
-            logits = self.decoder.forward(_batch(pieces))
+            logits = pause.forward(_batch(pieces))
             out[at : at + count] = logits.cpu() if hasattr(logits, "cpu") else logits
             at += count
             for new, start, end in pieces:
                 new.row.token_ids += new.token_ids[start:end].tolist()
 
     @contextmanager
-    def _between_steps(self) -> Iterator[Scheduler]:
-        with deferred_interrupts(), self.engine.between_steps() as scheduler:
-            while self._released:
-                scheduler.pool.release(self._released.popleft())
-            yield scheduler
-
-    def _make_room(self, scheduler: Scheduler, needs: Sequence[int], extra: int = 0) -> None:
-        """For rows that need so many blocks each, those that wait anyway, and `extra` blocks."""
-        limits = self.decoder.limits
-        waiting = [blocks_needed(row.max_len) for row in scheduler.waiting]
-        num_rows = len(scheduler.running) + len(waiting) + len(needs)
-        seats = max(limits.num_seats, min(num_rows, limits.max_logits))
-        most = sorted([*waiting, *needs], reverse=True)[: limits.max_logits]
-        missing = max(0, sum(most) + extra - scheduler.pool.num_free)
-        if missing and extra:  # rows that grow token by token come again soon
-            missing = max(missing, limits.num_blocks // 2)
-        if missing or seats > limits.num_seats:
-            self.decoder.reserve(limits.num_blocks + missing, seats)
-            scheduler.grow(self.decoder.limits)
-
-    def _take_blocks(self, scheduler: Scheduler, work: Sequence[NewTokens]) -> None:
-        """Blocks for the new tokens; a partly filled one that others own is copied first."""
-        pool = scheduler.pool
-        most = sum(blocks_for(len(new.token_ids)) + 1 for new in work)
-        if most > pool.num_free or scheduler.waiting:
-            self._make_room(scheduler, [], extra=most)
-        copies: list[tuple[int, int]] = []
-        for row, token_ids, _, _ in work:
-            if len(row.token_ids) % BLOCK_SIZE:
-                tail = row.blocks[-1]
-                if pool.ref_count(tail) > 1:
-                    [row.blocks[-1]] = pool.allocate(1)
-                    copies.append((tail, row.blocks[-1]))
-                    pool.release([tail])
-                else:
-                    pool.forget([tail])  # who knew it by content may find other content soon
-            total = blocks_for(len(row.token_ids) + len(token_ids))
-            row.blocks += pool.allocate(total - len(row.blocks))
-        if copies:
-            self.decoder.copy_blocks(copies)
+    def _between_steps(self) -> Iterator[Pause]:
+        with deferred_interrupts(), self.engine.between_steps() as pause:
+            while self._cuts:
+                lease, num_tokens = self._cuts.popleft()
+                lease.rewind(lease.num_tokens - num_tokens)
+            yield pause
 
     def _steps(self, work: Sequence[NewTokens]) -> Iterator[list[_Piece]]:
         """The work in steps of at most max_tokens tokens and max_logits logits."""
@@ -219,36 +175,39 @@ class KvRows:
             yield pieces
 
 
+def _lease_of(row: KvRow, pause: Pause) -> Lease:
+    if row.lease is None:
+        row.lease = pause.lease()
+    return row.lease
+
+
+def _extend(pause: Pause, leases: Sequence[Lease], work: Sequence[NewTokens]) -> None:
+    """Blocks for the new tokens; a partly filled one that others hold is copied first."""
+    pause.reserve_blocks(sum(blocks_for(len(new.token_ids)) + 1 for new in work))
+    copies: list[tuple[int, int]] = []
+    try:
+        for lease, new in zip(leases, work, strict=True):
+            copies += lease.extend(len(new.token_ids))
+    finally:
+        pause.copy_blocks(copies)
+
+
 def _batch(pieces: Sequence[_Piece]) -> StepBatch:
-    counts = np.array([end - start for _, start, end in pieces], np.int32)
-    row_starts = np.zeros(len(pieces) + 1, np.int32)
-    np.cumsum(counts, out=row_starts[1:])
-    tables = np.zeros((len(pieces), max(len(new.row.blocks) for new, _, _ in pieces)), np.int32)
-    for table, (new, _, _) in zip(tables, pieces, strict=True):
-        table[: len(new.row.blocks)] = new.row.blocks
-    wanted = [
-        np.arange(at - p.num_wanted, at) for p, at in zip(pieces, row_starts[1:], strict=True)
-    ]
-    return StepBatch(
-        token_ids=_joined(new.token_ids[start:end] for new, start, end in pieces),
-        positions=_joined(new.positions[start:end] for new, start, end in pieces),
-        row_starts=row_starts,
-        cache_lens=np.array([len(new.row.token_ids) for new, _, _ in pieces], np.int32),
+    blocks = [new.row.lease.blocks if new.row.lease else [] for new, _, _ in pieces]
+    tables = np.zeros((len(pieces), max(map(len, blocks))), np.int32)
+    for table, own in zip(tables, blocks, strict=True):
+        table[: len(own)] = own
+    ends = np.cumsum([end - start for _, start, end in pieces])
+    wanted = [np.arange(at - p.num_wanted, at) for p, at in zip(pieces, ends, strict=True)]
+    return StepBatch.ragged(
+        token_ids=np.concatenate([new.token_ids[start:end] for new, start, end in pieces]),
+        counts=[end - start for _, start, end in pieces],
+        positions=np.concatenate([new.positions[start:end] for new, start, end in pieces]),
+        cache_lens=[len(new.row.token_ids) for new, _, _ in pieces],
         block_tables=tables,
-        logits_at=_joined(wanted),
-        seats=np.full(sum(map(len, wanted)), -1, np.int32),
+        logits_at=np.concatenate(wanted),
+        seats=np.full(sum(map(len, wanted)), -1),
     )
-
-
-def _joined(arrays: Iterable[NDArray[Any]]) -> NDArray[np.int32]:
-    return np.concatenate(list(arrays)).astype(np.int32)
-
-
-def _register(scheduler: Scheduler, row: KvRow) -> None:
-    """Make the blocks that are full findable by content."""
-    while row.plain and len(row.keys) < len(row.token_ids) // BLOCK_SIZE:
-        row.keys.append(next_key(row.keys, row.token_ids, None))
-        scheduler.pool.register(row.keys[-1], row.blocks[len(row.keys) - 1])
 
 
 def logits_of(kv: KvRows, token_ids: Ints, num_wanted: int) -> NDArray[np.float32]:

@@ -240,14 +240,14 @@ def test_rows_longer_than_the_models(small: Path) -> None:
             parts = []
             for start, end in ((0, 90), (90, 129), (129, 130)):
                 count = end - start
-                batch = StepBatch(
-                    token_ids=np.array(row[start:end], np.int32),
-                    positions=np.arange(start, end, dtype=np.int32) % 96,
-                    row_starts=np.array([0, count], np.int32),
-                    cache_lens=np.array([start], np.int32),
+                batch = StepBatch.ragged(
+                    token_ids=row[start:end],
+                    counts=[count],
+                    positions=np.arange(start, end) % 96,
+                    cache_lens=[start],
                     block_tables=np.array([[3, 0, 5, 1, 4]], np.int32),
-                    logits_at=np.arange(count, dtype=np.int32),
-                    seats=np.full(count, -1, np.int32),
+                    logits_at=np.arange(count),
+                    seats=np.full(count, -1),
                 )
                 parts.append(decoder.step(batch).logits)
             found.append(np.concatenate(parts))

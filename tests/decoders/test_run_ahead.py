@@ -12,7 +12,15 @@ import pytest
 import fastgen
 from decoder_names import DECODERS as BUILT
 from decoder_names import INTERPRETED
-from engine_harness import assert_idle, greedy, make_engine, new_tokens, run_all
+from engine_harness import (
+    assert_idle,
+    greedy,
+    make_engine,
+    new_tokens,
+    run_all,
+    scheduler_of,
+    steps_under_way,
+)
 from fastgen.decoders.interface import StepBatch
 from fastgen.engine.engine import Engine
 from fastgen.frontends.stream import Stream
@@ -29,7 +37,7 @@ def shared_engine(request: pytest.FixtureRequest, variant: Callable[[str], Path]
 @pytest.fixture
 def engine(shared_engine: Engine) -> Any:
     yield shared_engine
-    assert not shared_engine._under_way
+    assert not steps_under_way(shared_engine)
     assert_idle(shared_engine)
 
 
@@ -82,7 +90,7 @@ def test_a_row_that_ends_by_itself_leaves_nothing_behind(engine: Engine) -> None
 def test_cancelled_while_nobody_drives_and_a_step_is_under_way(engine: Engine) -> None:
     request = engine.add_request(PROMPTS[2], greedy(max_new_tokens=30, ignore_eos=True))
     run_to(engine, request, 3)
-    assert engine._under_way, "a step should be under way"
+    assert steps_under_way(engine), "a step should be under way"
     engine.cancel(request)
     assert request.done and request.rows[0].finish_reason == "cancelled"
     assert len(request.rows[0].new_token_ids) == 3
@@ -92,14 +100,14 @@ def test_a_stream_that_is_closed_frees_its_row(engine: Engine) -> None:
     request = engine.add_request(PROMPTS[1], greedy(max_new_tokens=30, ignore_eos=True))
     with Stream(engine, request) as stream:
         assert [len(next(stream).token_ids) for _ in range(3)] == [1, 1, 1]
-        assert engine._under_way
+        assert steps_under_way(engine)
 
 
 def test_between_steps_nothing_is_under_way(engine: Engine) -> None:
     request = engine.add_request(PROMPTS[0], greedy(max_new_tokens=10, ignore_eos=True))
     run_to(engine, request, 2)
     with engine.between_steps():
-        assert not engine._under_way
+        assert not steps_under_way(engine)
         seen = len(request.rows[0].new_token_ids)
     assert seen == 3
     run_all(engine, [request])
@@ -135,7 +143,7 @@ def test_a_step_that_fails_while_it_is_under_way(
     """Its rows end, those in the step behind it too; a row that only joins there goes on."""
     hurt = engine.add_request(PROMPTS[0], greedy(max_new_tokens=12, ignore_eos=True))
     run_to(engine, hurt, 2)
-    [(_, step)] = engine._under_way
+    [step] = steps_under_way(engine)
     joining = engine.add_request(PROMPTS[1], greedy(max_new_tokens=4, ignore_eos=True))
 
     def fail(self: Any) -> None:
@@ -182,13 +190,14 @@ def test_a_row_that_ended_well_gets_no_error_of_a_later_step(
     staying = engine.add_request(PROMPTS[1], greedy(max_new_tokens=12, ignore_eos=True))
     engine.run(lambda: ending.rows[0].finish_reason is not None)
     assert not ending.done, "a step should be under way with it"
-    schedule = engine._scheduler.schedule
+    scheduler = scheduler_of(engine)
+    schedule = scheduler.schedule
 
     def fail() -> None:
-        monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+        monkeypatch.setattr(scheduler, "schedule", schedule)
         raise MemoryError("injected")
 
-    monkeypatch.setattr(engine._scheduler, "schedule", fail)
+    monkeypatch.setattr(scheduler, "schedule", fail)
     run_all(engine, [ending, staying], may_fail=True)
     assert ending.error is None and ending.rows[0].finish_reason == "stop"
     assert isinstance(staying.error, MemoryError)
@@ -199,4 +208,4 @@ def test_close_waits_for_the_step_under_way(variant: Callable[[str], Path]) -> N
     request = engine.add_request(PROMPTS[3], greedy(max_new_tokens=30, ignore_eos=True))
     run_to(engine, request, 2)
     engine.close()
-    assert request.done and not engine._under_way
+    assert request.done and not steps_under_way(engine)

@@ -14,6 +14,7 @@ import pytest
 from engine_harness import (
     CountingDecoder,
     assert_idle,
+    check_blocks,
     greedy,
     make_counting_engine,
     new_tokens,
@@ -54,7 +55,7 @@ STAGES = {
     "bind": (CountingDecoder, "bind"),
     "copy": (CountingDecoder, "copy_blocks"),
     "hash a prompt": ("fastgen.engine.requests", "block_keys"),
-    "hash a block": ("fastgen.engine.requests", "next_key"),
+    "hash a block": ("fastgen.engine.leases", "next_key"),
 }
 
 
@@ -129,7 +130,7 @@ def test_an_interrupt_while_blocks_are_taken_loses_no_row(monkeypatch: pytest.Mo
     monkeypatch.setattr(BlockPool, "allocate", failing)
     with pytest.raises(KeyboardInterrupt):
         run_all(engine, requests)
-    engine._scheduler.pool.check()
+    check_blocks(engine)
     run_all(engine, requests, may_fail=True)
     assert all(request.done for request in requests)
     assert_idle(engine)

@@ -22,6 +22,7 @@ from engine_harness import (
 from fastgen.engine.engine import Engine
 from fastgen.engine.inbox import deadline_in
 from fastgen.engine.requests import Request
+from fastgen.engine.scheduler import is_prefilling
 from waits import WITHIN
 
 
@@ -52,14 +53,14 @@ def test_no_step_exceeds_the_budget_and_every_decoding_row_gets_its_token(engine
     fed: list[tuple[int, int]] = []  # rows that decode, and rows that get one token, in each step
 
     def count(batch: object) -> None:
-        running = [r for r in rows if r.seat >= 0 and r.finish_reason is None]
+        running = [r for r in rows if r.schedule.seat >= 0 and r.finish_reason is None]
         decoding = [
             r
             for r in running
-            if not r.is_prefilling and len(r.token_ids) + r.num_under_way < r.max_len
+            if not is_prefilling(r) and len(r.token_ids) + r.schedule.num_under_way < r.max_len
         ]
         seats = set(recorder.batches[-1].seats.tolist())
-        fed.append((len(decoding), sum(row.seat in seats for row in decoding)))
+        fed.append((len(decoding), sum(row.schedule.seat in seats for row in decoding)))
 
     recorder.before_step = count
     run_all(engine, requests)

@@ -136,7 +136,9 @@ def test_only_the_row_with_the_function_pays(engine: Engine) -> None:
         own = engine.add_request(PROMPTS[2], greedy(max_new_tokens=10, logits_processor=keep))
         engine.decoder.batches.clear()
         seats = {}
-        engine.run(lambda: seats.update({r.rows[0].seat: r for r in (*others, own)}) or own.done)
+        engine.run(
+            lambda: seats.update({r.rows[0].schedule.seat: r for r in (*others, own)}) or own.done
+        )
     run_all(engine, others)
     assert len(bound) == 2
     for batch in engine.decoder.batches:

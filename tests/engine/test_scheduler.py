@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fastgen.decoders.memory import BLOCK_SIZE
-from fastgen.engine.scheduler import StepPlan
-from simulation import LIMITS, TEXTS, Simulation
+from fastgen.engine.leases import Copies
+from fastgen.engine.scheduler import StepPlan, is_prefilling
+from simulation import LIMITS, TEXTS, Simulation, assert_nothing_held, blocks_of, pending_blocks
 
 
 class CacheModel(RuleBasedStateMachine):
@@ -40,7 +41,10 @@ class CacheModel(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        plan = self.simulation.step()
+        self.run_step()
+
+    def run_step(self, *, admits: bool = True) -> None:
+        plan = self.simulation.step(admits=admits)
         if plan is not None:
             self._write(plan)
             self.simulation.advance(plan)
@@ -52,11 +56,24 @@ class CacheModel(RuleBasedStateMachine):
         if row.finish_reason is None:
             self.simulation.end(row)
 
+    @precondition(lambda self: self.scheduler.pool.num_free > LIMITS.num_seats)
+    @rule(which=st.integers(0, 10**6), count=st.integers(1, 70))
+    def take_drawn_tokens_back(self, which: int, count: int) -> None:
+        """Others are drawn in their place; what their step writes is copied first where shared."""
+        drawn = [row for row in self.scheduler.running if len(row.token_ids) > row.prompt_len]
+        if drawn:
+            row = drawn[which % len(drawn)]
+            kept = max(row.prompt_len + 1, len(row.token_ids) - count)
+            row.schedule.lease.rewind(len(row.token_ids) - kept)
+            row.token_ids[kept - 1 :] = [50]  # no text has it
+            self.simulation.pool.failures = 0
+            self.run_step(admits=False)
+
     @invariant()
     def books_balance(self) -> None:
         pool = self.scheduler.pool
         pool.check()
-        held = [block for row in self.scheduler.running for block in row.blocks]
+        held = [block for row in self.scheduler.running for block in blocks_of(row)]
         for block in set(held):
             assert pool.ref_count(block) == held.count(block)
         assert pool.num_free == LIMITS.num_blocks - len(set(held))
@@ -66,27 +83,23 @@ class CacheModel(RuleBasedStateMachine):
     @invariant()
     def every_row_reads_its_own_content(self) -> None:
         for row in self.scheduler.running:
-            for at in range(row.num_cached):
-                slot = (row.blocks[at // BLOCK_SIZE], at % BLOCK_SIZE)
+            for at in range(row.schedule.lease.num_tokens):
+                slot = (blocks_of(row)[at // BLOCK_SIZE], at % BLOCK_SIZE)
                 assert self.slots[slot] == tuple(row.token_ids[: at + 1])
 
     @invariant()
     def what_is_announced_is_being_computed(self) -> None:
-        pool = self.scheduler.pool
-        for key in pool._pending:
-            block = pool.pending(key)
-            assert any(row.is_prefilling and block in row.blocks for row in self.scheduler.running)
+        for block in pending_blocks(self.scheduler.pool):
+            running = self.scheduler.running
+            assert any(is_prefilling(row) and block in blocks_of(row) for row in running)
 
     def teardown(self) -> None:
         for row in self.simulation.rows:
             if row.finish_reason is None:
                 self.simulation.end(row)
-        self.scheduler.pool.check()
-        assert self.scheduler.pool.num_free == LIMITS.num_blocks
-        assert not self.scheduler.pool._pending
-        assert sorted(self.scheduler._free_seats) == list(range(LIMITS.num_seats))
+        assert_nothing_held(self.scheduler)
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
+    def _copy(self, copies: Copies) -> None:
         for source, destination in copies:
             for offset in range(BLOCK_SIZE):
                 if (source, offset) in self.slots:
@@ -96,8 +109,8 @@ class CacheModel(RuleBasedStateMachine):
         for entry in plan.entries:
             row = entry.row
             for at in range(entry.start, entry.start + entry.count):
-                block = row.blocks[at // BLOCK_SIZE]
-                owners = [r for r in self.scheduler.running if block in r.blocks]
+                block = blocks_of(row)[at // BLOCK_SIZE]
+                owners = [r for r in self.scheduler.running if block in blocks_of(r)]
                 assert owners == [row], "a row writes a block that others read"
                 self.slots[block, at % BLOCK_SIZE] = tuple(row.token_ids[: at + 1])
 
@@ -123,8 +136,8 @@ def test_an_allocation_that_fails_takes_nothing(which: int) -> None:
     while simulation.scheduler.num_unfinished:
         simulation.serve()
         simulation.pool.check()
-        held = {block for row in simulation.scheduler.running for block in row.blocks}
+        held = {block for row in simulation.scheduler.running for block in blocks_of(row)}
         assert simulation.pool.num_free == LIMITS.num_blocks - len(held)
-    assert not simulation.pool._pending
+    assert not pending_blocks(simulation.pool)
     ended = [len(row.token_ids) == row.max_len for row in simulation.rows]
     assert ended.count(False) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastgen
-from engine_harness import assert_idle, greedy, make_counting_engine, run_all
+from engine_harness import assert_idle, assert_inbox_empty, greedy, make_counting_engine, run_all
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 
@@ -96,7 +96,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
     yield shared_engine
     assert_idle(shared_engine)
     assert shared_engine.stats.steps == steps, "something was run"
-    assert not shared_engine._inbox.arrived and not shared_engine._inbox._deadlines
+    assert_inbox_empty(shared_engine)
     assert shared_engine.decoder.params == {}
     canary = shared_engine.add_request([5, 6], greedy(max_new_tokens=3))
     run_all(shared_engine, [canary])

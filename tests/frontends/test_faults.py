@@ -29,7 +29,7 @@ import pytest
 
 import fastgen
 from agreement import assert_rows_agree
-from engine_harness import assert_idle, greedy, random_prompt
+from engine_harness import assert_idle, block_pool, greedy, random_prompt
 from fastgen import SamplingParams
 from fastgen.decoders.interface import StepBatch
 from fastgen.decoders.memory import BLOCK_SIZE
@@ -154,12 +154,14 @@ def admit(scene: Scene) -> None:
         return
     scene.add_victim()
     decoder = scene.model.engine.decoder
-    bind = scene.faulty(decoder.bind, decoder.bind, lambda seat, *args: seat == scene.row.seat)
+    bind = scene.faulty(
+        decoder.bind, decoder.bind, lambda seat, *args: seat == scene.row.schedule.seat
+    )
     scene.patch.setattr(decoder, "bind", bind)
 
 
 def allocate(scene: Scene) -> None:
-    pool = scene.model.engine._scheduler.pool
+    pool = block_pool(scene.model.engine)
     original = pool.allocate
 
     def full_of_nan(count: int) -> list[int]:
@@ -175,12 +177,14 @@ def allocate(scene: Scene) -> None:
 def poison_for(blocks: list[int]) -> StepBatch:
     """A row for each block, which fills it with NaN."""
     count, size = len(blocks), BLOCK_SIZE
-    arrays = (
-        *([POISON] * (count * size), list(range(size)) * count),
-        *(range(0, (count + 1) * size, size), [0] * count, [[block] for block in blocks]),
-        *([size - 1], [-1]),
+    return StepBatch.ragged(
+        token_ids=[POISON] * (count * size),
+        counts=[size] * count,
+        cache_lens=[0] * count,
+        block_tables=np.array(blocks, np.int32)[:, None],
+        logits_at=[size - 1],
+        seats=[-1],
     )
-    return StepBatch(*(np.array(array, np.int32) for array in arrays))
 
 
 def step(scene: Scene, num_new: int) -> None:
@@ -191,7 +195,7 @@ def step(scene: Scene, num_new: int) -> None:
     def at(batch: StepBatch) -> list[int]:
         """Which rows of logits are the victim's."""
         seats = batch.seats.tolist()
-        return [index for index, seat in enumerate(seats) if seat == scene.row.seat >= 0]
+        return [index for index, seat in enumerate(seats) if seat == scene.row.schedule.seat >= 0]
 
     def with_nan(batch: StepBatch) -> Any:
         token_ids = batch.token_ids.copy()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastgen
-from engine_harness import assert_idle, greedy, random_prompt
+from engine_harness import assert_idle, greedy, random_prompt, running_rows
 from fastgen import EngineError, SamplingParams
 from fastgen.engine.inbox import Inbox, Pending
 from fastgen.frontends.engine_thread import EngineThread, QueueConfig, RequestHandle, estimate_size
@@ -216,10 +216,10 @@ def test_closing_does_not_wait_for_a_step_that_hangs(model: fastgen.Generator) -
 
 def test_a_step_that_fails_ends_its_rows_and_no_others(model: fastgen.Generator) -> None:
     [expected] = model.generate(TEXTS[0], LONG)
-    scheduler, fails = model.engine._scheduler, list[bool]()
+    fails = list[bool]()
 
     def fail_once() -> None:
-        running = scheduler.running
+        running = running_rows(model.engine)
         if fails and len(running) == 2 and min(len(row.new_token_ids) for row in running) > 3:
             fails.clear()
             raise OSError("boom")

@@ -62,7 +62,7 @@ def run_through(arrivals: Sequence[Arrival]) -> tuple[Simulation, dict[Row, Life
         plan = simulation.step()
         step += 1
         for row in scheduler.running:
-            lives[row].lowest_turn = row.queue_key
+            lives[row].lowest_turn = row.schedule.queue_key
         if plan is not None:
             simulation.advance(plan)
         for row, life in lives.items():
@@ -127,12 +127,15 @@ def test_prompts_share_the_budget_in_the_order_of_their_turns() -> None:
     [slow] = simulation.add(rng.integers(0, 50, 150).tolist(), 1, priority=1)
     simulation.serve()
     [urgent] = simulation.add(rng.integers(0, 50, 100).tolist(), 1, priority=0)
-    before = slow.num_cached
+    before = slow.schedule.lease.num_tokens
     simulation.serve()
-    assert (slow.num_cached, urgent.num_cached) == (before, LIMITS.max_tokens)
+    assert (slow.schedule.lease.num_tokens, urgent.schedule.lease.num_tokens) == (
+        before,
+        LIMITS.max_tokens,
+    )
     simulation.serve()
     assert urgent.finish_reason is not None
-    assert slow.num_cached == before + LIMITS.max_tokens - 20
+    assert slow.schedule.lease.num_tokens == before + LIMITS.max_tokens - 20
 
 
 def test_who_computes_an_urgent_rows_beginning_takes_over_its_turn() -> None:
@@ -145,7 +148,7 @@ def test_who_computes_an_urgent_rows_beginning_takes_over_its_turn() -> None:
     [urgent] = simulation.add([*beginning, 3], 1, priority=-5)
     simulation.serve()
     assert slow.finish_reason is not None, "in one step, though it would have been the last"
-    assert others[1].finish_reason is None and urgent.awaits_prefix
+    assert others[1].finish_reason is None and urgent.schedule.awaits_prefix
     simulation.serve()
     assert urgent.finish_reason is not None
     simulation.serve(2)
@@ -159,10 +162,10 @@ def test_a_row_that_waits_for_its_beginning_lets_others_pass() -> None:
     first, second = (simulation.add(same, 5)[0] for _ in range(2))
     [other] = simulation.add(rng.integers(0, 50, 10).tolist(), 5)
     simulation.serve()
-    assert first.seat >= 0 and other.seat >= 0
-    assert second.seat == -1 and second.awaits_prefix
+    assert first.schedule.seat >= 0 and other.schedule.seat >= 0
+    assert second.schedule.seat == -1 and second.schedule.awaits_prefix
     simulation.serve(2)
-    assert second.seat >= 0
+    assert second.schedule.seat >= 0
 
 
 def test_a_row_that_lacks_blocks_lets_nobody_pass() -> None:
@@ -175,7 +178,7 @@ def test_a_row_that_lacks_blocks_lets_nobody_pass() -> None:
     [small] = simulation.add([1, 2], 3)  # 1 block
     simulation.serve()
     assert simulation.pool.num_free == 4
-    assert large.seat == small.seat == -1 and not large.awaits_prefix
+    assert large.schedule.seat == small.schedule.seat == -1 and not large.schedule.awaits_prefix
     simulation.serve(90)
     assert large.finish_reason is not None and small.finish_reason is not None
 
@@ -190,6 +193,6 @@ def test_only_so_many_rows_are_passed_over() -> None:
     [near] = simulation.add([4, 5, 6], 1, priority=-1)
     simulation.serve()
     assert near.finish_reason is not None
-    assert beyond.seat == -1
+    assert beyond.schedule.seat == -1
     simulation.serve(20)
     assert simulation.scheduler.num_unfinished == 0

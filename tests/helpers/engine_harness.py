@@ -13,16 +13,19 @@ from typing import Any
 import numpy as np
 
 import fastgen
-from fastgen.decoders.interface import Capacity, StepBatch, check_batch
+from fastgen.decoders.interface import Capacity, PendingStep, StepBatch, check_batch
 from fastgen.decoders.memory import BLOCK_SIZE
 from fastgen.decoders.plan import LoadOptions
 from fastgen.decoders.select import build_decoder, plan_decoder
+from fastgen.engine.blocks import BlockPool
 from fastgen.engine.engine import Engine
-from fastgen.engine.requests import Request
+from fastgen.engine.requests import Request, Row
+from fastgen.engine.scheduler import Scheduler
 from fastgen.frontends.generator import open_model
 from fastgen.results import TokenLogprobs
 from fastgen.sampling.draw import Draw
 from late_decoder import LateDecoder
+from simulation import assert_nothing_held
 
 
 class Recorder:
@@ -141,14 +144,51 @@ def run_all(engine: Engine, requests: Sequence[Request], *, may_fail: bool = Fal
             raise request.error
 
 
+# What tests may know of an engine's inside stands here, and nowhere else.
+
+
 def assert_idle(engine: Engine) -> None:
     """Nothing runs, nothing leaked: blocks, seats, announcements."""
-    scheduler, limits = engine._scheduler, engine.decoder.limits
-    scheduler.pool.check()
     assert engine.num_unfinished == 0
-    assert engine.num_free_blocks == limits.num_blocks
-    assert sorted(scheduler._free_seats) == list(range(limits.num_seats))
-    assert not scheduler.pool._pending
+    assert_nothing_held(engine._scheduler)
+
+
+def assert_inbox_empty(engine: Engine) -> None:
+    assert not engine._inbox.arrived and not engine._inbox.cancelled
+    assert num_deadlines(engine) == 0
+
+
+def num_deadlines(engine: Engine) -> int:
+    """Those that are remembered, of requests that have ended, too."""
+    return len(engine._inbox._deadlines)
+
+
+def check_blocks(engine: Engine) -> None:
+    """Raise AssertionError if the books of the blocks do not balance."""
+    block_pool(engine).check()
+
+
+def block_pool(engine: Engine) -> BlockPool:
+    """To make its calls fail."""
+    return engine._scheduler.pool
+
+
+def scheduler_of(engine: Engine) -> Scheduler:
+    """To make its calls fail."""
+    return engine._scheduler
+
+
+def running_rows(engine: Engine) -> list[Row]:
+    return list(engine._scheduler.running)
+
+
+def steps_under_way(engine: Engine) -> list[PendingStep]:
+    """The oldest first."""
+    return [step for _, step in engine._under_way]
+
+
+def eos_ids_of(engine: Engine) -> frozenset[int]:
+    return frozenset(engine._eos_ids)
 
 
 def random_prompt(rng: np.random.Generator, length: int) -> list[int]:

@@ -14,6 +14,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import fastgen
+from fastgen.hf.kv_rows import KvRows
 from tolerances import TOLERANCES
 from variants import random_model
 
@@ -86,9 +87,15 @@ def generated(model: Any, seed: int = 0, **arguments: Any) -> Any:
             return error
 
 
+def kv_rows_of(model: Any) -> KvRows:
+    """The drop-in's rows, decoder and engine for the model's weights as they are now."""
+    kv: KvRows = model._packed.kv_rows(model)
+    return kv
+
+
 def num_used_blocks(model: Any) -> int:
     gc.collect()
-    kv = model._packed.kv_rows(model)
+    kv = kv_rows_of(model)
     kv.forward([], np.empty((0, 1), np.float32))  # blocks of caches that have gone are taken back
     return int(kv.decoder.limits.num_blocks - kv.engine.num_free_blocks)
 

@@ -53,10 +53,12 @@ ROOMS = (
         "words sampling text decoders",
         (
             "blocks interrupts request_limits step_lock",
+            "leases",
+            "schedule_state",
             "request_checks requests",
             "inbox queue",
             "scheduler",
-            "outputs stats",
+            "outputs pause stats",
             "engine",
         ),
     ),

@@ -9,9 +9,10 @@ import numpy as np
 from fastgen.decoders.interface import Capacity
 from fastgen.decoders.memory import BLOCK_SIZE
 from fastgen.engine.blocks import BlockPool
+from fastgen.engine.leases import Copies
 from fastgen.engine.queue import BYPASS
 from fastgen.engine.requests import Request, Row
-from fastgen.engine.scheduler import Scheduler, StepPlan
+from fastgen.engine.scheduler import Scheduler, StepPlan, is_prefilling
 from fastgen.sampling.params import SamplingParams
 
 LIMITS = Capacity(
@@ -33,6 +34,24 @@ class FailingPool(BlockPool):
             self.failures -= 1
             raise MemoryError("injected")
         return super().allocate(count)
+
+
+def blocks_of(row: Row) -> list[int]:
+    """The KV blocks that a row holds."""
+    return row.schedule.lease.blocks if row.schedule.seat >= 0 else []
+
+
+def assert_nothing_held(scheduler: Scheduler) -> None:
+    """Every block and every seat is free, and nothing is announced."""
+    scheduler.pool.check()
+    assert scheduler.pool.num_free == scheduler.limits.num_blocks
+    assert sorted(scheduler._free_seats) == list(range(scheduler.limits.num_seats))
+    assert not pending_blocks(scheduler.pool)
+
+
+def pending_blocks(pool: BlockPool) -> list[int | None]:
+    """Blocks that somebody has announced to fill."""
+    return [pool.pending(key) for key in pool._pending]
 
 
 class Simulation:
@@ -68,27 +87,28 @@ class Simulation:
         request.make_rows(1, max_len, frozenset(), None)
         for row in request.rows:
             self.scheduler.waiting.add(row)
-            self.given[row], self.passed_by[row] = row.queue_key, []
-            assert row.queue_key == (len(self.rows) + BYPASS * priority, len(self.rows))
+            self.given[row], self.passed_by[row] = row.schedule.queue_key, []
+            assert row.schedule.queue_key == (len(self.rows) + BYPASS * priority, len(self.rows))
             self.rows.append(row)
         return request.rows
 
-    def step(self) -> StepPlan | None:
+    def step(self, *, admits: bool = True) -> StepPlan | None:
         """Admit and schedule; whoever calls it advances the entries."""
-        admissions = self.scheduler.admit()
+        admissions = self.scheduler.admit() if admits else []
         for admission in admissions:
             if admission.error is not None:
-                assert admission.row.blocks == [] and admission.row.seat == -1
+                assert blocks_of(admission.row) == [] and admission.row.schedule.seat == -1
                 self.end(admission.row)
             else:
-                assert admission.row.is_prefilling, "something is left to compute"
+                assert is_prefilling(admission.row), "something is left to compute"
                 self.copy(admission.copies)
                 self._check_order(admission.row)
-        decoding = {row for row in self.scheduler.running if not row.is_prefilling}
+        decoding = {row for row in self.scheduler.running if not is_prefilling(row)}
         plan = self.scheduler.schedule()
         if plan is None:
             assert admissions or not self.scheduler.waiting, "work waits, nothing runs: a deadlock"
             return None
+        self.copy(plan.copies)
         assert len(plan.batch.token_ids) <= self.limits.max_tokens
         assert len(plan.batch.logits_at) <= self.limits.max_logits
         assert decoding <= {entry.row for entry in plan.entries}, "a decoding row got no token"
@@ -106,10 +126,10 @@ class Simulation:
             self.scheduler.advance(entry)
             if entry.needs_draw:
                 row.token_ids.append(hash(tuple(row.token_ids)) % 50)
-            if len(row.token_ids) >= row.max_len and not row.is_prefilling:
+            if len(row.token_ids) >= row.max_len and not is_prefilling(row):
                 self.end(row)
 
-    def copy(self, copies: list[tuple[int, int]]) -> None:
+    def copy(self, copies: Copies) -> None:
         pass
 
     def end(self, row: Row) -> None:
@@ -119,7 +139,9 @@ class Simulation:
     def _check_order(self, admitted: Row) -> None:
         """Whoever should have gone first waits for a running row to compute its beginning."""
         ahead = [row for row in self.scheduler.waiting if self.given[row] < self.given[admitted]]
-        assert all(row.awaits_prefix for row in ahead), "a row was passed that could have run"
+        assert all(row.schedule.awaits_prefix for row in ahead), (
+            "a row was passed that could have run"
+        )
         assert len(ahead) <= self.limits.num_seats
         for row in ahead:
             self.passed_by[row].append(admitted)

@@ -31,23 +31,15 @@ class Rows:
         """
         rows = [row for row, new in enumerate(tokens) if len(new)]
         counts = np.array([len(tokens[row]) for row in rows])
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        cached = self.cache_lens[rows]
-        positions = np.concatenate(
-            [np.arange(c, c + n) for c, n in zip(cached, counts, strict=True)]
-        )
-        total = int(starts[-1])
-        logits_at = np.arange(total) if seats is None else starts[1:] - 1
-        drawn = np.full(total, -1) if seats is None else np.array([seats[row] for row in rows])
+        cached, total = self.cache_lens[rows], int(counts.sum())
         self.cache_lens[rows] += counts.astype(np.int32)
-        return StepBatch(
-            token_ids=np.concatenate([tokens[row] for row in rows]).astype(np.int32),
-            positions=positions.astype(np.int32),
-            row_starts=starts,
+        return StepBatch.ragged(
+            token_ids=np.concatenate([tokens[row] for row in rows]),
+            counts=counts,
             cache_lens=cached,
             block_tables=self.tables[rows],
-            logits_at=logits_at.astype(np.int32),
-            seats=drawn.astype(np.int32),
+            logits_at=np.arange(total) if seats is None else np.cumsum(counts) - 1,
+            seats=np.full(total, -1) if seats is None else [seats[row] for row in rows],
         )
 
 

@@ -12,10 +12,12 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+from engine_harness import check_blocks
 from fastgen.hf.cache import BlockCache
 from hf_models import (
     CHECKPOINTS,
     fresh_pair,
+    kv_rows_of,
     left_padded,
     num_used_blocks,
     pair,
@@ -241,9 +243,7 @@ def test_random_changes_of_a_cache(seed: int) -> None:
         ]
         assert ours.last_path == "forward", ours.last_reason
         assert_near(logits[1], logits[0])
-    kv = ours._packed.kv_rows(ours)
-    with kv.engine.between_steps() as scheduler:
-        scheduler.pool.check()
+    check_blocks(kv_rows_of(ours).engine)
     del caches, cache
     assert num_used_blocks(ours) == 0
 
@@ -343,7 +343,7 @@ def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was() -> None:
     rng = np.random.default_rng(13)
     ids, more = random_ids(theirs, rng, 3, 40), random_ids(theirs, rng, 3, 50)
     cache = ours(ids).past_key_values
-    decoder = ours._packed.kv_rows(ours).decoder
+    decoder = kv_rows_of(ours).decoder
     forward, calls = decoder.forward, []
 
     def interrupted(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.hf.stop_strings import StopStringSink
-from hf_models import CHECKPOINTS, generated, left_padded, pair, random_ids, tolerance
+from hf_models import CHECKPOINTS, generated, kv_rows_of, left_padded, pair, random_ids, tolerance
 
 FILTERS: dict[str, dict[str, Any]] = {
     "the default, top_k 50": {},
@@ -225,7 +225,7 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
         assert cache.get_seq_length() == output.sequences.shape[1] - 1
         assert torch.equal(output.sequences, fresh)
         ids = torch.cat([fresh, random_ids(theirs, rng, 1, 3)], 1)
-    stats = ours._packed.kv_rows(ours).engine.stats
+    stats = kv_rows_of(ours).engine.stats
     assert stats.reused_tokens >= 32
     with torch.no_grad():
         expected = theirs(ids[:, : cache.get_seq_length() + 1]).logits[:, -1:]

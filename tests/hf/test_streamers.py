@@ -21,7 +21,7 @@ from transformers import (
 
 import fastgen
 from fastgen.frontends.generator import BUNDLED_MODEL
-from hf_models import Recorder, generated, pair
+from hf_models import Recorder, generated, kv_rows_of, pair
 from waits import WITHIN
 
 CALL = {"max_new_tokens": 12, "do_sample": False}
@@ -169,7 +169,7 @@ def test_a_failing_streamer_ends_the_call_and_frees_its_rows(tokenizer: Any, bun
     batch = _prompts(tokenizer, "In the", "The king of the south said")
     error = generated(ours, **batch, **CALL, streamer=Failing())
     assert isinstance(error, OSError)
-    engine = ours._packed.kv_rows(ours).engine
+    engine = kv_rows_of(ours).engine
     assert engine.num_unfinished == 0
     assert isinstance(generated(ours, **batch, **CALL), torch.Tensor)
 

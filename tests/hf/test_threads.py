@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_models import fresh_pair, generated, num_used_blocks, random_ids
+from engine_harness import check_blocks
+from hf_models import fresh_pair, generated, kv_rows_of, num_used_blocks, random_ids
 
 CALLS: list[dict[str, Any]] = [
     {"do_sample": False},
@@ -50,7 +51,7 @@ def test_native_calls_join_each_others_steps() -> None:
     ids = random_ids(ours, np.random.default_rng(0), 8, 5)
     call = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 7}
     generated(ours, input_ids=ids[:1], **call)
-    stats = ours._packed.kv_rows(ours).engine.stats
+    stats = kv_rows_of(ours).engine.stats
     before = stats.steps
     start = threading.Barrier(8)
 
@@ -104,9 +105,7 @@ def test_caches_that_go_while_others_generate() -> None:
         list(threads.map(churn, range(40)))
     gc.collect()
     assert num_used_blocks(ours) == 0
-    kv = ours._packed.kv_rows(ours)
-    with kv.engine.between_steps() as scheduler:
-        scheduler.pool.check()
+    check_blocks(kv_rows_of(ours).engine)
 
 
 def test_weights_written_while_others_generate() -> None:

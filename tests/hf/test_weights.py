@@ -17,7 +17,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import fastgen
-from hf_models import fresh_pair, generated, random_ids, tolerance
+from hf_models import fresh_pair, generated, kv_rows_of, random_ids, tolerance
 from tolerances import TOLERANCES
 
 Model = Any
@@ -248,7 +248,7 @@ def test_the_old_weights_go_when_new_ones_are_packed() -> None:
     ids = torch.tensor([[20, 30, 40]])
     with torch.no_grad():
         cache = ours(ids).past_key_values
-        old = weakref.ref(ours._packed.kv_rows(ours).decoder)
+        old = weakref.ref(kv_rows_of(ours).decoder)
         ours.transformer.wte.weight.mul_(1.1)
         ours(ids)
         gc.collect()

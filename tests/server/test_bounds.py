@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.routing import Mount
 
 import fastgen
-from engine_harness import greedy, make_engine, random_prompt, run_all
+from engine_harness import greedy, make_engine, num_deadlines, random_prompt, run_all
 from fastgen.server import bodies, endpoints
 from fastgen.server.app import make_app
 from fastgen.server.limits import ServerLimits
@@ -270,7 +270,7 @@ def test_deadlines_of_what_has_ended_are_forgotten() -> None:
             for _ in range(4)
         ])  # fmt: skip
     assert not old.done
-    assert len(engine._inbox._deadlines) <= 2 * 64
+    assert num_deadlines(engine) <= 2 * 64
     engine.cancel(old)
 
 

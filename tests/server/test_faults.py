@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 import fastgen
-from engine_harness import assert_idle
+from engine_harness import assert_idle, block_pool, running_rows
 from fastgen.decoders.interface import StepBatch
 from fastgen.engine.requests import Request, Row
 from fastgen.sampling.draw import Draw
@@ -207,7 +207,7 @@ def admit(scene: Scene) -> None:
 
 
 def allocate(scene: Scene) -> None:
-    pool = scene.model.engine._scheduler.pool
+    pool = block_pool(scene.model.engine)
     original = pool.allocate  # the victim is the next to be given any
     struck = scene.faulty(original, original, lambda count: scene.victim is not None)
     scene.patch.setattr(pool, "allocate", struck)
@@ -220,8 +220,8 @@ def step(scene: Scene, num_new: int) -> None:
 
     def at(batch: StepBatch) -> list[int]:
         """Which rows of logits are the victim's."""
-        seats = batch.seats.tolist() if scene.victim is not None else []
-        return [i for i, seat in enumerate(seats) if seat == scene.victim.rows[0].seat >= 0]
+        mine = -1 if scene.victim is None else scene.victim.rows[0].schedule.seat
+        return [i for i, seat in enumerate(batch.seats.tolist()) if seat == mine >= 0]
 
     def with_nan(batch: StepBatch) -> Any:
         token_ids = batch.token_ids.copy()
@@ -301,7 +301,7 @@ def test_a_fault_hurts_its_own_request(
     streams: bool,
 ) -> None:
     beside = [pool.submit(Client(server).ask, asked) for asked in BESIDE]
-    wait_until(lambda: len(model.engine._scheduler.running) == 2)
+    wait_until(lambda: len(running_rows(model.engine)) == 2)
     [prompt] = model.tokenizer.encode([VICTIM])
     scene = Scene(model, monkeypatch, kind, Client(server), tuple(prompt))
     scene.remember()

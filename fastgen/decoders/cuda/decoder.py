@@ -248,17 +248,14 @@ class CudaDecoder:
     def rehearse(self, num_tokens: int) -> None:
         """Run a prefill step of so many tokens in the spare block."""
         width = blocks_for(self.limits.max_seq_len)
-        starts = np.arange(0, num_tokens, self.limits.max_seq_len, dtype=np.int32)
-        row_starts = np.append(starts, np.int32(num_tokens))
-        row_of = np.repeat(np.arange(len(starts)), np.diff(row_starts))
-        batch = StepBatch(
-            token_ids=np.zeros(num_tokens, np.int32),
-            positions=np.arange(num_tokens, dtype=np.int32) - starts[row_of],
-            row_starts=row_starts,
-            cache_lens=np.zeros_like(starts),
+        starts = range(0, num_tokens, self.limits.max_seq_len)
+        batch = StepBatch.ragged(
+            token_ids=np.zeros(num_tokens),
+            counts=np.diff([*starts, num_tokens]),
+            cache_lens=np.zeros(len(starts)),
             block_tables=np.full((len(starts), width), self._model.spare_block, np.int32),
-            logits_at=np.array([num_tokens - 1], np.int32),
-            seats=np.array([-1], np.int32),
+            logits_at=[num_tokens - 1],
+            seats=[-1],
         )
         self._run(batch, batch.seats)
 

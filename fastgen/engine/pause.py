@@ -1,0 +1,66 @@
+"""What a caller may do between two steps of an engine: see Engine.between_steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastgen.decoders.interface import Decoder, Logits, StepBatch
+from fastgen.engine.blocks import blocks_needed
+from fastgen.engine.leases import Copies, Lease
+from fastgen.engine.scheduler import Scheduler
+
+
+class Pause:
+    """Nobody steps meanwhile, and every row that is not running waits.
+
+    A caller runs forwards of its own, in blocks that it leases, and may make the decoder grow. The
+    leases outlive the pause, and are touched in pauses only.
+    """
+
+    def __init__(self, decoder: Decoder, scheduler: Scheduler) -> None:
+        self._decoder, self._scheduler = decoder, scheduler
+
+    def lease(self) -> Lease:
+        """One that holds nothing yet; its content is shared with rows that have no cache_salt."""
+        return self._scheduler.lease()
+
+    def forward(self, batch: StepBatch) -> Logits:
+        """Logits, float32 (L, V), in the decoder's own buffer, valid until its next call."""
+        return self._decoder.forward(batch)
+
+    def copy_blocks(self, copies: Copies) -> None:
+        """Make the copies that leases have asked for."""
+        if copies:
+            self._decoder.copy_blocks(copies)
+
+    def reserve_rows(self, max_lens: Sequence[int]) -> None:
+        """Have blocks and seats for rows that get so many tokens, and for those that wait; as many
+        at once as a step has logits.
+
+        Raises:
+            ValueError, MemoryError: there is no memory; nothing has changed then.
+        """
+        self._grow([blocks_needed(max_len) for max_len in max_lens], 0)
+
+    def reserve_blocks(self, count: int) -> None:
+        """Have so many free blocks beside those that waiting rows need.
+
+        Raises:
+            ValueError, MemoryError: there is no memory; nothing has changed then.
+        """
+        if count > self._scheduler.pool.num_free or self._scheduler.waiting:
+            self._grow([], count)
+
+    def _grow(self, needs: Sequence[int], extra: int) -> None:
+        """For rows that need so many blocks each, those that wait anyway, and `extra` blocks."""
+        limits, scheduler = self._decoder.limits, self._scheduler
+        waiting = [blocks_needed(row.max_len) for row in scheduler.waiting]
+        num_rows = len(scheduler.running) + len(waiting) + len(needs)
+        seats = max(limits.num_seats, min(num_rows, limits.max_logits))
+        most = sorted([*waiting, *needs], reverse=True)[: limits.max_logits]
+        missing = max(0, sum(most) + extra - scheduler.pool.num_free)
+        if missing and extra:  # sequences that grow token by token come again soon
+            missing = max(missing, limits.num_blocks // 2)
+        if missing or seats > limits.num_seats:
+            self._decoder.reserve(limits.num_blocks + missing, seats)
+            scheduler.grow(self._decoder.limits)
