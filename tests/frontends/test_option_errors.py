@@ -13,6 +13,7 @@ from fastgen import OptionError, OptionTypeError, RequestLimits
 from fastgen.frontends.threaded_engine import ThreadedEngine
 
 SHORT = greedy(max_new_tokens=3, ignore_eos=True)
+SEVERAL: Any = ["A", "B"]
 Model = fastgen.Generator
 
 
@@ -41,7 +42,7 @@ WRONG: list[tuple[Callable[[Model], Any], type[Exception], str | None]] = [
     (lambda model: model.generate("A", logit_bias={4096: 1}), OptionError, "logit_bias"),
     (lambda model: model.generate("A", timeout=-1), OptionError, "timeout"),
     (lambda model: model.generate("A", priority=5000), OptionError, "priority"),
-    (lambda model: model.stream(["A", "B"]), OptionTypeError, "prompt"),
+    (lambda model: model.stream(SEVERAL), OptionTypeError, "prompt"),
     (lambda model: model.stream("A", best_of=2), OptionError, "best_of"),
     (lambda model: model.score([[1], [4096]]), OptionError, "text"),
     (lambda model: model.score("\ud800"), OptionError, "text"),
