@@ -113,6 +113,12 @@ class NothingToRunError(EngineError):
     code = "nothing_to_run"
 
 
+class OutOfBlocksError(EngineError):
+    """Fewer KV blocks are free than are wanted; nothing was taken."""
+
+    code = "out_of_blocks"
+
+
 class ReentrantCallError(EngineError):
     """A function that a step calls has asked for another step of the same engine."""
 

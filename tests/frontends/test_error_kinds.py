@@ -20,11 +20,13 @@ import fastgen
 import fastgen.bench
 from engine_harness import assert_pickles, greedy
 from fastgen import EngineError, QueueConfig
+from fastgen.engine.blocks import BlockPool
 from fastgen.errors import (
     EngineClosedError,
     EngineDeadError,
     NothingToDrawError,
     NothingToRunError,
+    OutOfBlocksError,
     QueueFull,
     ReentrantCallError,
     RequestCancelledError,
@@ -287,6 +289,12 @@ def reentrant(model: Model) -> Iterator[EngineError]:
     yield from inner
 
 
+def out_of_blocks(model: Model) -> Iterator[EngineError]:
+    pool = BlockPool(3)
+    yield caught(pool.allocate, 4)
+    assert pool.num_free == 3
+
+
 SITUATIONS: dict[type[EngineError], tuple[Callable[[Model], Any], ...]] = {
     EngineClosedError: (closed, closed_threaded, closed_async, hung_threaded),
     EngineDeadError: (dead_threaded, dead_async),
@@ -298,6 +306,7 @@ SITUATIONS: dict[type[EngineError], tuple[Callable[[Model], Any], ...]] = {
     NothingToDrawError: (nothing_to_draw, nothing_to_draw_threaded, nothing_to_draw_async),
     RowFailedError: (row_failed,),
     NothingToRunError: (nothing_to_run,),
+    OutOfBlocksError: (out_of_blocks,),
     ReentrantCallError: (reentrant,),
 }
 CLOSE_THEIR_MODEL = (closed, cancelled, cancelled_threaded, cancelled_async)
@@ -342,6 +351,7 @@ def test_codes_do_not_change() -> None:
     assert {kind.code for kind in SITUATIONS} == {
         *("engine_closed", "engine_dead", "step_failed", "timeout", "cancelled", "slow_reader"),
         *("queue_full", "row_failed", "nothing_to_draw", "nothing_to_run", "reentrant_call"),
+        "out_of_blocks",
     }
     assert EngineError.code == "engine_error"
 
