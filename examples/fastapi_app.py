@@ -39,7 +39,7 @@ async def complete(prompt: str, max_new_tokens: int = 50, temperature: float = 0
         )
     except fastgen.QueueFull as error:
         raise HTTPException(503, str(error), {"retry-after": "1"}) from None
-    except (TypeError, ValueError) as error:  # what the caller asked for
+    except (fastgen.OptionError, fastgen.OptionTypeError) as error:  # what the caller asked for
         raise HTTPException(422, str(error)) from None
     completion = generation.completions[0]
     return {"text": completion.text, "finish_reason": completion.finish_reason}
@@ -53,7 +53,7 @@ async def stream(prompt: str, max_new_tokens: int = 200) -> StreamingResponse:
         await pieces.open()  # what is wrong is known before the first byte is sent
     except fastgen.QueueFull as error:
         raise HTTPException(503, str(error), {"retry-after": "1"}) from None
-    except (TypeError, ValueError) as error:
+    except (fastgen.OptionError, fastgen.OptionTypeError) as error:
         raise HTTPException(422, str(error)) from None
 
     async def text() -> AsyncIterator[str]:

@@ -12,6 +12,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fastgen.errors import OptionError, OptionTypeError
+
 INT32_MAX = 2**31 - 1
 
 
@@ -22,7 +24,13 @@ def reject_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(names)}"
-            raise TypeError(f"unknown option {name!r}; {hint}")
+            raise OptionTypeError(f"unknown option {name!r}; {hint}", name)
+
+
+def _wrong(
+    kind: type[OptionError] | type[OptionTypeError], name: str, problem: str
+) -> OptionError | OptionTypeError:
+    return kind(f"{name} {problem}", name.split()[-1], problem)
 
 
 def is_integer(value: Any) -> bool:
@@ -31,38 +39,38 @@ def is_integer(value: Any) -> bool:
 
 def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
     if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        raise _wrong(OptionTypeError, name, f"must be an integer, not {type(value).__name__}")
     number = operator.index(value)
     if not low <= number <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {brief(number)}")
+        raise _wrong(OptionError, name, f"must be between {low} and {high}, not {brief(number)}")
     return number
 
 
 def real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
     """A finite float from `low` (which itself is refused if `above`) to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        raise _wrong(OptionTypeError, name, f"must be a number, not {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be finite, not {brief(value)}") from None
+        raise _wrong(OptionError, name, f"must be finite, not {brief(value)}") from None
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, not {number}")
+        raise _wrong(OptionError, name, f"must be finite, not {number}")
     if not low <= number <= high or (above and number == low):
         between = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {between}, not {number}")
+        raise _wrong(OptionError, name, f"must be {between}, not {number}")
     return number
 
 
 def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+        raise _wrong(OptionTypeError, name, f"must be True or False, not {type(value).__name__}")
     return value
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
     if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
+        raise _wrong(OptionTypeError, name, f"must be a function, not {type(value).__name__}")
     return value  # type: ignore[no-any-return]
 
 
@@ -71,7 +79,7 @@ def sequence(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
+        raise _wrong(OptionTypeError, name, f"must be a sequence, not {type(value).__name__}")
     return tuple(value)
 
 
@@ -83,9 +91,11 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 def text(name: str, value: str) -> str:
     """A string that is not empty and can be encoded."""
     if not value:
-        raise ValueError(f"{name} must not hold an empty string")
+        raise _wrong(OptionError, name, "must not hold an empty string")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} holds {value!r}, which is not valid text (a lone surrogate)")
+        raise _wrong(
+            OptionError, name, f"holds {value!r}, which is not valid text (a lone surrogate)"
+        )
     return value
 
 

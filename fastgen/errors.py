@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
 
 class OptionError(ValueError):
-    """A value that `option` cannot have; None: of no option alone."""
+    """A value that an option or argument cannot have.
 
-    def __init__(self, message: str, option: str | None = None) -> None:
+    Attributes:
+        option: its name; "prompt" for any prompt, "text" for any other text. None: the fault is in
+            no option alone.
+        problem: what is wrong, without the option's name where the message begins with it: for
+            programs that call the option otherwise. Else the whole message.
+    """
+
+    def __init__(self, message: str, option: str | None = None, problem: str | None = None) -> None:
         super().__init__(message)
         self.option = option
+        self.problem = message if problem is None else problem
 
 
 class OptionTypeError(TypeError):
-    """A value of a type that `option` cannot have, or an option that does not exist."""
+    """A value of a type that an option cannot have, or an option that does not exist.
 
-    def __init__(self, message: str, option: str | None = None) -> None:
+    `option` and `problem` are as in OptionError.
+    """
+
+    def __init__(self, message: str, option: str | None = None, problem: str | None = None) -> None:
         super().__init__(message)
         self.option = option
+        self.problem = message if problem is None else problem
 
 
 class CheckpointError(Exception):
@@ -24,18 +40,118 @@ class CheckpointError(Exception):
 
 
 class EngineError(Exception):
-    """The engine could not do what was asked, through no fault in the request itself."""
+    """The engine could not do what was asked, through no fault in the request itself.
+
+    `code` names the kind of error. Programs may rely on it; messages may change.
+    """
+
+    code: ClassVar[str] = "engine_error"
 
 
 class QueueFull(EngineError):  # noqa: N818
     """As many rows run and wait as are allowed: try again later."""
 
+    code = "queue_full"
 
-class NothingToDrawError(EngineError):
+
+class EngineClosedError(EngineError):
+    """The model or the engine has been closed, or is shutting down: it takes no requests."""
+
+    code = "engine_closed"
+
+
+class EngineDeadError(EngineError):
+    """Steps failed one after another, and the engine was given up: only loading again helps."""
+
+    code = "engine_dead"
+
+
+class StepFailedError(EngineError):
+    """A step that the request was in failed; the next ones may work. `__cause__` is the reason."""
+
+    code = "step_failed"
+
+
+class RequestTimeoutError(EngineError):
+    """The timeout passed before something was there that is of no use in part."""
+
+    code = "timeout"
+
+
+class RequestCancelledError(EngineError):
+    """The request was cancelled before something was there that is of no use in part."""
+
+    code = "cancelled"
+
+
+class SlowReaderError(EngineError):
+    """The request was cancelled, since too many of a stream's tokens waited to be read."""
+
+    code = "slow_reader"
+
+
+class RowFailedError(EngineError):
+    """One row could not go on, and no other was hurt: what its own function or text raised."""
+
+    code = "row_failed"
+
+
+class NothingToDrawError(RowFailedError):
     """A row's logits gave it no next token."""
 
-    def __init__(self) -> None:
-        super().__init__("the logits were NaN or infinite, or every token had been ruled out")
+    code = "nothing_to_draw"
+
+    def __init__(
+        self, message: str = "the logits were NaN or infinite, or every token had been ruled out"
+    ) -> None:
+        super().__init__(message)
+
+
+class NothingToRunError(EngineError):
+    """Somebody waits for the engine, and no row is there that could run."""
+
+    code = "nothing_to_run"
+
+
+class OutOfBlocksError(EngineError):
+    """Fewer KV blocks are free than are wanted; nothing was taken."""
+
+    code = "out_of_blocks"
+
+
+class ReentrantCallError(EngineError):
+    """A function that a step calls has asked for another step of the same engine."""
+
+    code = "reentrant_call"
+
+
+def code_of(error: BaseException) -> str:
+    """The code of what ended a row: an EngineError's own; all else is the row's own failure."""
+    return error.code if isinstance(error, EngineError) else RowFailedError.code
+
+
+def row_failed(message: str, code: str | None) -> RowFailedError:
+    """The exception for a row that ended with an error of this code."""
+    failed = NothingToDrawError if code == NothingToDrawError.code else RowFailedError
+    return failed(message)
+
+
+def ended_early(message: str, finish_reason: Literal["cancelled", "timeout"]) -> EngineError:
+    """The exception for a row that ended before it had all that was asked for."""
+    return (RequestTimeoutError if finish_reason == "timeout" else RequestCancelledError)(message)
+
+
+@contextmanager
+def about(option: str | None = None, *, where: str = "") -> Iterator[None]:
+    """Errors in options that are raised within are of this option (None: of the one that they
+    name), and begin with `where`.
+    """
+    try:
+        yield
+    except (OptionError, OptionTypeError) as error:
+        raise type(error)(
+            f"{where}{error}", option or error.option, f"{where}{error.problem}"
+        ) from None
 
 
 def message_of(error: BaseException) -> str:
@@ -44,7 +160,12 @@ def message_of(error: BaseException) -> str:
         text = str(error)
     except Exception:  # an exception class of the caller's own may raise here, too
         text = ""
-    return text if isinstance(error, EngineError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, EngineError):
+        return text
+    kind: type[BaseException] = type(error)
+    if isinstance(error, (OptionError, OptionTypeError)):  # as the built-in that they are
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+    return f"{kind.__name__}: {text}"
 
 
 def shown(value: object) -> str:

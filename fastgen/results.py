@@ -28,7 +28,8 @@ class Completion:
 
     `token_ids` includes the eos or stop id that ended the row; `text` leaves special tokens and the
     stop out. `stop_reason` is the stop string or stop id that ended it, None for eos and the rest.
-    `seed` with n=1 repeats this very completion. `error` says why it ended with "error".
+    `seed` with n=1 repeats this very completion. `error` says why it ended with "error",
+    and `error_code` which kind of EngineError that is, for programs.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Completion:
     seed: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None
+    error_code: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,8 @@ class Piece:
     """What one step added to one streamed completion; `str(piece)` is its text.
 
     Text can come later than its tokens: bytes of an unfinished character, and text that may become
-    a stop string, are held back. The last piece of a completion has `finish_reason`, and `error` if
-    that is "error".
+    a stop string, are held back. The last piece of a completion has `finish_reason`; if that is
+    "error", also `error` and `error_code`.
     """
 
     index: int
@@ -85,6 +87,7 @@ class Piece:
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
     error: str | None = None
+    error_code: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -24,7 +24,7 @@ from fastgen.bench.interleave import median, percentile, ratios, spread
 from fastgen.bench.recording import RecordingDecoder, StepSize, TokenClock
 from fastgen.bench.roofline import Speeds
 from fastgen.bench.shapes import Precision, Shape, random_prompts
-from fastgen.errors import EngineError
+from fastgen.errors import EngineError, RowFailedError
 from fastgen.frontends.generator import Generator
 from fastgen.sampling.params import SamplingParams
 
@@ -186,7 +186,7 @@ def run_once(
     """`batch` new prompts, to their last token.
 
     Raises:
-        EngineError: a row ended otherwise than by its length.
+        RowFailedError: a row ended otherwise than by its length.
     """
     engine = model.engine
     prompts = random_prompts(batch, work.prompt_len, rng, model.config.vocab_size)
@@ -200,7 +200,7 @@ def run_once(
     engine.run(lambda: all(request.done for request in requests))
     for row in (row for request in requests for row in request.rows):
         if row.finish_reason != "length" or len(row.new_token_ids) != work.output_len:
-            raise EngineError(f"a row ended with {row.finish_reason!r}: {row.error}")
+            raise RowFailedError(f"a row ended with {row.finish_reason!r}: {row.error}")
     tokens = [[moment - start for moment in clock.times] for clock in clocks]
     cut = first_tokens_step(decoder.sizes, batch, work.prompt_len) + 1
     return Round(tokens, decoder.sizes[:cut], decoder.sizes[cut:])

@@ -64,6 +64,8 @@ class Job:
 class PeerError(EngineError):
     """A peer's process ended, or did not answer as it should."""
 
+    code = "peer_failed"
+
 
 class PeerProcess:
     """One peer, loaded; `ready` says which version it is, or why it cannot run."""

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
-from fastgen.errors import EngineError
+from fastgen.errors import EngineError, OutOfBlocksError
 
 Key = bytes
 
@@ -106,10 +106,10 @@ class BlockPool:
         """Take `count` blocks for one owner; what they held is forgotten.
 
         Raises:
-            EngineError: fewer are free; nothing is taken then.
+            OutOfBlocksError: fewer are free; nothing is taken then.
         """
         if count > self.num_free:
-            raise EngineError(f"{count} KV blocks wanted, {self.num_free} are free")
+            raise OutOfBlocksError(f"{count} KV blocks wanted, {self.num_free} are free")
         blocks = []
         for _ in range(count):
             block, _ = self._free.popitem(last=False)

@@ -34,7 +34,7 @@ from fastgen.engine.requests import Listener, Request, Row
 from fastgen.engine.scheduler import Admission, ScheduledRow, Scheduler, StepPlan
 from fastgen.engine.stats import EngineStats
 from fastgen.engine.step_lock import StepLock
-from fastgen.errors import EngineError, NothingToDrawError
+from fastgen.errors import EngineClosedError, NothingToDrawError, NothingToRunError
 from fastgen.results import FinishReason
 from fastgen.sampling.draw import Draw
 from fastgen.sampling.params import SamplingParams
@@ -117,7 +117,7 @@ class Engine:
         Raises:
             TypeError, ValueError: the request can never be right, or exceeds `limits`; the engine
                 is untouched.
-            EngineError: the engine is closed.
+            EngineClosedError: the engine is closed.
         """
         prompt = tuple(token_ids) if is_checked else self.check_request(token_ids, params)
         check_options(params, sinks, deadline, cache_salt, priority)
@@ -136,7 +136,7 @@ class Engine:
             return request
         with self._progress:
             if self._closed:
-                raise EngineError("this model has been closed")
+                raise EngineClosedError("this model has been closed")
             self._inbox.add(request)
         return request
 
@@ -159,8 +159,8 @@ class Engine:
         fails for one row alone ends only that, with the cause in `row.error`.
 
         Raises:
-            EngineError: nothing is left to run, and `until()` is not true; or the engine's own
-                step, in some row's function, asks for this.
+            NothingToRunError: nothing is left to run, and `until()` is not true.
+            ReentrantCallError: the engine's own step, in some row's function, asks for this.
         """
         with deferred_interrupts() as interrupted:
             self._step_lock.drive(self._step, lambda: bool(interrupted) or until())
@@ -187,11 +187,11 @@ class Engine:
         the decoder grow.
 
         Raises:
-            EngineError: the engine is closed.
+            EngineClosedError: the engine is closed.
         """
         with self._step_lock.claimed():
             if self._closed:
-                raise EngineError("this model has been closed")
+                raise EngineClosedError("this model has been closed")
             self._process_inbox()
             self._drain_steps()
             yield Pause(self.decoder, self._scheduler)
@@ -239,7 +239,7 @@ class Engine:
             if not admissions and not self._under_way:
                 # whoever runs the engine waits for something that cannot come
                 rows = list(self._scheduler.waiting)
-                raise EngineError("there is no row that could run")
+                raise NothingToRunError("there is no row that could run")
         return False
 
     def _collect_step(self) -> None:
@@ -370,7 +370,7 @@ class Engine:
                 self._end(request, "error", error)
 
     def check_ids(self, name: str, token_ids: Sequence[int]) -> None:
-        """Raise TypeError or ValueError for the first that is no id of the vocabulary."""
+        """Raise an error of the option `name` for the first that is no id of the vocabulary."""
         check_ids(name, token_ids, self._vocab_size)
 
     def check_request(self, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:

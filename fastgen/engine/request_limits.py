@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from fastgen.checks import integer, real
+from fastgen.errors import OptionError
 from fastgen.sampling.params import SamplingParams
 
 _VALUES = ("logit_bias_value", "temperature", "penalty")  # the other bounds are counts
@@ -80,14 +81,17 @@ class RequestLimits:
         )
 
     def check(self, prompt_len: int, params: SamplingParams) -> None:
-        """Raise ValueError for the first bound that a request exceeds, naming what exceeds it."""
+        """Raise OptionError for the first bound that a request exceeds, naming what exceeds it."""
         for limit, what, measure in _MEASURES:
             bound = getattr(self, limit)
             if bound is None:
                 continue
             found = prompt_len if measure is None else measure(params)
             if found > bound:
-                raise ValueError(f"{what}: {found} exceeds the limit of {bound}")
+                # `what` ends with the option's name
+                option = "prompt" if measure is None else what.split()[-1]
+                problem = f"{found} exceeds the limit of {bound}"
+                raise OptionError(f"{what}: {problem}", option, problem)
 
 
 _Measure = Callable[[SamplingParams], float]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from fastgen.errors import EngineError
+from fastgen.errors import ReentrantCallError
 
 
 class StepLock:
@@ -27,7 +27,7 @@ class StepLock:
         """Hold the place, if it is free or becomes free before `until()` is true; whether it was.
 
         Raises:
-            EngineError: the thread has it already.
+            ReentrantCallError: the thread has it already.
         """
         with self._held(wait, until, lambda: self.driver is None and not self._num_claims) as has:
             yield has
@@ -60,7 +60,7 @@ class StepLock:
 
     def refuse_in_own_step(self) -> None:
         if self.driver == threading.get_ident():
-            raise EngineError("a step cannot wait for the engine that runs it")
+            raise ReentrantCallError("a step cannot wait for the engine that runs it")
 
     @contextmanager
     def _held(

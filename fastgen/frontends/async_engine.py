@@ -12,15 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fastgen.engine.inbox import deadline_in
 from fastgen.engine.requests import Request
-from fastgen.frontends.engine_thread import EngineThread, QueueConfig, RequestHandle, estimate_size
+from fastgen.frontends.engine_thread import QueueConfig, RequestHandle, estimate_size
+from fastgen.frontends.facade import EngineFacade, SubmitOptions, requests_of
 from fastgen.frontends.generator import Generator
 from fastgen.frontends.jobs import Job
 from fastgen.frontends.prompts import Params, Prompt, as_list
 from fastgen.results import Generation, Piece, Score
 from fastgen.sampling.params import SamplingParams
-from fastgen.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _LISTS = (
@@ -30,7 +29,7 @@ _LISTS = (
 _QUICK_SIZE = 2048  # characters or ids that an event loop may encode itself: well below 1 ms
 
 
-class AsyncEngine:
+class AsyncEngine(EngineFacade):
     """One model for many tasks of one event loop. Use it in an `async with` block.
 
     Args:
@@ -41,16 +40,10 @@ class AsyncEngine:
     """
 
     def __init__(self, model: Generator, queue_config: QueueConfig | None = None) -> None:
-        self.thread = EngineThread(model, queue_config or QueueConfig())
-        self._make = model.job_maker
+        super().__init__(model, queue_config)
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(2, "fastgen-texts")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiters: dict[RequestHandle, asyncio.Future[None]] = {}
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken and, if there are any, steps make progress."""
-        return self.thread.ready
 
     async def generate(
         self,
@@ -70,11 +63,12 @@ class AsyncEngine:
         Raises:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
             QueueFull: too many are waiting.
-            EngineError: a step failed, or the engine takes no requests.
+            StepFailedError: a step failed.
+            EngineClosedError, EngineDeadError: the engine takes no requests.
         """
         size = estimate_size(many := as_list(prompts)) + len(many) * _values_in(params, options)
         jobs = await self._off_loop(size, lambda: list(self._make.jobs(prompts, params, options)))
-        requests = await self._run(jobs, deadline_in(timeout), priority, cache_salt)
+        requests = await self._run(jobs, SubmitOptions(timeout, priority, cache_salt))
         size = sum(len(row.new_token_ids) for request in requests for row in request.rows)
         return await self._off_loop(size, lambda: [self._make.generation(r) for r in requests])
 
@@ -97,10 +91,8 @@ class AsyncEngine:
         async def begin() -> RequestHandle:
             size = estimate_size([prompt]) + _values_in(params, options)
             job = await self._off_loop(size, lambda: self._make.streamed(prompt, params, options))
-            [handle] = self.thread.submit(
-                [job], self._notify(), streams=True, deadline=deadline_in(timeout),
-                priority=priority, cache_salt=cache_salt,
-            )  # fmt: skip
+            queued = SubmitOptions(timeout, priority, cache_salt)
+            [handle] = self._submit([job], self._notify(), queued, streams=True)
             return handle
 
         return AsyncStream(self, begin)
@@ -118,11 +110,11 @@ class AsyncEngine:
         Raises:
             TypeError, ValueError: a text is wrong.
             QueueFull: too many are waiting.
-            EngineError: a text could not be scored to its end.
+            EngineError: a text could not be scored to its end; the subclass says why.
         """
         size = estimate_size(as_list(texts))
         scoring = await self._off_loop(size, lambda: self._make.scoring(texts))
-        requests = await self._run(scoring.jobs, deadline_in(timeout), priority, cache_salt)
+        requests = await self._run(scoring.jobs, SubmitOptions(timeout, priority, cache_salt))
         return await self._off_loop(size, lambda: scoring.scores(requests))
 
     async def tokenize(self, texts: list[str]) -> list[list[int]]:
@@ -131,17 +123,11 @@ class AsyncEngine:
         Raises:
             ValueError: the model has no tokenizer, or a text is not valid Unicode.
         """
-        return await self._off_loop(estimate_size(texts), lambda: self._tokenizer().encode(texts))
+        return await self._off_loop(estimate_size(texts), lambda: self._tokenizer.encode(texts))
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
-        return await self._off_loop(len(token_ids), lambda: self._tokenizer().decode(token_ids))
-
-    def _tokenizer(self) -> Tokenizer:
-        tokenizer = self.thread.model.tokenizer
-        if tokenizer is None:
-            raise ValueError("this model has no tokenizer")
-        return tokenizer
+        return await self._off_loop(len(token_ids), lambda: self._tokenizer.decode(token_ids))
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""
@@ -178,16 +164,8 @@ class AsyncEngine:
         finally:
             del self._waiters[handle]
 
-    async def _run(
-        self,
-        jobs: Sequence[Job],
-        deadline: float | None,
-        priority: int,
-        cache_salt: str | None,
-    ) -> list[Request]:
-        handles = self.thread.submit(
-            jobs, self._notify(), deadline=deadline, priority=priority, cache_salt=cache_salt
-        )
+    async def _run(self, jobs: Sequence[Job], options: SubmitOptions) -> list[Request]:
+        handles = self._submit(jobs, self._notify(), options)
         try:
             for handle in handles:
                 while not handle.done:
@@ -197,7 +175,7 @@ class AsyncEngine:
             for handle in handles:
                 self.thread.cancel(handle)
             raise
-        return [handle.request for handle in handles if handle.request is not None]
+        return requests_of(handles)
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         """Do short work at once, long work on another thread."""
@@ -228,7 +206,7 @@ class AsyncStream:
     """An asynchronous iterator over the Pieces of one request.
 
     Closing it (`aclose`, or `async with`), cancelling the task that reads it, or dropping it ends
-    the generation. A reader that leaves too many tokens unread is cut off with an EngineError.
+    the generation. A reader that leaves too many tokens unread is cut off with a SlowReaderError.
     """
 
     def __init__(self, engine: AsyncEngine, begin: Callable[[], Any]) -> None:
@@ -257,7 +235,8 @@ class AsyncStream:
         """The next piece.
 
         Raises:
-            EngineError: a step failed, or too much was left unread.
+            StepFailedError: a step failed.
+            SlowReaderError: too much was left unread.
             RuntimeError: another task waits for it.
         """
         if self._is_read:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.engine.requests import Request, Row
-from fastgen.errors import message_of
+from fastgen.errors import OptionError, about, code_of, message_of
 from fastgen.frontends.prompts import to_list
 from fastgen.frontends.ranking import best
 from fastgen.results import Completion, Generation
@@ -35,7 +35,8 @@ class RequestCodec:
         for token_id in candidates:
             if token_id is not None:
                 return [token_id]
-        raise ValueError("the prompt is empty, and the model has no bos or eos token to start from")
+        told = "the prompt is empty, and the model has no bos or eos token to start from"
+        raise OptionError(told, "prompt")
 
     def params_of_ids(self, each: Sequence[SamplingParams]) -> Iterator[SamplingParams]:
         """The same with token ids for text in bad_words; one given many times is encoded once."""
@@ -50,14 +51,17 @@ class RequestCodec:
         if not words:
             return params
         if self._tokenizer is None:
-            raise ValueError(
-                "bad_words holds text, but this model has no tokenizer; give lists of token ids"
+            raise OptionError(
+                "bad_words holds text, but this model has no tokenizer; give lists of token ids",
+                "bad_words",
             )
         encoded = [word for word in params.bad_words if not isinstance(word, str)]
         for word in words:
-            ways = [tuple(ids) for ids in self._tokenizer.encode([word, f" {word}"]) if ids]
+            with about("bad_words"):
+                ways = [tuple(ids) for ids in self._tokenizer.encode([word, f" {word}"]) if ids]
             if not ways:
-                raise ValueError(f"bad_words holds {word!r}, for which this model has no tokens")
+                told = f"bad_words holds {word!r}, for which this model has no tokens"
+                raise OptionError(told, "bad_words")
             encoded += ways
         return replace(params, bad_words=tuple(encoded))
 
@@ -65,7 +69,8 @@ class RequestCodec:
         """One sink for each row, if text is needed while it is generated."""
         if self._tokenizer is None:
             if params.stop:
-                raise ValueError("stop strings need text, but this model has no tokenizer")
+                told = "stop strings need text, but this model has no tokenizer"
+                raise OptionError(told, "stop")
             return None
         if not (streams or params.stop):
             return None
@@ -103,6 +108,7 @@ class RequestCodec:
             seed=row.params.seed,
             logprobs=None if row.logprobs is None else tuple(row.logprobs),
             error=None if error is None else message_of(error),
+            error_code=None if error is None else code_of(error),
         )
 
     def _text(self, row: Row) -> str:
@@ -124,5 +130,6 @@ class RequestCodec:
         if not texts:
             return []
         if self._tokenizer is None:
-            raise ValueError("this model has no tokenizer; give token ids instead of text")
+            told = "this model has no tokenizer; give token ids instead of text"
+            raise OptionError(told, "text")
         return self._tokenizer.encode(texts, max_tokens)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 from fastgen.checks import integer, real
 from fastgen.engine.requests import Request, Row
-from fastgen.errors import EngineError, QueueFull, message_of
+from fastgen.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    OptionError,
+    QueueFull,
+    SlowReaderError,
+    message_of,
+)
 from fastgen.frontends.fair_lock import FairLock
 from fastgen.frontends.generator import Generator
 from fastgen.frontends.jobs import Job
@@ -85,7 +93,8 @@ class RequestHandle:
             raise self.failure
         if self.stalled:
             most = self._thread.queue_config.max_unread
-            raise EngineError(f"cancelled: more than {most} tokens of a row waited to be read")
+            told = f"cancelled: more than {most} tokens of a row waited to be read"
+            raise SlowReaderError(told)
         if self.request is not None:
             raise_error(self.request)
 
@@ -93,7 +102,8 @@ class RequestHandle:
         """The next one of a streamed request; None if there is nothing new.
 
         Raises:
-            EngineError: a step failed, or too much was left unread.
+            StepFailedError: a step failed.
+            SlowReaderError: too much was left unread.
         """
         if self.stalled or self.failure is not None:
             self.raise_failure()
@@ -185,7 +195,7 @@ class EngineThread:
 
         Raises:
             QueueFull: they would be too many.
-            EngineError: no requests are taken any more.
+            EngineClosedError, EngineDeadError: no requests are taken any more.
             TypeError, ValueError: deadline, priority or cache_salt is wrong.
         """
         handles: list[RequestHandle] = []
@@ -251,13 +261,13 @@ class EngineThread:
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join(max(0.1, end - time.monotonic()))
-        self._fail_all(EngineError("this engine has been closed"))
+        self._fail_all(EngineClosedError("this engine has been closed"))
 
     def _refuse(self, num_rows: int) -> None:
         if self.failure is not None:
-            raise EngineError(f"this engine cannot go on: {self.failure}")
+            raise EngineDeadError(f"this engine cannot go on: {self.failure}")
         if self._refusal is not None:
-            raise EngineError(f"this engine {self._refusal}")
+            raise EngineClosedError(f"this engine {self._refusal}")
         self.check_size(num_rows)
         if self._engine.num_unfinished + num_rows > self._room:
             raise QueueFull(
@@ -269,9 +279,9 @@ class EngineThread:
         return self._engine.decoder.limits.num_seats + self.queue_config.max_waiting
 
     def check_size(self, num_rows: int) -> None:
-        """Raise ValueError for more rows in one request than may ever run and wait."""
+        """Raise OptionError for more rows in one request than may ever run and wait."""
         if num_rows > self._room:
-            raise ValueError(
+            raise OptionError(
                 f"{num_rows} completions exceed the {self._room} that may run and wait"
             )
 
@@ -320,7 +330,7 @@ class EngineThread:
             self.failure = "no reason was given" if error is None else message_of(error)
         logger.critical("%d steps failed in a row; the engine cannot go on: %s",
                         _FAILURES, self.failure, exc_info=error)  # fmt: skip
-        self._fail_all(EngineError(f"this engine cannot go on: {self.failure}"))
+        self._fail_all(EngineDeadError(f"this engine cannot go on: {self.failure}"))
         self._stopped = True
 
     def _fail_all(self, error: EngineError) -> None:

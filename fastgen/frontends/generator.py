@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -22,7 +21,8 @@ from fastgen.decoders.select import build_decoder, plan_decoder
 from fastgen.engine.engine import Engine
 from fastgen.engine.inbox import deadline_in
 from fastgen.engine.requests import Request
-from fastgen.errors import EngineError
+from fastgen.errors import row_failed
+from fastgen.frontends.closing import Closing
 from fastgen.frontends.jobs import Job, JobMaker
 from fastgen.frontends.prompts import Params, Prompt, as_list, is_one
 from fastgen.frontends.stream import Stream, raise_error
@@ -119,7 +119,7 @@ def find_tokenizer(checkpoint: Checkpoint, model: Any = None) -> Tokenizer | Non
     return Tokenizer.from_folder(folder) if folder is not None and folder.is_dir() else None
 
 
-class Generator:
+class Generator(Closing):
     """A loaded model. Thread-safe; close it, or use it in a `with` block, to free its memory."""
 
     def __init__(
@@ -138,12 +138,12 @@ class Generator:
         """The text that follows: a str for one prompt, a list of str for several.
 
         Raises:
-            EngineError: besides what `generate` raises, where a completion is an error.
+            RowFailedError: besides what `generate` raises, where a completion is an error.
         """
         generations = self.generate(prompts, params, **options)
         for first in (generation.completions[0] for generation in generations):
             if first.error is not None:
-                raise EngineError(f"generation failed: {first.error}")
+                raise row_failed(f"generation failed: {first.error}", first.error_code)
         texts = [generation.text for generation in generations]
         return texts[0] if is_one(prompts) else texts
 
@@ -171,7 +171,8 @@ class Generator:
 
         Raises:
             TypeError, ValueError: a prompt or option is wrong; nothing has been generated then.
-            EngineError: a step failed, or the model was closed before all prompts had begun.
+            StepFailedError: a step failed.
+            EngineClosedError: the model was closed before all prompts had begun.
         """
         count = len(as_list(prompts))
         jobs = self.job_maker.jobs(prompts, params, options)
@@ -203,7 +204,7 @@ class Generator:
 
         Raises:
             TypeError, ValueError: a text is wrong; nothing has been scored then.
-            EngineError: a text could not be scored to its end.
+            EngineError: a text could not be scored to its end; the subclass says why.
         """
         scoring = self.job_maker.scoring(texts)
         jobs = scoring.jobs
@@ -213,7 +214,7 @@ class Generator:
         """Do now what the first requests would have to: on a GPU, compile kernels and make graphs.
 
         Raises:
-            EngineError: the model is closed.
+            EngineClosedError: the model is closed.
         """
         with self.engine.between_steps():
             self.engine.decoder.warmup()
@@ -221,17 +222,6 @@ class Generator:
     def close(self) -> None:
         """End all generations and free memory. Safe to call twice."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(
         self,

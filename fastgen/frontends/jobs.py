@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
-from fastgen.errors import EngineError, message_of
+from fastgen.errors import (
+    OptionError,
+    OptionTypeError,
+    about,
+    code_of,
+    ended_early,
+    message_of,
+    row_failed,
+)
 from fastgen.frontends.codec import RequestCodec
 from fastgen.frontends.prompts import Params, Prompt, as_list, is_one, params_for, to_list
 from fastgen.frontends.scoring import joined_score, windows_of
@@ -44,12 +51,15 @@ class Scoring:
         """Of the jobs' requests, which are done.
 
         Raises:
-            EngineError: one was not scored to its end.
+            RowFailedError, RequestTimeoutError, RequestCancelledError: one was not scored to its
+                end.
         """
         for [row] in (request.rows for request in requests):
-            if row.finish_reason != "length":
-                cause = row.finish_reason if row.error is None else message_of(row.error)
-                raise EngineError(f"scoring failed: {cause}")
+            if row.error is not None:
+                told = f"scoring failed: {message_of(row.error)}"
+                raise row_failed(told, code_of(row.error)) from row.error
+            if row.finish_reason in ("cancelled", "timeout"):
+                raise ended_early(f"scoring failed: {row.finish_reason}", row.finish_reason)
         scored = iter(requests)
         return [
             joined_score(token_ids, [(start, next(scored)) for start, _ in each])
@@ -80,17 +90,19 @@ class JobMaker:
     ) -> Job:
         """The job of one prompt whose text is read while it is generated."""
         if not is_one(prompt) and to_list(prompt):
-            raise TypeError("stream takes one prompt; use generate for several")
+            raise OptionTypeError("stream takes one prompt; use generate for several", "prompt")
         [chosen] = params_for(1, params, options)
         if chosen.selects_best:
-            raise ValueError("best_of chooses when all completions are there: use generate")
+            told = "best_of chooses when all completions are there: use generate"
+            raise OptionError(told, "best_of")
         [job] = self._jobs([prompt], [chosen], streams=True)
         return job
 
     def scoring(self, texts: Any) -> Scoring:
-        ids = self._codec.token_ids(as_list(texts))
+        with about("text"):
+            ids = self._codec.token_ids(as_list(texts))
         for index, token_ids in enumerate(ids):
-            with _naming_prompt("text", index, len(ids)):
+            with about(where=_place("text", index, len(ids))):
                 self._engine.check_ids("text", token_ids)
         return Scoring(ids, [windows_of(token_ids, self._max_seq_len) for token_ids in ids])
 
@@ -107,8 +119,10 @@ class JobMaker:
     ) -> Iterator[Job]:
         each = list(self._codec.params_of_ids(params))
         encoded: list[tuple[int, ...]] = []
-        for index, ids in enumerate(self._codec.token_ids(prompts, self._max_seq_len)):
-            with _naming_prompt("prompt", index, len(prompts)):
+        with about("prompt"):
+            found = self._codec.token_ids(prompts, self._max_seq_len)
+        for index, ids in enumerate(found):
+            with about(where=_place("prompt", index, len(prompts))):
                 prompt = ids or self._codec.start()
                 encoded.append(self._engine.check_request(prompt, each[index]))
         return (
@@ -117,11 +131,6 @@ class JobMaker:
         )
 
 
-@contextmanager
-def _naming_prompt(what: str, index: int, count: int) -> Iterator[None]:
-    """Name the prompt in an error's message, if there are several."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        where = f"{what} {index}: " if count > 1 else ""
-        raise type(error)(f"{where}{error}") from None
+def _place(what: str, index: int, count: int) -> str:
+    """Which of several a message is about."""
+    return f"{what} {index}: " if count > 1 else ""

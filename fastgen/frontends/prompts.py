@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fastgen.errors import OptionError, OptionTypeError
 from fastgen.sampling.params import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -15,15 +16,18 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 def params_for(count: int, params: Params, options: dict[str, Any]) -> Sequence[SamplingParams]:
     """One SamplingParams for each prompt, in whatever form they were given."""
     if params is not None and options:
-        raise TypeError(f"give SamplingParams or options such as {next(iter(options))}, not both")
+        told = f"give SamplingParams or options such as {next(iter(options))}, not both"
+        raise OptionTypeError(told, "params")
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams(**options)] * count
     each = list(params) if isinstance(params, Iterable) else [params]
     for item in each:
         if not isinstance(item, SamplingParams):
-            raise TypeError(f"params must be SamplingParams, not {type(item).__name__}")
+            raise OptionTypeError(
+                f"params must be SamplingParams, not {type(item).__name__}", "params"
+            )
     if len(each) != count:
-        raise ValueError(f"{len(each)} SamplingParams were given for {count} prompts")
+        raise OptionError(f"{len(each)} SamplingParams were given for {count} prompts", "params")
     return each
 
 
@@ -43,8 +47,9 @@ def to_list(values: Any) -> list[Any]:
     """A list of a sequence, NumPy array or torch tensor."""
     items = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(items, bytes) or not isinstance(items, Sequence):  # an iterator is gone once read
-        raise TypeError(
+        raise OptionTypeError(
             f"prompts must be a string or a list of strings or token ids, not "
-            f"{type(values).__name__}"
+            f"{type(values).__name__}",
+            "prompt",
         )
     return list(items)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastgen.checks import real, sequence
-from fastgen.errors import message_of
+from fastgen.errors import RowFailedError, message_of
 from fastgen.results import Completion
 from fastgen.sampling.params import SamplingParams
 
@@ -29,7 +29,13 @@ def best(completions: tuple[Completion, ...], params: SamplingParams) -> tuple[C
     except Exception as error:
         cause = f"rank failed: {message_of(error)}"
         return tuple(
-            replace(completion, finish_reason="error", stop_reason=None, error=cause)
+            replace(
+                completion,
+                finish_reason="error",
+                stop_reason=None,
+                error=cause,
+                error_code=RowFailedError.code,
+            )
             for completion in completions[: params.n]
         )
 

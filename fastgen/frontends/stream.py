@@ -1,13 +1,14 @@
-"""Stream: one request's pieces, pulled by its reader."""
+"""Streams: one request's pieces, pulled by its reader."""
 
 from __future__ import annotations
 
-from types import TracebackType
+from abc import abstractmethod
 from typing import Self
 
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request, Row
-from fastgen.errors import EngineError, message_of
+from fastgen.errors import StepFailedError, code_of, message_of
+from fastgen.frontends.closing import Closing
 from fastgen.results import Piece
 from fastgen.text.detokenizer import TextSink
 
@@ -40,7 +41,7 @@ class PieceReader:
         """The next one; None if there is nothing new.
 
         Raises:
-            EngineError: all has been handed out, and a step had failed.
+            StepFailedError: all has been handed out, and a step had failed.
         """
         for row in self._request.rows:
             if self._is_new(row):
@@ -62,6 +63,7 @@ class PieceReader:
         if row.logprobs is not None:
             logprobs = tuple(row.logprobs[start : start + len(token_ids)])
         ended = self._ended[row.index] = finish_reason is not None
+        error = row.error if ended else None
         return Piece(
             index=row.index,
             text=row.sink.take() if isinstance(row.sink, TextSink) else "",
@@ -69,11 +71,45 @@ class PieceReader:
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_reason=row.stop_reason if ended else None,
-            error=message_of(row.error) if ended and row.error is not None else None,
+            error=None if error is None else message_of(error),
+            error_code=None if error is None else self._code(error),
         )
 
+    def _code(self, error: BaseException) -> str:
+        """Of what ended a row: its own, or its whole step's."""
+        return StepFailedError.code if error is self._request.error else code_of(error)
 
-class Stream:
+
+class PieceStream(Closing):
+    """An iterator over the Pieces of one request. Closing or dropping it ends the generation."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Piece:
+        """The next piece; it is waited for.
+
+        Raises:
+            EngineError: a step failed, or (of a ThreadedEngine) too much was left unread.
+        """
+        try:
+            piece = self._next()
+        except BaseException:
+            self.close()
+            raise
+        if piece is None:
+            raise StopIteration
+        return piece
+
+    @abstractmethod
+    def _next(self) -> Piece | None:
+        """Wait for the next piece; None after the last."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Stream(PieceStream):
     """An iterator over the Pieces of one request.
 
     It generates while its reader waits for a piece; a reader that pauses stops nobody else. Closing
@@ -84,25 +120,9 @@ class Stream:
         self._engine, self._request = engine, request
         self._reader = PieceReader(request)
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        """The next piece.
-
-        Raises:
-            EngineError: a step failed.
-        """
-        try:
-            while (piece := self._reader.piece()) is None:
-                if self._reader.ended:
-                    raise StopIteration
-                self._engine.run(self._reader.has_pending)
-        except StopIteration:
-            raise
-        except BaseException:
-            self.close()
-            raise
+    def _next(self) -> Piece | None:
+        while (piece := self._reader.piece()) is None and not self._reader.ended:
+            self._engine.run(self._reader.has_pending)
         return piece
 
     def close(self) -> None:
@@ -111,22 +131,8 @@ class Stream:
             self._engine.cancel(self._request)
         self._reader.end()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
 
 def raise_error(request: Request) -> None:
-    """Raise EngineError if a step that the request was in has failed."""
+    """Raise StepFailedError if a step that the request was in has failed."""
     if request.error is not None:
-        raise EngineError(f"generation failed: {request.error}") from request.error
+        raise StepFailedError(f"generation failed: {request.error}") from request.error

@@ -5,37 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from fastgen.engine.inbox import deadline_in
-from fastgen.frontends.engine_thread import EngineThread, QueueConfig, RequestHandle
+from fastgen.errors import OptionTypeError
+from fastgen.frontends.closing import Closing
+from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
+from fastgen.frontends.facade import EngineFacade, SubmitOptions, requests_of
 from fastgen.frontends.generator import Generator
-from fastgen.frontends.jobs import Job
 from fastgen.frontends.prompts import Prompt, is_one, to_list
+from fastgen.frontends.stream import PieceStream
 from fastgen.results import Generation, Piece, Score
 from fastgen.sampling.params import SamplingParams
 
 _POLL = 0.1  # seconds: a notification that came before anybody waited is not repeated
 
 
-class ThreadedEngine:
+class ThreadedEngine(EngineFacade, Closing):
     """One model for many threads. Use it in a `with` block; it does not close the model.
 
     Prompts are encoded on the thread that brings them, results decoded on a thread of the engine's.
     """
 
     def __init__(self, model: Generator, queue_config: QueueConfig | None = None) -> None:
-        self.thread = EngineThread(model, queue_config or QueueConfig())
-        self._make = model.job_maker
+        super().__init__(model, queue_config)
         self._pool = ThreadPoolExecutor(1, "fastgen-results")
         self._futures: dict[RequestHandle, Future[Any]] = {}
         self._streams: dict[RequestHandle, threading.Event] = {}
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken and, if there are any, steps make progress."""
-        return self.thread.ready
 
     def submit(
         self,
@@ -52,12 +47,15 @@ class ThreadedEngine:
         Raises:
             TypeError, ValueError: the prompt or an option is wrong.
             QueueFull: too many are waiting.
-            EngineError: the engine takes no requests. One that fails later is the Future's.
+            EngineClosedError, EngineDeadError: the engine takes no requests.
+
+        An EngineError that comes later is the Future's.
         """
         if not is_one(prompt) and to_list(prompt):
-            raise TypeError("submit takes one prompt: call it for each")
+            raise OptionTypeError("submit takes one prompt: call it for each", "prompt")
         [job] = self._make.jobs([prompt], params, options)
-        handle = self._put(job, timeout, priority, cache_salt, streams=False)
+        queued = SubmitOptions(timeout, priority, cache_salt)
+        [handle] = self._submit([job], self._notify, queued)
         future: Future[Generation] = Future()
         self._futures[handle] = future
 
@@ -84,7 +82,8 @@ class ThreadedEngine:
     ) -> ThreadedStream:
         """Continue one prompt, piece by piece; it is generated whether it is read or not."""
         job = self._make.streamed(prompt, params, options)
-        handle = self._put(job, timeout, priority, cache_salt, streams=True)
+        queued = SubmitOptions(timeout, priority, cache_salt)
+        [handle] = self._submit([job], self._notify, queued, streams=True)
         self._streams[handle] = updated = threading.Event()
         return ThreadedStream(self, handle, updated)
 
@@ -101,13 +100,11 @@ class ThreadedEngine:
         Raises:
             TypeError, ValueError: a text is wrong.
             QueueFull: too many are waiting.
-            EngineError: a text could not be scored to its end.
+            EngineError: a text could not be scored to its end; the subclass says why.
         """
         scoring, updated = self._make.scoring(texts), threading.Event()
-        handles = self.thread.submit(
-            scoring.jobs, self._notify, deadline=deadline_in(timeout), priority=priority,
-            cache_salt=cache_salt,
-        )  # fmt: skip
+        options = SubmitOptions(timeout, priority, cache_salt)
+        handles = self._submit(scoring.jobs, self._notify, options)
         self._streams.update(dict.fromkeys(handles, updated))
         try:
             for handle in handles:
@@ -119,7 +116,7 @@ class ThreadedEngine:
             for handle in handles:
                 self.thread.cancel(handle)
                 self.forget(handle)
-        return scoring.scores([handle.request for handle in handles if handle.request is not None])
+        return scoring.scores(requests_of(handles))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""
@@ -130,35 +127,9 @@ class ThreadedEngine:
         self.thread.stop()
         self._pool.shutdown(wait=False)  # it may be the one that calls this
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def forget(self, handle: RequestHandle) -> None:
         """Its stream has ended."""
         self._streams.pop(handle, None)
-
-    def _put(
-        self,
-        job: Job,
-        timeout: float | None,
-        priority: int,
-        cache_salt: str | None,
-        *,
-        streams: bool,
-    ) -> RequestHandle:
-        [handle] = self.thread.submit(
-            [job], self._notify, streams=streams, deadline=deadline_in(timeout),
-            priority=priority, cache_salt=cache_salt,
-        )  # fmt: skip
-        return handle
 
     def _notify(self, handles: Sequence[RequestHandle]) -> None:
         for handle in handles:
@@ -178,7 +149,7 @@ class ThreadedEngine:
             future.set_exception(error)
 
 
-class ThreadedStream:
+class ThreadedStream(PieceStream):
     """An iterator over the Pieces of one request, for one thread; see fastgen.Stream."""
 
     def __init__(
@@ -186,48 +157,20 @@ class ThreadedStream:
     ) -> None:
         self._engine, self._handle, self._updated = engine, handle, updated
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Piece:
-        """The next piece.
-
-        Raises:
-            EngineError: a step failed, or too much was left unread.
-        """
+    def _next(self) -> Piece | None:
         reader = self._handle.reader
         assert reader is not None
-        try:
-            while True:
-                self._updated.clear()
-                self._handle.acknowledge()
-                if (piece := self._handle.piece()) is not None:
-                    return piece
-                if reader.ended:
-                    self._engine.forget(self._handle)
-                    raise StopIteration
-                self._updated.wait()
-        except StopIteration:
-            raise
-        except BaseException:
-            self.close()
-            raise
+        while True:
+            self._updated.clear()
+            self._handle.acknowledge()
+            if (piece := self._handle.piece()) is not None:
+                return piece
+            if reader.ended:
+                self._engine.forget(self._handle)
+                return None
+            self._updated.wait()
 
     def close(self) -> None:
         """End the generation; rows that had not ended end with "cancelled"."""
         self._handle.close()
         self._engine.forget(self._handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()

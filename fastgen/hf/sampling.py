@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from fastgen.engine.requests import Request, Row
-from fastgen.errors import EngineError, NothingToDrawError
+from fastgen.errors import NothingToDrawError, ended_early
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import ID_DTYPES, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows, logits_of
@@ -367,5 +367,5 @@ def _raise_error(row: Row, num_streamed: int) -> None:
         raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
     if error is not None:
         raise error
-    if row.finish_reason in ("error", "cancelled", "timeout"):
-        raise EngineError(f"generation ended: {row.finish_reason}")
+    if row.finish_reason in ("cancelled", "timeout"):
+        raise ended_early(f"generation ended: {row.finish_reason}", row.finish_reason)

@@ -17,6 +17,7 @@ from fastgen.checks import (
     text,
     token_ids,
 )
+from fastgen.errors import OptionError, OptionTypeError
 
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature can overflow float32
 MAX_SAMPLES = 2**16  # each keeps its tokens until the last has ended
@@ -119,10 +120,12 @@ class SamplingParams:
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if args:
-            raise TypeError("SamplingParams takes keyword options only, e.g. temperature=0.8")
+            raise OptionTypeError("SamplingParams takes keyword options only, e.g. temperature=0.8")
         for name in options:
             if name in _ELSEWHERE:
-                raise TypeError(f"unknown option {name!r}; here it is {_ELSEWHERE[name]}")
+                raise OptionTypeError(
+                    f"unknown option {name!r}; here it is {_ELSEWHERE[name]}", name
+                )
         reject_unknown(options, (field.name for field in fields(cls)))
         return super().__new__(cls)
 
@@ -136,18 +139,24 @@ class SamplingParams:
 
     def _check_together(self) -> None:
         if self.max_new_tokens == 0 and self.prompt_logprobs is None:
-            raise ValueError("max_new_tokens=0 generates nothing; it needs prompt_logprobs")
+            raise OptionError(
+                "max_new_tokens=0 generates nothing; it needs prompt_logprobs", "max_new_tokens"
+            )
         if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
+            raise OptionError(
+                f"min_new_tokens={self.min_new_tokens} exceeds "
+                f"max_new_tokens={self.max_new_tokens}",
+                "min_new_tokens",
             )
         if self.best_of is not None and self.best_of < self.n:
-            raise ValueError(f"best_of={self.best_of} is less than n={self.n}")
+            raise OptionError(f"best_of={self.best_of} is less than n={self.n}", "best_of")
         if self.rank is not None and self.best_of is None:
-            raise ValueError("rank chooses among best_of completions: it needs best_of")
+            raise OptionError("rank chooses among best_of completions: it needs best_of", "rank")
         allowed = self.allowed_token_ids
         if allowed is not None and set(allowed) <= set(self.suppress_tokens):
-            raise ValueError("allowed_token_ids holds nothing that suppress_tokens leaves")
+            raise OptionError(
+                "allowed_token_ids holds nothing that suppress_tokens leaves", "allowed_token_ids"
+            )
 
     @property
     def num_rows(self) -> int:
@@ -188,13 +197,15 @@ class SamplingParams:
 def _temperature(name: str, value: Any) -> float:
     temperature = real(name, value, 0, 1e6)
     if 0 < temperature < MIN_TEMPERATURE:
-        raise ValueError(f"{name} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value}")
+        raise OptionError(
+            f"{name} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value}", name
+        )
     return temperature
 
 
 def _top_k(name: str, value: Any) -> int:
     if is_integer(value) and value == -1:
-        raise ValueError(f"{name} must be at least 0, which keeps all, not -1")
+        raise OptionError(f"{name} must be at least 0, which keeps all, not -1", name)
     return integer(name, value, 0)
 
 
@@ -203,7 +214,7 @@ def _biases(name: str, value: Any, key_of: Callable[[str, Any], Any]) -> tuple[A
     biases: dict[Any, float] = {}
     for pair in pairs:
         if not isinstance(pair, tuple) or len(pair) != 2:
-            raise TypeError(f"{name} must be a mapping of token ids to numbers")
+            raise OptionTypeError(f"{name} must be a mapping of token ids to numbers", name)
         key = key_of(name, pair[0])
         biases[key] = real(f"a value in {name}", pair[1], -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     return tuple(biases.items())
@@ -220,7 +231,7 @@ def _sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float]
 def _word(name: str, value: Any) -> tuple[int, ...]:
     ids = tuple(integer(name, item, 0) for item in sequence(name, value))
     if not ids:
-        raise ValueError(f"{name} must not hold an empty word")
+        raise OptionError(f"{name} must not hold an empty word", name)
     return ids
 
 
@@ -231,7 +242,9 @@ def _bad_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
             words.append(text(name, word))
             continue
         if is_integer(word):
-            raise TypeError(f"{name} must hold strings or lists of token ids, not an integer")
+            raise OptionTypeError(
+                f"{name} must hold strings or lists of token ids, not an integer", name
+            )
         words.append(_word(name, word))
     return tuple(dict.fromkeys(words))
 
@@ -239,14 +252,14 @@ def _bad_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
 def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...]:
     allowed = token_ids(name, value)
     if not allowed:
-        raise ValueError(f"{name} must allow at least one token; None allows all")
+        raise OptionError(f"{name} must allow at least one token; None allows all", name)
     return allowed
 
 
 def _length_penalty(name: str, value: Any) -> tuple[int, float]:
     pair = sequence(name, value)
     if len(pair) != 2:
-        raise ValueError(f"{name} must be a pair (start, factor), not {len(pair)} values")
+        raise OptionError(f"{name} must be a pair (start, factor), not {len(pair)} values", name)
     start = integer(f"start in {name}", pair[0], 0)
     return start, real(f"factor in {name}", pair[1], 1e-6, MAX_PENALTY)
 
@@ -255,7 +268,7 @@ def _stop_strings(name: str, value: Any) -> tuple[str, ...]:
     stops = (value,) if isinstance(value, str) else sequence(name, value)
     for stop in stops:
         if not isinstance(stop, str):
-            raise TypeError(f"{name} must hold strings, not {type(stop).__name__}")
+            raise OptionTypeError(f"{name} must hold strings, not {type(stop).__name__}", name)
         text(name, stop)
     return tuple(dict.fromkeys(stops))
 
@@ -267,7 +280,7 @@ def _share(name: str, value: Any) -> float:
 def _below_one(name: str, value: Any) -> float:
     cutoff = real(name, value, 0, 1)
     if cutoff == 1:
-        raise ValueError(f"{name} must be at least 0 (off) and below 1, not 1")
+        raise OptionError(f"{name} must be at least 0 (off) and below 1, not 1", name)
     return cutoff
 
 

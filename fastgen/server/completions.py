@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen.checks import boolean, integer, real, reject_unknown
-from fastgen.errors import EngineError
-from fastgen.results import Completion, Generation
+from fastgen.errors import EngineError, OptionError, OptionTypeError, about
+from fastgen.results import Completion, Generation, Piece
 from fastgen.sampling.params import SamplingParams
-from fastgen.server.errors import ApiError, row_failed, unavailable
+from fastgen.server.errors import ApiError, completion_error, unavailable
 from fastgen.server.limits import ServerLimits
 from fastgen.server.logprobs import LogprobsWriter
 from fastgen.server.streaming import as_json
@@ -55,7 +55,7 @@ class CompletionRequest:
 
 
 def completion_request(body: dict[str, Any], limits: ServerLimits) -> CompletionRequest:
-    """Raises TypeError, ValueError or ApiError where it cannot be understood."""
+    """Raises OptionTypeError, OptionError or ApiError where it cannot be understood."""
     given = {name: value for name, value in body.items() if value is not None}
     check_names(given, [*SAMPLING, *OTHERS])
     if given.get("suffix", "") != "":
@@ -114,7 +114,7 @@ def _check_bad_text(words: Any) -> None:
 def _biases(name: str, value: Any) -> Any:
     """JSON's keys are strings: ids, or for sequence_bias ids with commas between them."""
     if not isinstance(value, dict):
-        raise TypeError(f"{name} must be an object, not {type(value).__name__}")
+        raise OptionTypeError(f"{name} must be an object, not {type(value).__name__}", name)
     if name == "logit_bias":
         return {_id(name, key): bias for key, bias in value.items()}
     return {tuple(_id(name, part) for part in key.split(",")): bias for key, bias in value.items()}
@@ -123,7 +123,7 @@ def _biases(name: str, value: Any) -> Any:
 def _id(name: str, key: str) -> int:
     """In one form only, so that no two keys are the same id."""
     if not _ID.fullmatch(key):
-        raise ValueError(f"{name} must have token ids as its keys")
+        raise OptionError(f"{name} must have token ids as its keys", name)
     return int(key)
 
 
@@ -134,7 +134,8 @@ def prompts_of(prompt: Any, most: int) -> list[Any]:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
-        raise TypeError(f"prompt must be a string or a list, not {type(prompt).__name__}")
+        told = f"prompt must be a string or a list, not {type(prompt).__name__}"
+        raise OptionTypeError(told, "prompt")
     if not prompt:
         raise ApiError(400, "prompt is an empty list", "prompt")
     if isinstance(prompt[0], (str, list)):
@@ -161,7 +162,7 @@ def check_names(given: dict[str, Any], known: list[str]) -> None:
 
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {type(value).__name__}")
+        raise OptionTypeError(f"{name} must be a string, not {type(value).__name__}", name)
     return value
 
 
@@ -171,9 +172,11 @@ def _include_usage(options: Any, stream: bool) -> bool:
     if not stream:
         raise ApiError(400, "stream_options is only of use with stream", "stream_options")
     if not isinstance(options, dict):
-        raise TypeError(f"stream_options must be an object, not {type(options).__name__}")
+        told = f"stream_options must be an object, not {type(options).__name__}"
+        raise OptionTypeError(told, "stream_options")
     check_names(options, ["include_usage", "include_obfuscation"])
-    return boolean("stream_options.include_usage", options.get("include_usage", False))
+    with about("stream_options"):
+        return boolean("stream_options.include_usage", options.get("include_usage", False))
 
 
 def check_answer(asked: CompletionRequest, max_seq_len: int, limits: ServerLimits) -> None:
@@ -239,7 +242,7 @@ class Answer:
         self, index: int, shown: str, generation: Generation, completion: Completion
     ) -> dict[str, Any]:
         """`shown`: the prompt's text, if it is to be there."""
-        refuse_failed(completion.finish_reason, completion.error)
+        refuse_failed(completion)
         writer = LogprobsWriter(self._tokenizer)
         if self._request.echo:
             if self._request.shows_prompt_logprobs:
@@ -262,12 +265,13 @@ class Answer:
         return choice
 
 
-def refuse_failed(finish_reason: str | None, error: str | None) -> None:
+def refuse_failed(ended: Completion | Piece) -> None:
     """Raise ApiError for a completion that failed."""
-    if finish_reason == "cancelled":
+    if ended.finish_reason == "cancelled":
         raise unavailable()
-    if finish_reason == "error":
-        raise row_failed(error or "") from EngineError(error)  # for the log
+    if ended.finish_reason == "error":
+        message = ended.error or ""
+        raise completion_error(ended.error_code, message) from EngineError(message)  # for the log
 
 
 def usage_of(prompts: Any, completions: Any) -> dict[str, int]:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fastgen.checks import integer
+from fastgen.errors import OptionTypeError, about
 from fastgen.frontends.async_engine import AsyncStream
 from fastgen.frontends.engine_thread import estimate_size
 from fastgen.results import Generation
@@ -94,7 +95,7 @@ async def _events(
     try:
         async with aclosing(merged(streams)) as pieces:
             async for at, piece in pieces:
-                refuse_failed(piece.finish_reason, piece.error)
+                refuse_failed(piece)
                 index = at * asked.params.n + piece.index
                 shown = piece.text
                 if index not in writers:
@@ -171,7 +172,8 @@ async def tokenize(request: Request) -> Response:
     body = await read_json(request, service.limits)
     check_names(body, ["model", "prompt"])
     served = service.model(text("model", body.get("model") or ""))
-    [ids] = await served.engine.tokenize([text("prompt", body.get("prompt"))])
+    with about("prompt"):
+        [ids] = await served.engine.tokenize([text("prompt", body.get("prompt"))])
     answer = {"tokens": ids, "count": len(ids), "max_model_len": served.max_seq_len}
     return await off_loop(len(ids), lambda: json_response(answer))
 
@@ -183,10 +185,12 @@ async def detokenize(request: Request) -> dict[str, Any]:
     served = service.model(text("model", body.get("model") or ""))
     tokens = body.get("tokens")
     if not isinstance(tokens, list):
-        raise TypeError(f"tokens must be a list of token ids, not {type(tokens).__name__}")
+        told = f"tokens must be a list of token ids, not {type(tokens).__name__}"
+        raise OptionTypeError(told, "tokens")
     most = served.generator.config.vocab_size - 1
     await off_loop(len(tokens), lambda: [integer("tokens", one, 0, most) for one in tokens])
-    return {"prompt": await served.engine.detokenize(tokens)}
+    with about("tokens"):
+        return {"prompt": await served.engine.detokenize(tokens)}
 
 
 async def live(request: Request) -> Response:

@@ -2,43 +2,68 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastgen.errors import EngineError, NothingToDrawError, QueueFull
+from fastgen.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    NothingToDrawError,
+    OptionError,
+    OptionTypeError,
+    QueueFull,
+    RequestCancelledError,
+    RequestTimeoutError,
+    RowFailedError,
+    SlowReaderError,
+    StepFailedError,
+    message_of,
+)
 
 # What fastgen calls it, and what callers of this protocol do.
 NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-PLAIN_NAMES = {"n", "prompt", "stop", "seed", "temperature", "logprobs", "echo", "model", "stream",
-               "user", "suffix", "timeout", "priority", "input", "labels", "tokens"}  # fmt: skip
 _LONGEST_MESSAGE = 1000  # a message may quote what it was sent
-_UNKNOWN = re.compile(r"unknown option '([^']+)'")
-_ABOUT = re.compile(r"(?:prompt \d+: )?(?:[a-z ]+ in |the |a )?([a-z_]+)\b")
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    405: "invalid_request_error",
-    408: "timeout_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-    431: "invalid_request_error",
+
+# Status and code of every error, and its type, which OpenAI's clients know.
+TYPES: dict[tuple[int, str | None], str] = {
+    (400, None): "invalid_request_error",
+    (400, "model_not_found"): "invalid_request_error",
+    (401, "invalid_api_key"): "authentication_error",
+    (404, "model_not_found"): "not_found_error",
+    (404, "unknown_url"): "not_found_error",
+    (405, "unknown_url"): "invalid_request_error",
+    (408, None): "timeout_error",
+    (408, "timeout"): "timeout_error",
+    (408, "unread"): "timeout_error",
+    (413, None): "invalid_request_error",
+    (429, "queue_full"): "rate_limit_error",
+    (431, None): "invalid_request_error",
+    (500, "generation_failed"): "server_error",
+    (500, "internal_error"): "server_error",
+    (500, "step_failed"): "server_error",
+    (503, "unavailable"): "server_error",
 }
 
 
 @dataclass
 class ApiError(Exception):
-    """A response that says what is wrong. `param` is the field that is, if it is one."""
+    """A response that says what is wrong. `param` is the field that is, if it is one.
+
+    `status` and `code` stand in TYPES.
+    """
 
     status: int
     message: str
     param: str | None = None
     code: str | None = None
 
+    def __post_init__(self) -> None:
+        assert (self.status, self.code) in TYPES, (self.status, self.code)
+
     @property
     def kind(self) -> str:
-        return _KINDS.get(self.status, "server_error")
+        return TYPES[self.status, self.code]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -60,57 +85,66 @@ class ApiError(Exception):
         return {"error": error}
 
 
+class _Answer(NamedTuple):
+    """`told` stands for the error's own message where that may quote what is inside."""
+
+    status: int
+    code: str
+    told: str | None = None
+
+
+# The first class that an error is one of.
+ANSWERS: dict[type[EngineError], _Answer] = {
+    QueueFull: _Answer(429, "queue_full"),
+    EngineClosedError: _Answer(503, "unavailable"),
+    EngineDeadError: _Answer(503, "unavailable", "this engine cannot go on"),
+    RequestCancelledError: _Answer(503, "unavailable", "cancelled: the server is shutting down"),
+    RequestTimeoutError: _Answer(408, "timeout"),
+    SlowReaderError: _Answer(408, "unread"),
+    NothingToDrawError: _Answer(
+        500, "generation_failed", f"generation failed: {NothingToDrawError()}"
+    ),
+    RowFailedError: _Answer(
+        500, "generation_failed", "generation failed; the server's log has the reason"
+    ),
+    StepFailedError: _Answer(500, "step_failed", "generation failed: a step of the engine did"),
+    EngineError: _Answer(500, "internal_error", "the server failed; its log has the reason"),
+}
+
+
 def api_error(error: BaseException) -> ApiError:
     """What a caller is told of an exception; only errors made for callers are quoted."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFull):
-        return ApiError(429, str(error), code="queue_full")
-    if isinstance(error, EngineError):
-        return _engine_error(str(error))
-    if isinstance(error, (TypeError, ValueError)):
-        message = _renamed(str(error))
-        return ApiError(400, message, param_of(message))
-    return ApiError(500, "the server failed; its log has the reason", code="internal_error")
+    if isinstance(error, (OptionError, OptionTypeError)):
+        return _wrong_option(error)
+    kind = next((kind for kind in ANSWERS if isinstance(error, kind)), EngineError)
+    return _answered(kind, message_of(error))
 
 
-def _engine_error(message: str) -> ApiError:
-    """A step that failed may quote what is inside: it is named, and the log has the rest."""
-    if message.startswith(("this engine", "this model")):
-        return ApiError(503, message.split(":")[0], code="unavailable")
-    if message.startswith("cancelled: "):  # a stream that was not read
-        return ApiError(408, message, code="unread")
-    if message == "scoring failed: timeout":
-        return ApiError(408, message, code="timeout")
-    if message == "scoring failed: cancelled":
-        return unavailable()
-    return ApiError(500, "generation failed: a step of the engine did", code="step_failed")
+def completion_error(code: str | None, message: str) -> ApiError:
+    """What a caller is told of a completion that ended with an error of this code."""
+    known = (NothingToDrawError, StepFailedError)
+    kind = next((kind for kind in known if kind.code == code), RowFailedError)
+    return _answered(kind, message)
+
+
+def _answered(kind: type[EngineError], message: str) -> ApiError:
+    answer = ANSWERS[kind]
+    told = message if answer.told is None else answer.told
+    return ApiError(answer.status, told, code=answer.code)
+
+
+def _wrong_option(error: OptionError | OptionTypeError) -> ApiError:
+    """With this protocol's name of the option. A name that it has not may be anything."""
+    option = error.option
+    if option is None or not option.isprintable():
+        return ApiError(400, str(error))
+    param = NAMES.get(option, option)
+    told = str(error) if param == option else f"{param}: {error.problem}"
+    return ApiError(400, told, param or None)
 
 
 def unavailable() -> ApiError:
     """For what was under way when the server came to its end."""
-    return ApiError(503, "cancelled: the server is shutting down", code="unavailable")
-
-
-def row_failed(message: str) -> ApiError:
-    """What a caller is told of a completion whose error this is: what it quotes is not theirs."""
-    told = "generation failed; the server's log has the reason"
-    if message == str(NothingToDrawError()):
-        told = f"generation failed: {message}"
-    return ApiError(500, told, code="generation_failed")
-
-
-def _renamed(message: str) -> str:
-    """With this protocol's names of options; not where it quotes what it was sent."""
-    for ours, theirs in NAMES.items():
-        message = re.sub(rf"(?<!')\b{ours}\b", theirs, message)
-    return message
-
-
-def param_of(message: str) -> str | None:
-    """The option that a message begins with, or names as unknown."""
-    if unknown := _UNKNOWN.match(message):
-        return unknown[1]
-    found = _ABOUT.match(message)
-    name = found[1] if found else ""
-    return name if "_" in name or name in PLAIN_NAMES else None
+    return api_error(RequestCancelledError())

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fastgen.errors import OptionTypeError, about
 from fastgen.results import Score
 from fastgen.server.bodies import read_json
 from fastgen.server.calls import json_response, off_loop, salt_of, service_of
@@ -32,9 +33,11 @@ async def score(request: Request) -> Response:
         raise ApiError(400, "labels holds an empty text, which has no probability", "labels")
     start: list[int] = []
     if name == "labels":
-        [start] = await model.engine.tokenize([text("prompt", given["prompt"])])
-        start = start or model.generator.job_maker.start()
-    ids = await model.engine.tokenize(texts)
+        with about("prompt"):
+            [start] = await model.engine.tokenize([text("prompt", given["prompt"])])
+            start = start or model.generator.job_maker.start()
+    with about(name):
+        ids = await model.engine.tokenize(texts)
     num_tokens = len(ids) * len(start) + sum(map(len, ids))
     if num_tokens > service.limits.score_tokens:
         told = f"{num_tokens} tokens exceed the limit of {service.limits.score_tokens}"
@@ -83,7 +86,7 @@ def _item(model: ServedModel, index: int, score: Score, first: int) -> dict[str,
 def _texts(name: str, value: Any, limits: ServerLimits) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise TypeError(f"{name} must be a string or a list of strings")
+        raise OptionTypeError(f"{name} must be a string or a list of strings", name)
     if len(texts) > limits.prompts:
         raise ApiError(400, f"{name}: {len(texts)} exceed the limit of {limits.prompts}", name)
     return [text(name, one) for one in texts]

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from fastgen.checkpoints.files import checked_file, holds, read_json
-from fastgen.errors import CheckpointError, shown
+from fastgen.errors import CheckpointError, OptionError, OptionTypeError, shown
 from fastgen.text.detokenizer import ByteLevelDecoder, Detokenizer, TextSink, WindowDecoder
 
 # Tokenizer classes that transformers may be asked for by name: data readers, no remote code.
@@ -101,19 +101,22 @@ class Tokenizer:
 
     def _check_text(self, text: Any, max_tokens: int | None) -> None:
         if not isinstance(text, str):
-            raise TypeError(f"text must be a string, not {type(text).__name__}")
+            told = f"text must be a string, not {type(text).__name__}"
+            raise OptionTypeError(told, "text")
         if max_tokens is not None and len(text) > max_tokens:
             longest = self._backend.max_chars_per_token
             if longest is not None and len(text) > max_tokens * longest:
-                raise ValueError(
+                raise OptionError(
                     f"the text has {len(text)} characters: more than {max_tokens} tokens, "
-                    f"the most that fits, even at {longest} characters a token"
+                    f"the most that fits, even at {longest} characters a token",
+                    "text",
                 )
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}"
+            raise OptionError(
+                f"the text is not valid Unicode: a lone surrogate at character {error.start}",
+                "text",
             ) from None
 
 
@@ -135,7 +138,7 @@ class _FastBackend:
         except BaseException as error:
             if not _is_librarys(error):
                 raise
-            raise ValueError(f"the tokenizer cannot encode this: {error}") from error
+            raise OptionError(f"the tokenizer cannot encode this: {error}", "text") from error
         return [item.ids for item in encoded]
 
     def decode(self, token_ids: Sequence[int]) -> str:

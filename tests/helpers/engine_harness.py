@@ -4,6 +4,7 @@ that only counts, where an engine's books are to be tried out thousands of times
 
 from __future__ import annotations
 
+import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -232,3 +233,9 @@ def num_calls(work: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+def assert_pickles(error: BaseException) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error)
+    assert vars(again) == vars(error)

@@ -18,7 +18,7 @@ class Room(NamedTuple):
 
 
 ROOMS = (
-    Room("words", "", ("__init__ checks errors native results",)),
+    Room("words", "", ("__init__ errors native results", "checks")),
     Room(
         "sampling",
         "words",
@@ -66,11 +66,12 @@ ROOMS = (
         "frontends",
         "words sampling checkpoints text decoders engine",
         (
-            "fair_lock prompts ranking scoring stream",
-            "codec",
+            "closing fair_lock prompts ranking scoring",
+            "codec stream",
             "jobs",
             "generator",
             "engine_thread",
+            "facade",
             "async_engine threaded_engine",
         ),
     ),

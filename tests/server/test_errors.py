@@ -232,6 +232,17 @@ def test_the_other_paths_refuse_what_is_wrong(server: RunningServer, path: str) 
         refusal(server, sent, path)
 
 
+def test_the_other_paths_name_the_field_that_is_wrong(server: RunningServer) -> None:
+    for path, param, sent in [
+        ("/v1/score", "input", {"input": LONE}), ("/v1/score", "input", {"input": 5}),
+        ("/v1/score", "prompt", {"prompt": LONE, "labels": ["a"]}),
+        ("/v1/score", "labels", {"prompt": "a", "labels": [LONE]}),
+        ("/v1/score", "timeout", {"input": "a", "timeout": 0}),
+        ("/tokenize", "prompt", {"prompt": LONE}), ("/detokenize", "tokens", {"tokens": [4096]}),
+    ]:  # fmt: skip
+        assert refusal(server, sent, path)["param"] == param
+
+
 def test_another_model_is_not_found(server: RunningServer) -> None:
     bodies = {"/v1/completions": body(), "/v1/score": {"input": "a"}, "/tokenize": {"prompt": "a"},
               "/detokenize": {"tokens": []}}  # fmt: skip

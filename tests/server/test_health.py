@@ -150,6 +150,7 @@ def test_streams_under_way_are_told_that_a_step_failed(model: fastgen.Generator)
                 raw += everything(client)
         *_, error, done = replies(raw)[0].body.decode().split("data: ")
         assert '{"error":{"message":"generation failed' in error and done.startswith("[DONE]")
+        assert '"code":"step_failed"' in error, "as a whole answer would say"
         assert raw.count(b'"error"') == 1 and b"secret" not in raw
 
 

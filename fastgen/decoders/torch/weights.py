@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
 from fastgen.checkpoints.files import NUMPY_DTYPES
-from fastgen.errors import EngineError
+from fastgen.errors import EngineClosedError
 
 Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
 Norm = tuple[Tensor, Tensor]  # weight and bias, (C,) each
@@ -145,4 +145,4 @@ def from_numpy(array: NDArray[Any]) -> Tensor:
 
 
 def _closed(x: Tensor) -> Tensor:
-    raise EngineError("this model has been closed")
+    raise EngineClosedError("this model has been closed")
