@@ -1,6 +1,8 @@
 """Checks of single values that a caller gave: plain Python out, or an error that names the option.
 
-Each raises TypeError for a value of the wrong type and ValueError for one out of range.
+Each raises OptionTypeError (a TypeError) for a value of the wrong type, and OptionError (a
+ValueError) for one out of range. `name` is the option, and the error's `option`; `part` comes
+before it in the message where only a part of the option is wrong, e.g. "a token id in ".
 """
 
 from __future__ import annotations
@@ -12,57 +14,62 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fastgen.errors import OptionError, OptionTypeError
+
 INT32_MAX = 2**31 - 1
 
 
 def reject_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for the first option that is not known, naming the nearest known one."""
+    """Raise OptionTypeError for the first that is not known, naming the nearest known one."""
     names = sorted(known)
     for name in options:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(names)}"
-            raise TypeError(f"unknown option {name!r}; {hint}")
+            raise OptionTypeError(f"unknown option {name!r}; {hint}", name)
 
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
+def integer(name: str, value: Any, low: int, high: int = INT32_MAX, *, part: str = "") -> int:
     if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        raise OptionTypeError(f"{part}{name} must be an integer, not {type(value).__name__}", name)
     number = operator.index(value)
     if not low <= number <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {brief(number)}")
+        told = f"{part}{name} must be between {low} and {high}, not {brief(number)}"
+        raise OptionError(told, name)
     return number
 
 
-def real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
+def real(
+    name: str, value: Any, low: float, high: float, *, above: bool = False, part: str = ""
+) -> float:
     """A finite float from `low` (which itself is refused if `above`) to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        raise OptionTypeError(f"{part}{name} must be a number, not {type(value).__name__}", name)
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be finite, not {brief(value)}") from None
+        raise OptionError(f"{part}{name} must be finite, not {brief(value)}", name) from None
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, not {number}")
+        raise OptionError(f"{part}{name} must be finite, not {number}", name)
     if not low <= number <= high or (above and number == low):
         between = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be {between}, not {number}")
+        raise OptionError(f"{part}{name} must be {between}, not {number}", name)
     return number
 
 
 def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
+        raise OptionTypeError(f"{name} must be True or False, not {type(value).__name__}", name)
     return value
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
     if value is not None and not callable(value):
-        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
+        raise OptionTypeError(f"{name} must be a function, not {type(value).__name__}", name)
     return value  # type: ignore[no-any-return]
 
 
@@ -71,7 +78,7 @@ def sequence(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence, not {type(value).__name__}")
+        raise OptionTypeError(f"{name} must be a sequence, not {type(value).__name__}", name)
     return tuple(value)
 
 
@@ -83,9 +90,10 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 def text(name: str, value: str) -> str:
     """A string that is not empty and can be encoded."""
     if not value:
-        raise ValueError(f"{name} must not hold an empty string")
+        raise OptionError(f"{name} must not hold an empty string", name)
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{name} holds {value!r}, which is not valid text (a lone surrogate)")
+        told = f"{name} holds {value!r}, which is not valid text (a lone surrogate)"
+        raise OptionError(told, name)
     return value
 
 

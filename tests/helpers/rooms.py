@@ -18,12 +18,14 @@ class Room(NamedTuple):
 
 
 ROOMS = (
-    Room("words", "", ("__init__ checks errors native results",)),
+    Room("words", "", ("__init__ errors native results", "checks")),
     Room(
         "sampling",
         "words",
         (
-            "draw params philox",
+            "draw option_checks philox",
+            "options",
+            "params",
             "filters native_sampler processors",
             "definition history torch_filters",
             "torch_processors",
