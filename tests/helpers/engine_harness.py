@@ -21,6 +21,7 @@ from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
 from fastgen.frontends.generator import open_model
 from fastgen.results import TokenLogprobs
+from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.draw import Draw
 from late_decoder import LateDecoder
 
@@ -79,6 +80,7 @@ class CountingDecoder:
 
     vocab_size = 97
     is_async = False
+    known_options = KNOWN_OPTIONS - {"logits_processor"}
 
     def __init__(self, limits: Capacity) -> None:
         self.limits = limits
