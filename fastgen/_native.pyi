@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +9,8 @@ def cpu_features() -> list[str]: ...
 def sampler_bytes(num_seats: int, vocab_size: int, max_tokens: int, num_threads: int) -> int: ...
 
 class Sampler:
+    options: ClassVar[tuple[str, ...]]
+
     def __init__(
         self, num_seats: int, vocab_size: int, max_tokens: int, num_threads: int
     ) -> None: ...

@@ -1,6 +1,8 @@
 """Checks of single values that a caller gave: plain Python out, or an error that names the option.
 
-Each raises TypeError for a value of the wrong type and ValueError for one out of range.
+Each raises OptionTypeError (a TypeError) for a value of the wrong type, and OptionError (a
+ValueError) for one out of range. `name` is the option, and the error's `option`; `part` comes
+before it in the message where only a part of the option is wrong, e.g. "a token id in ".
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ INT32_MAX = 2**31 - 1
 
 
 def reject_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for the first option that is not known, naming the nearest known one."""
+    """Raise OptionTypeError for the first that is not known, naming the nearest known one."""
     names = sorted(known)
     for name in options:
         if name not in names:
@@ -27,50 +29,54 @@ def reject_unknown(options: Mapping[str, Any], known: Iterable[str]) -> None:
             raise OptionTypeError(f"unknown option {name!r}; {hint}", name)
 
 
-def _wrong(
-    kind: type[OptionError] | type[OptionTypeError], name: str, problem: str
-) -> OptionError | OptionTypeError:
-    return kind(f"{name} {problem}", name.split()[-1], problem)
+def wrong_value(name: str, problem: str, part: str = "") -> OptionError:
+    return OptionError(f"{part}{name} {problem}", name, problem)
+
+
+def wrong_type(name: str, problem: str, part: str = "") -> OptionTypeError:
+    return OptionTypeError(f"{part}{name} {problem}", name, problem)
 
 
 def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def integer(name: str, value: Any, low: int, high: int = INT32_MAX) -> int:
+def integer(name: str, value: Any, low: int, high: int = INT32_MAX, *, part: str = "") -> int:
     if not is_integer(value):
-        raise _wrong(OptionTypeError, name, f"must be an integer, not {type(value).__name__}")
+        raise wrong_type(name, f"must be an integer, not {type(value).__name__}", part)
     number = operator.index(value)
     if not low <= number <= high:
-        raise _wrong(OptionError, name, f"must be between {low} and {high}, not {brief(number)}")
+        raise wrong_value(name, f"must be between {low} and {high}, not {brief(number)}", part)
     return number
 
 
-def real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
+def real(
+    name: str, value: Any, low: float, high: float, *, above: bool = False, part: str = ""
+) -> float:
     """A finite float from `low` (which itself is refused if `above`) to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _wrong(OptionTypeError, name, f"must be a number, not {type(value).__name__}")
+        raise wrong_type(name, f"must be a number, not {type(value).__name__}", part)
     try:
         number = float(value)
     except OverflowError:
-        raise _wrong(OptionError, name, f"must be finite, not {brief(value)}") from None
+        raise wrong_value(name, f"must be finite, not {brief(value)}", part) from None
     if not math.isfinite(number):
-        raise _wrong(OptionError, name, f"must be finite, not {number}")
+        raise wrong_value(name, f"must be finite, not {number}", part)
     if not low <= number <= high or (above and number == low):
         between = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-        raise _wrong(OptionError, name, f"must be {between}, not {number}")
+        raise wrong_value(name, f"must be {between}, not {number}", part)
     return number
 
 
 def boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _wrong(OptionTypeError, name, f"must be True or False, not {type(value).__name__}")
+        raise wrong_type(name, f"must be True or False, not {type(value).__name__}")
     return value
 
 
 def function(name: str, value: Any) -> Callable[..., Any] | None:
     if value is not None and not callable(value):
-        raise _wrong(OptionTypeError, name, f"must be a function, not {type(value).__name__}")
+        raise wrong_type(name, f"must be a function, not {type(value).__name__}")
     return value  # type: ignore[no-any-return]
 
 
@@ -79,7 +85,7 @@ def sequence(name: str, value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
-        raise _wrong(OptionTypeError, name, f"must be a sequence, not {type(value).__name__}")
+        raise wrong_type(name, f"must be a sequence, not {type(value).__name__}")
     return tuple(value)
 
 
@@ -91,11 +97,9 @@ def token_ids(name: str, value: Any) -> tuple[int, ...]:
 def text(name: str, value: str) -> str:
     """A string that is not empty and can be encoded."""
     if not value:
-        raise _wrong(OptionError, name, "must not hold an empty string")
+        raise wrong_value(name, "must not hold an empty string")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _wrong(
-            OptionError, name, f"holds {value!r}, which is not valid text (a lone surrogate)"
-        )
+        raise wrong_value(name, f"holds {value!r}, which is not valid text (a lone surrogate)")
     return value
 
 

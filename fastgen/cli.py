@@ -18,6 +18,7 @@ from fastgen.decoders.select import backends, plan_decoder
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.frontends.generator import Generator, load, open_model
 from fastgen.results import Generation, Score
+from fastgen.sampling.options import OPTIONS, Flag, Option
 from fastgen.sampling.params import SamplingParams
 from fastgen.server import command as server_command
 
@@ -113,53 +114,38 @@ def _sampling_options() -> argparse.ArgumentParser:
     """Each lands under the name of the SamplingParams field it is."""
     options = argparse.ArgumentParser(add_help=False)
     group = options.add_argument_group("sampling")
-
-    def add(flag: str, kind: Any, metavar: str, text: str) -> None:
-        default = getattr(SamplingParams(), flag.strip("-").replace("-", "_"))
-        if isinstance(default, (int, float)):
-            text += f" (default: {default:g})"
-        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=default)
-
-    def add_many(flag: str, kind: Any, metavar: str, text: str, dest: str) -> None:
-        text += "; may be repeated"
-        group.add_argument(
-            flag, type=kind, metavar=metavar, help=text, dest=dest, action="append", default=[]
-        )
-
-    add("-n", int, "N", "completions")
-    add("--best-of", int, "N", "draw so many, show the n with the best mean log-probability")
-    add("--max-new-tokens", int, "N", "at most so many")
-    add("--min-new-tokens", int, "N", "do not end before")
-    add("--temperature", float, "T", "0 is greedy")
-    add("--top-k", int, "K", "draw from the k most likely tokens; 0 is off")
-    add("--top-p", float, "P", "from those that hold this probability; 1 is off")
-    add("--min-p", float, "P", "from those with this share of the highest probability; 0 is off")
-    add("--typical-p", float, "P", "from the most typical, up to this probability; 1 is off")
-    add("--top-h", float, "H", "from the most likely that hold this share of their entropy")
-    add("--epsilon-cutoff", float, "P", "from those with at least this probability; 0 is off")
-    add("--eta-cutoff", float, "E", "the same, lower where the entropy is high; 0 is off")
-    add("--repetition-penalty", float, "R", "against every token of the row; 1 is off")
-    add("--presence-penalty", float, "A", "against tokens that were generated")
-    add("--frequency-penalty", float, "A", "against them, for each time")
-    add("--no-repeat-ngram-size", int, "N", "no n tokens occur twice; 0 is off")
-    add_many("--logit-bias", _bias, "ID=VALUE", "add to a token's logit", "logit_bias")
-    add_many("--bad-word", str, "TEXT", "never complete the tokens of this text", "bad_words")
-    add_many("--stop", str, "TEXT", "end there", "stop")
-    add_many("--stop-token-id", int, "ID", "end at this token", "stop_token_ids")
-    group.add_argument("--include-stop", action="store_true", help="show what ended the text")
-    group.add_argument("--ignore-eos", action="store_true", help="go on after the end of text")
-    add("--seed", int, "S", "to repeat a result (default: a new one)")
-    add("--logprobs", int, "K", "in the JSON, each token's log-probability and those of the k best")
+    for option in OPTIONS:
+        if option.flag is not None:
+            group.add_argument(option.flag.name, dest=option.name, **_flag(option, option.flag))
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="end after this time")
     return options
 
 
-def _bias(argument: str) -> tuple[int, float]:
-    token_id, _, value = argument.partition("=")
-    try:
-        return int(token_id), float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{argument!r} is not ID=VALUE") from None
+def _flag(option: Option, flag: Flag) -> dict[str, Any]:
+    """What argparse is told of an option's flag."""
+    if not flag.metavar:
+        return {"action": "store_true", "help": flag.help}
+    told: dict[str, Any] = {"type": _kind(flag), "metavar": flag.metavar, "help": flag.help}
+    if flag.repeats:
+        told["help"] += "; may be repeated"
+        return told | {"action": "append", "default": []}
+    if option.default is not None:
+        told["help"] += f" (default: {option.default:g})"
+    return told | {"default": option.default}
+
+
+def _kind(flag: Flag) -> Callable[[str], Any]:
+    """Reads the flag's value; argparse itself says what is no number."""
+    if flag.kind in (int, float, str):
+        return flag.kind
+
+    def read(argument: str) -> Any:
+        try:
+            return flag.kind(argument)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{argument!r} is not {flag.metavar}") from None
+
+    return read
 
 
 def _load(arguments: argparse.Namespace, model: str | None) -> Generator:
@@ -194,7 +180,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def params_of(arguments: argparse.Namespace) -> SamplingParams:
     given = vars(arguments)
-    names = [field.name for field in dataclasses.fields(SamplingParams) if field.name in given]
+    names = [option.name for option in OPTIONS if option.flag is not None]
     return SamplingParams(**{name: given[name] for name in names})
 
 

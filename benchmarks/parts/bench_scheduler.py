@@ -16,6 +16,7 @@ from fastgen.decoders.memory import BLOCK_SIZE, blocks_for
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request, Row
 from fastgen.engine.scheduler import Admission, Scheduler, StepPlan
+from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.draw import Draw
 
 ROWS = (1, 8, 32, 128)
@@ -44,7 +45,7 @@ def make_scheduler(num_seats: int) -> Scheduler:
 
 def add_row(scheduler: Scheduler, prompt: list[int]) -> Row:
     request = Request(tuple(prompt), PARAMS)
-    request.make_rows(0, MAX_LEN, frozenset(), None)
+    request.make_rows(0, MAX_LEN, frozenset(), None, KNOWN_OPTIONS)
     [row] = request.rows
     scheduler.waiting.add(row)
     return row

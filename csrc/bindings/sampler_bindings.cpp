@@ -4,7 +4,8 @@
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
+#include <functional>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -18,7 +19,68 @@ namespace fastgen {
 
 namespace {
 
-using Ids = std::vector<std::int64_t>;
+using WideIds = std::vector<std::int64_t>;
+
+// What Python gave for an option, as the type that it has here.
+class OptionReader {
+ public:
+  using Narrow = std::function<Ids(const char* name, const WideIds& ids)>;  // or raises
+
+  OptionReader(Narrow narrow, int vocab_size)
+      : narrow_(std::move(narrow)), vocab_size_(vocab_size) {}
+
+  // None leaves the option as it is. Returns how many were found: 1, or KeyError.
+  template <typename Option>
+  int find(const py::dict& given, const char* name, Option& option) const {
+    PyObject* const value = PyDict_GetItemString(given.ptr(), name);
+    if (value == nullptr) throw py::key_error(std::string("option ") + name + " is missing");
+    if (value != Py_None) read(name, py::reinterpret_borrow<py::object>(value), option);
+    return 1;
+  }
+
+ private:
+  template <typename Number>
+  void read(const char*, const py::object& value, Number& option) const {
+    option = value.cast<Number>();
+  }
+  void read(const char* name, const py::object& value, Ids& option) const {
+    option = narrow_(name, value.cast<WideIds>());
+  }
+  void read(const char* name, const py::object& value, IdSet& option) const {
+    option.assign(vocab_size_, false);
+    for (const std::int32_t id : narrow_(name, value.cast<WideIds>())) option.add(id);
+  }
+  void read(const char* name, const py::object& value, std::vector<Ids>& option) const {
+    for (const WideIds& word : value.cast<std::vector<WideIds>>()) {
+      if (!word.empty()) option.push_back(narrow_(name, word));
+    }
+  }
+  void read(const char* name, const py::object& value, std::vector<BiasedId>& option) const {
+    for (const auto& [id, bias] : value.cast<std::vector<std::pair<std::int64_t, float>>>()) {
+      option.push_back({narrow_(name, {id})[0], bias});
+    }
+  }
+  void read(const char* name, const py::object& value, std::vector<BiasedSequence>& option) const {
+    for (const auto& [ids, bias] : value.cast<std::vector<std::pair<WideIds, float>>>()) {
+      if (!ids.empty()) option.push_back({narrow_(name, ids), bias});
+    }
+  }
+  void read(const char*, const py::object& value, LengthPenalty& option) const {
+    std::tie(option.start, option.factor) = value.cast<std::pair<int, double>>();
+  }
+
+  Narrow narrow_;
+  int vocab_size_;
+};
+
+py::tuple option_names() {
+#define FASTGEN_NAME(name, ...) #name,
+  constexpr const char* kNames[] = {FASTGEN_SAMPLING_OPTIONS(FASTGEN_NAME)};
+#undef FASTGEN_NAME
+  py::tuple names(std::size(kNames));
+  for (std::size_t at = 0; at < std::size(kNames); ++at) names[at] = kNames[at];
+  return names;
+}
 
 }  // namespace
 
@@ -62,7 +124,7 @@ void CheckedSampler::reserve(int num_seats) {
   sampler_.reserve(num_seats);
 }
 
-void CheckedSampler::bind(int seat, const Ids& prompt, const py::dict& given) {
+void CheckedSampler::bind(int seat, const WideIds& prompt, const py::dict& given) {
   check_seat(seat);
   if (static_cast<int>(prompt.size()) > sampler_.max_tokens()) {
     throw py::value_error("prompt: longer than max_tokens");
@@ -140,7 +202,7 @@ void CheckedSampler::check_seat(int seat) const {
   if (seat < 0 || seat >= sampler_.num_seats()) throw py::index_error("there is no such seat");
 }
 
-std::vector<std::int32_t> CheckedSampler::narrow(const char* name, const Ids& ids) const {
+Ids CheckedSampler::narrow(const char* name, const WideIds& ids) const {
   std::vector<std::int32_t> narrowed;
   narrowed.reserve(ids.size());
   for (const std::int64_t id : ids) {
@@ -153,60 +215,34 @@ std::vector<std::int32_t> CheckedSampler::narrow(const char* name, const Ids& id
   return narrowed;
 }
 
-std::vector<std::int32_t> CheckedSampler::ids_of(const py::dict& given, const char* name) const {
-  return narrow(name, given[name].cast<Ids>());
-}
-
 SamplingOptions CheckedSampler::options_of(const py::dict& given) const {
+  const OptionReader reader(
+      [this](const char* name, const WideIds& ids) { return narrow(name, ids); },
+      sampler_.vocab_size());
   SamplingOptions options;
-  options.seed = given["seed"].cast<std::uint64_t>();
-  for (const auto& [id, bias] :
-       given["logit_bias"].cast<std::vector<std::pair<std::int64_t, float>>>()) {
-    options.logit_bias.push_back({narrow("logit_bias", {id})[0], bias});
+  Py_ssize_t num_read = 0;
+#define FASTGEN_READ(name, ...) num_read += reader.find(given, #name, options.name);
+  FASTGEN_SAMPLING_OPTIONS(FASTGEN_READ)
+#undef FASTGEN_READ
+  if (PyDict_Size(given.ptr()) != num_read) {
+    for (const auto& item : given) {
+      const auto name = item.first.cast<std::string>();
+      if (!option_names().contains(name)) throw py::key_error("option " + name + " is unknown");
+    }
   }
-  for (const auto& [ids, bias] :
-       given["sequence_bias"].cast<std::vector<std::pair<Ids, float>>>()) {
-    if (!ids.empty()) options.sequence_bias.push_back({narrow("sequence_bias", ids), bias});
-  }
-  options.repetition_penalty = given["repetition_penalty"].cast<float>();
-  options.frequency_penalty = given["frequency_penalty"].cast<float>();
-  options.presence_penalty = given["presence_penalty"].cast<float>();
-  options.no_repeat_ngram_size = std::max(0, given["no_repeat_ngram_size"].cast<int>());
-  for (const Ids& word : given["bad_words"].cast<std::vector<Ids>>()) {
-    if (!word.empty()) options.bad_words.push_back(narrow("bad_words", word));
-  }
-  options.min_new_tokens = given["min_new_tokens"].cast<int>();
-  if (!given["allowed_token_ids"].is_none()) {
-    options.allowed.assign(sampler_.vocab_size(), false);
-    for (const std::int32_t id : ids_of(given, "allowed_token_ids")) options.allowed.add(id);
-  }
-  if (!given["exponential_decay_length_penalty"].is_none()) {
-    std::tie(options.length_start, options.length_factor) =
-        given["exponential_decay_length_penalty"].cast<std::pair<int, double>>();
-  }
-  options.suppress = ids_of(given, "suppress_tokens");
-  options.begin_suppress = ids_of(given, "begin_suppress_tokens");
-  options.ending_ids = ids_of(given, "ending_ids");
-  options.temperature = given["temperature"].cast<float>();
-  options.top_h = given["top_h"].is_none() ? 0 : given["top_h"].cast<double>();
-  options.top_k = std::max(0, given["top_k"].cast<int>());
-  options.top_p = given["top_p"].cast<double>();
-  options.min_p = given["min_p"].cast<double>();
-  options.typical_p = given["typical_p"].cast<double>();
-  options.epsilon_cutoff = given["epsilon_cutoff"].cast<double>();
-  options.eta_cutoff = given["eta_cutoff"].cast<double>();
-  options.num_logprobs = given["logprobs"].is_none() ? -1 : given["logprobs"].cast<int>();
   return options;
 }
 
 void bind_sampler(py::module_& module) {
-  py::class_<CheckedSampler>(module, "Sampler", "Draws for the rows of a step, by seat.")
+  py::class_<CheckedSampler> sampler(module, "Sampler", "Draws for the rows of a step, by seat.");
+  sampler.attr("options") = option_names();
+  sampler
       .def(py::init<int, int, int, int>(), py::arg("num_seats"), py::arg("vocab_size"),
            py::arg("max_tokens"), py::arg("num_threads"))
       .def("reserve", &CheckedSampler::reserve, py::arg("num_seats"))
       .def("bind", &CheckedSampler::bind, py::arg("seat"), py::arg("prompt"), py::arg("options"),
-           "Give a seat to a row: its prompt, and its options by the names of SamplingParams, with "
-           "ending_ids besides.")
+           "Give a seat to a row: its prompt, and a value for each of `options`, by its name in "
+           "SamplingParams, and ending_ids. KeyError: one is missing, or unknown.")
       .def("set_mask", &CheckedSampler::set_mask, py::arg("seat"), py::arg("allowed").none(true))
       .def("observe", &CheckedSampler::observe, py::arg("seat"), py::arg("token_id"))
       .def("draw", &CheckedSampler::draw, py::arg("logits").noconvert(),

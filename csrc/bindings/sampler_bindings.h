@@ -51,8 +51,7 @@ class CheckedSampler {
 
  private:
   void check_seat(int seat) const;
-  std::vector<std::int32_t> narrow(const char* name, const std::vector<std::int64_t>& ids) const;
-  std::vector<std::int32_t> ids_of(const pybind11::dict& given, const char* name) const;
+  Ids narrow(const char* name, const std::vector<std::int64_t>& ids) const;
   SamplingOptions options_of(const pybind11::dict& given) const;
 
   Sampler sampler_;

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
+
+#include "sampler/weighted_selection.h"
 
 namespace fastgen {
 
@@ -12,13 +13,8 @@ namespace {
 constexpr int kTopHCandidates = 100;
 constexpr double kTypicalSteps = 0x1p40;  // to a nat: nearer distances to the entropy are equal
 constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
-constexpr double kEdge = 1e-12;  // top_h: sums this near to their share have reached it
+constexpr double kEdge = 1e-12;  // top_h, top_n_sigma: what is this near to an edge is within
 constexpr float kRuledOut = -std::numeric_limits<float>::infinity();
-
-struct Threshold {
-  double key;         // the smallest with mass(keys <= key) >= goal
-  double mass_below;  // of the keys below it
-};
 
 // Keep the candidates that pred(index) names, in their order.
 template <typename Predicate>
@@ -36,74 +32,6 @@ void keep_if(Candidates& candidates, Predicate pred) {
   }
   candidates.count = kept;
   candidates.total = total;
-}
-
-// Of keys at places that differ from round to round, so that no order of the keys is a bad one.
-double median_of_sample(const double* keys, int count, std::uint32_t& random) {
-  constexpr int kSample = 15;
-  double sample[kSample];
-  for (double& key : sample) {
-    random = random * 1664525u + 1013904223u;  // a linear congruential generator
-    key = keys[static_cast<std::uint64_t>(random) * static_cast<std::uint32_t>(count) >> 32];
-  }
-  std::nth_element(sample, sample + kSample / 2, sample + kSample);
-  return sample[kSample / 2];
-}
-
-template <typename Predicate>
-int compact(double* keys, double* weights, int count, Predicate pred) {
-  int kept = 0;
-  for (int at = 0; at < count; ++at) {
-    const double key = keys[at];
-    keys[kept] = key;
-    weights[kept] = weights[at];
-    kept += pred(key);
-  }
-  return kept;
-}
-
-Threshold select_among_few(double* keys, double* weights, int count, double goal, double below) {
-  for (int at = 1; at < count; ++at) {  // insertion sort
-    const double key = keys[at], weight = weights[at];
-    int to = at;
-    for (; to > 0 && keys[to - 1] > key; --to) {
-      keys[to] = keys[to - 1];
-      weights[to] = weights[to - 1];
-    }
-    keys[to] = key;
-    weights[to] = weight;
-  }
-  double mass = below;
-  for (int at = 0; at < count;) {
-    const double key = keys[at], before = mass;
-    for (; at < count && keys[at] == key; ++at) mass += weights[at];
-    if (mass >= goal || at == count) return {key, before};
-  }
-  return {std::numeric_limits<double>::infinity(), below};
-}
-
-// Weighted selection: halves the keys until few are left. Destroys both arrays.
-Threshold select_mass(double* keys, double* weights, int count, double goal,
-                      const SamplerKernels& kernels) {
-  constexpr int kFew = 24;
-  double below = 0;
-  std::uint32_t random = 1;
-  while (count > kFew) {
-    const double pivot = median_of_sample(keys, count, random);
-    double less, equal;
-    kernels.split_mass(keys, weights, count, pivot, &less, &equal);
-    if (below + less >= goal) {
-      count = compact(keys, weights, count, [=](double key) { return key < pivot; });
-      continue;
-    }
-    const double reached = below + less + equal;
-    if (reached >= goal) return {pivot, below + less};
-    const int kept = compact(keys, weights, count, [=](double key) { return key > pivot; });
-    if (kept == 0) return {pivot, below + less};  // the goal was missed by a rounding
-    below = reached;
-    count = kept;
-  }
-  return select_among_few(keys, weights, count, goal, below);
 }
 
 // Keep values above `edge` and the first `num_equal` of those equal to it.
@@ -269,6 +197,51 @@ void gather(const ProcessedLogits& scores, float temperature, float least, Candi
   candidates.count = kept;
 }
 
+// The sum of term(index), in lanes that do not wait for each other.
+template <typename Term>
+double sum_of(int count, Term term) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {}, sum = 0;
+  int at = 0;
+  for (; at + kLanes <= count; at += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(at + lane);
+  }
+  for (int lane = 0; at < count; ++at, ++lane) lanes[lane] += term(at);
+  for (const double part : lanes) sum += part;
+  return sum;
+}
+
+// The standard deviation of the finite values: the population's.
+double deviation_of(const float* values, int count, float highest) {
+  const auto finite = [=](int at) { return values[at] > kRuledOut; };
+  const auto below = [=](int at) { return static_cast<double>(values[at]) - highest; };
+  const double num_finite = sum_of(count, [=](int at) { return finite(at) ? 1.0 : 0.0; });
+  const double mean =
+      sum_of(count, [=](int at) { return finite(at) ? below(at) : 0; }) / num_finite;
+  const double squares = sum_of(count, [=](int at) {
+    const double from_mean = below(at) - mean;
+    return finite(at) ? from_mean * from_mean : 0;
+  });
+  return std::sqrt(squares / num_finite);
+}
+
+// Candidates at most `top_n_sigma` standard deviations below the highest; weights are not set.
+void take_within(const ProcessedLogits& scores, const SamplingOptions& options,
+                 Candidates& candidates, Scratch& scratch, const SamplerKernels& kernels) {
+  const float* values = scores.logits;
+  if (options.temperature != 1) {
+    kernels.divide(values, scores.count, options.temperature, scratch.values);
+    values = scratch.values;
+  }
+  const double deviation = deviation_of(values, scores.count, candidates.highest);
+  const double least = -options.top_n_sigma * deviation * (1 + kEdge);
+  const double lowest = std::numeric_limits<float>::lowest();
+  const float about = static_cast<float>(std::max(candidates.highest + least, lowest));
+  const float slack = std::fabs(about) * 1e-6f + 1e-6f;
+  gather(scores, options.temperature, about - slack, candidates, scratch);
+  keep_if(candidates, [&](int at) { return gap(candidates, at) >= least; });
+}
+
 Candidates no_candidates(const ProcessedLogits& scores, float temperature, Scratch& scratch) {
   return {scratch.values, scratch.ids, scratch.weights, 0, 0, scores.highest / temperature};
 }
@@ -303,21 +276,29 @@ Weighed weigh_row(const ProcessedLogits& scores, float temperature, Scratch& scr
 }
 
 bool filters(const SamplingOptions& options) {
-  return options.top_h > 0 || options.top_k > 0 || options.top_p < 1 || options.min_p > 0 ||
-         options.typical_p < 1 || options.epsilon_cutoff > 0 || options.eta_cutoff > 0;
+  return options.top_n_sigma > 0 || options.top_h > 0 || options.top_k > 0 || options.top_p < 1 ||
+         options.min_p > 0 || options.typical_p < 1 || options.epsilon_cutoff > 0 ||
+         options.eta_cutoff > 0;
 }
 
 Candidates filtered(const SamplingOptions& options, const ProcessedLogits& scores, Scratch& scratch,
                     const SamplerKernels& kernels) {
   const float temperature = options.temperature;
   const bool has_top_k = options.top_k > 0 && options.top_k < scores.count;
+  const bool has_top_n_sigma = options.top_n_sigma > 0;
   Candidates candidates = no_candidates(scores, temperature, scratch);
+  if (has_top_n_sigma) take_within(scores, options, candidates, scratch, kernels);
   if (options.top_h > 0) {
-    candidates = best_candidates(scores, temperature, kTopHCandidates, scratch);
+    if (!has_top_n_sigma) {
+      candidates = best_candidates(scores, temperature, kTopHCandidates, scratch);
+    }
     keep_top_k(candidates, kTopHCandidates, true, scratch, kernels);
     weigh(candidates, scratch, kernels);
     keep_top_h(candidates, options.top_h);
     if (has_top_k) keep_top_k(candidates, options.top_k, false, scratch, kernels);
+  } else if (has_top_n_sigma) {
+    if (has_top_k) keep_top_k(candidates, options.top_k, false, scratch, kernels);
+    weigh(candidates, scratch, kernels);
   } else if (has_top_k) {
     candidates = best_candidates(scores, temperature, options.top_k, scratch);
     keep_top_k(candidates, options.top_k, false, scratch, kernels);

@@ -1,4 +1,5 @@
-// Which tokens a sampled row may draw, and with what weight; fastgen/filters.py is the definition.
+// Which tokens a sampled row may draw, and with what weight; fastgen/sampling/filters.py is the
+// definition.
 //
 // Nothing here sorts a vocabulary. top-k and top-h look only at blocks of logits whose highest
 // value is among the k highest of such; top-p and typical find their threshold by weighted

@@ -100,9 +100,10 @@ void allow_only(const IdSet& allowed, const IdSet& mask, float* scores, int voca
 }
 
 void raise_ending(const SamplingOptions& options, const RowHistory& row, float* scores) {
-  const int since = row.num_new() - options.length_start;
-  if (options.length_start < 0 || since <= 0) return;
-  const double rise = std::min(std::pow(options.length_factor, since) - 1, kMaxRise);
+  const LengthPenalty& penalty = options.exponential_decay_length_penalty;
+  const int since = row.num_new() - penalty.start;
+  if (penalty.start < 0 || since <= 0) return;
+  const double rise = std::min(std::pow(penalty.factor, since) - 1, kMaxRise);
   for (const std::int32_t id : options.ending_ids) {
     if (std::isfinite(scores[id])) {
       scores[id] += product(std::fabs(scores[id]), static_cast<float>(rise));
@@ -119,9 +120,10 @@ void rule_out(const std::vector<std::int32_t>& ids, float* scores) {
 bool changes_logits(const SamplingOptions& options, const RowHistory& row, const IdSet& mask) {
   return !options.logit_bias.empty() || !options.sequence_bias.empty() || options.counts_seen() ||
          options.no_repeat_ngram_size > 0 || !options.bad_words.empty() ||
-         row.num_new() < options.min_new_tokens || options.allowed.given() || mask.given() ||
-         options.length_start >= 0 || !options.suppress.empty() ||
-         (row.num_new() == 0 && !options.begin_suppress.empty());
+         row.num_new() < options.min_new_tokens || options.allowed_token_ids.given() ||
+         mask.given() || options.exponential_decay_length_penalty.start >= 0 ||
+         !options.suppress_tokens.empty() ||
+         (row.num_new() == 0 && !options.begin_suppress_tokens.empty());
 }
 
 void process(const SamplingOptions& options, const RowHistory& row, const IdSet& mask,
@@ -132,10 +134,10 @@ void process(const SamplingOptions& options, const RowHistory& row, const IdSet&
                       [&](std::int32_t id) { scores[id] = kRuledOut; });
   ban_bad_words(options, row, scores);
   if (row.num_new() < options.min_new_tokens) rule_out(options.ending_ids, scores);
-  allow_only(options.allowed, mask, scores, vocab_size);
+  allow_only(options.allowed_token_ids, mask, scores, vocab_size);
   raise_ending(options, row, scores);
-  rule_out(options.suppress, scores);
-  if (row.num_new() == 0) rule_out(options.begin_suppress, scores);
+  rule_out(options.suppress_tokens, scores);
+  if (row.num_new() == 0) rule_out(options.begin_suppress_tokens, scores);
 }
 
 }  // namespace fastgen

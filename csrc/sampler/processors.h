@@ -1,4 +1,5 @@
-// What changes logits before anything is drawn; fastgen/processors.py is the definition.
+// What changes logits before anything is drawn; fastgen/sampling/processors.py is the
+// definition.
 
 #pragma once
 

@@ -17,10 +17,11 @@ namespace {
 constexpr int kGreedy = 5, kFewCandidates = 15, kWholeVocabulary = 60, kWorthAThread = 100;
 
 int cost_of(const SamplingOptions& options) {
-  if (options.num_logprobs >= 0) return kWholeVocabulary;
+  if (options.logprobs >= 0) return kWholeVocabulary;
   if (options.temperature == 0) return kGreedy;
   const bool few =
       options.top_k > 0 || options.top_h > 0 || (options.min_p > 0 && options.top_p == 1);
+  if (options.top_n_sigma > 0) return kWholeVocabulary;
   return few ? kFewCandidates : kWholeVocabulary;
 }
 
@@ -82,8 +83,8 @@ void Sampler::bind(int seat, SamplingOptions options, const std::int32_t* prompt
   Seat& bound = *seats_[seat];
   bound.options = std::move(options);
   bound.mask.clear();
-  bound.row.start({bound.options.counts_seen(), bound.options.no_repeat_ngram_size}, prompt,
-                  prompt_len);
+  const int ngram = std::max(0, bound.options.no_repeat_ngram_size);
+  bound.row.start({bound.options.counts_seen(), ngram}, prompt, prompt_len);
 }
 
 void Sampler::draw(const DrawBatch& batch) {
@@ -124,7 +125,7 @@ void Sampler::draw_run(const DrawBatch& batch, int first, Scratch& scratch) {
       going_on = false;
       continue;
     }
-    if (seat.options.num_logprobs >= 0) write_logprobs(batch, at, scratch);
+    if (seat.options.logprobs >= 0) write_logprobs(batch, at, scratch);
     if (seat.row.num_tokens() < max_tokens_) seat.row.add(batch.ids[at]);
     going_on = batch.ids[at] == batch.drafts[at];
   }
@@ -186,7 +187,7 @@ void Sampler::write_logprobs(const DrawBatch& batch, int at, Scratch& scratch) {
   const double log_total = static_cast<double>(scores.highest) + std::log(total);
   const auto logprob = [=](std::int32_t id) { return static_cast<double>(logits[id]) - log_total; };
   batch.logprobs[at] = logprob(batch.ids[at]);
-  const int wanted = std::min(seats_[batch.seats[at]]->options.num_logprobs, batch.max_top);
+  const int wanted = std::min(seats_[batch.seats[at]]->options.logprobs, batch.max_top);
   std::int32_t* top_ids = batch.top_ids + static_cast<std::size_t>(at) * batch.max_top;
   double* top_logprobs = batch.top_logprobs + static_cast<std::size_t>(at) * batch.max_top;
   std::fill(top_ids, top_ids + batch.max_top, -1);

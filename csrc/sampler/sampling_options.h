@@ -32,26 +32,45 @@ struct BiasedSequence {
   float bias;
 };
 
+struct LengthPenalty {
+  int start = -1;  // -1: none
+  double factor = 1;
+};
+
+using Ids = std::vector<std::int32_t>;
+
+// Every option: its name in SamplingParams, its type, and its value where Python has None. From
+// this list follow the struct and how it is filled, so that none can be left out of either.
+#define FASTGEN_SAMPLING_OPTIONS(OPTION)                      \
+  OPTION(seed, std::uint64_t, {0})                            \
+  OPTION(logit_bias, std::vector<BiasedId>, {})               \
+  OPTION(sequence_bias, std::vector<BiasedSequence>, {})      \
+  OPTION(repetition_penalty, float, {1})                      \
+  OPTION(frequency_penalty, float, {0})                       \
+  OPTION(presence_penalty, float, {0})                        \
+  OPTION(no_repeat_ngram_size, int, {0})                      \
+  OPTION(bad_words, std::vector<Ids>, {})                     \
+  OPTION(min_new_tokens, int, {0})                            \
+  OPTION(allowed_token_ids, IdSet, {})                        \
+  OPTION(exponential_decay_length_penalty, LengthPenalty, {}) \
+  OPTION(suppress_tokens, Ids, {})                            \
+  OPTION(begin_suppress_tokens, Ids, {})                      \
+  OPTION(ending_ids, Ids, {})                                 \
+  OPTION(temperature, float, {1})                             \
+  OPTION(top_n_sigma, double, {0})                            \
+  OPTION(top_h, double, {0})                                  \
+  OPTION(top_k, int, {0})                                     \
+  OPTION(top_p, double, {1})                                  \
+  OPTION(min_p, double, {0})                                  \
+  OPTION(typical_p, double, {1})                              \
+  OPTION(epsilon_cutoff, double, {0})                         \
+  OPTION(eta_cutoff, double, {0})                             \
+  OPTION(logprobs, int, {-1})
+
 struct SamplingOptions {
-  std::uint64_t seed = 0;
-
-  std::vector<BiasedId> logit_bias;
-  std::vector<BiasedSequence> sequence_bias;
-  float repetition_penalty = 1, frequency_penalty = 0, presence_penalty = 0;
-  int no_repeat_ngram_size = 0;
-  std::vector<std::vector<std::int32_t>> bad_words;
-  int min_new_tokens = 0;
-  IdSet allowed;
-  int length_start = -1;  // of exponential_decay_length_penalty; -1: none
-  double length_factor = 1;
-  std::vector<std::int32_t> suppress, begin_suppress, ending_ids;
-
-  float temperature = 1;
-  double top_h = 0;  // 0: off
-  int top_k = 0;
-  double top_p = 1, min_p = 0, typical_p = 1, epsilon_cutoff = 0, eta_cutoff = 0;
-
-  int num_logprobs = -1;  // -1: none
+#define FASTGEN_FIELD(name, type, ...) type name __VA_ARGS__;
+  FASTGEN_SAMPLING_OPTIONS(FASTGEN_FIELD)
+#undef FASTGEN_FIELD
 
   bool counts_seen() const {
     return repetition_penalty != 1 || frequency_penalty != 0 || presence_penalty != 0;

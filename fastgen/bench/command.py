@@ -18,12 +18,13 @@ from fastgen.bench.peer_process import INSTALL
 from fastgen.bench.run import Run, measure
 from fastgen.bench.shapes import SHAPES, save_checkpoint
 from fastgen.decoders.plan import LoadOptions
+from fastgen.sampling.options import FILTERS
 from fastgen.sampling.params import SamplingParams
 
 PEERS = tuple(name for name in INSTALL if name != "fastgen")
 _SAMPLING = (
-    *("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    *(option.name for option in FILTERS),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
     *("no_repeat_ngram_size", "logprobs"),
 )
 

@@ -149,9 +149,15 @@ class PendingStep(Protocol):
 
 
 class Decoder(Protocol):
-    """A model on its device. Calls act in the order made; one thread at a time."""
+    """A model on its device. Calls act in the order made; one thread at a time.
+
+    Attributes:
+        known_options: names of the options that its sampler draws with. Rows with others are drawn
+            on the host, from their logits.
+    """
 
     limits: Capacity
+    known_options: frozenset[str]
 
     def forward(self, batch: StepBatch) -> Logits:
         """Logits, float32 (L, V), in the decoder's own buffer, valid until the next call."""
@@ -164,8 +170,10 @@ class Decoder(Protocol):
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         """Give `seat` to a row: its options with its own seed, and its prompt.
 
-        Penalties, bans and lengths count from there. `bad_words` holds token ids only, and a
-        `logits_processor` is not called: such rows are drawn on the host.
+        Penalties, bans and lengths count from there. `bad_words` holds token ids only.
+
+        Raises:
+            OptionError: an option is set that is not among `known_options`.
         """
         ...
 

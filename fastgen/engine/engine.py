@@ -126,7 +126,8 @@ class Engine:
             request.prompt_logprobs = [None]
         seed = secrets.randbits(64) if params.seed is None else params.seed
         max_len = longest_row(len(prompt), params, self.decoder.limits)
-        request.make_rows(seed, max_len, params.ending_ids(self._eos_ids), sinks)
+        stop_ids, known = params.ending_ids(self._eos_ids), self.decoder.known_options
+        request.make_rows(seed, max_len, stop_ids, sinks, known)
         for row in request.rows if keeps_logits else ():
             row.raw_logits = []
         if request.prefill_len == 0:  # nothing to compute, nothing to draw

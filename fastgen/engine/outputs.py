@@ -88,6 +88,8 @@ def _score(entry: ScheduledRow, logits: Floats) -> None:
 
 
 def _drawn(row: Row, logits: Floats) -> Draw:
+    if row.raw_logits is not None:
+        row.raw_logits.append(logits.copy())
     state = RowState(np.array(row.token_ids, np.int64), row.prompt_len, sorted(row.stop_ids))
     token_id, ok = draw(logits, row.params, state)
     logprobs: TokenLogprobs | None = None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 from fastgen.checks import integer, real
 from fastgen.errors import OptionError
+from fastgen.sampling.options import OPTIONS
 from fastgen.sampling.params import SamplingParams
 
 _VALUES = ("logit_bias_value", "temperature", "penalty")  # the other bounds are counts
@@ -82,52 +82,20 @@ class RequestLimits:
 
     def check(self, prompt_len: int, params: SamplingParams) -> None:
         """Raise OptionError for the first bound that a request exceeds, naming what exceeds it."""
-        for limit, what, measure in _MEASURES:
-            bound = getattr(self, limit)
-            if bound is None:
-                continue
-            found = prompt_len if measure is None else measure(params)
-            if found > bound:
-                # `what` ends with the option's name
-                option = "prompt" if measure is None else what.split()[-1]
-                problem = f"{found} exceeds the limit of {bound}"
-                raise OptionError(f"{what}: {problem}", option, problem)
+        if self.prompt_tokens is not None:
+            _check("prompt", "prompt_tokens", prompt_len, self.prompt_tokens)
+        for option in _BOUNDED:
+            value = getattr(params, option.name)
+            for bound in option.bounds if value is not None else ():
+                most = getattr(self, bound.limit)
+                if most is not None:
+                    _check(option.name, bound.of + option.name, bound.measure(value), most)
 
 
-_Measure = Callable[[SamplingParams], float]
-
-# The limit, what it bounds in words, and how much of that there is; None: the prompt's tokens.
-_MEASURES: tuple[tuple[str, str, _Measure | None], ...] = (
-    ("n", "n", lambda params: params.n),
-    ("best_of", "best_of", lambda params: params.best_of or 0),
-    ("prompt_tokens", "prompt_tokens", None),
-    ("max_new_tokens", "max_new_tokens", lambda params: params.max_new_tokens),
-    ("stop", "strings in stop", lambda params: len(params.stop)),
-    ("stop_bytes", "bytes of a string in stop", lambda params: max(_sizes(params), default=0)),
-    ("stop_token_ids", "ids in stop_token_ids", lambda params: len(params.stop_token_ids)),
-    ("logprobs", "logprobs", lambda params: params.logprobs or 0),
-    ("prompt_logprobs", "prompt_logprobs", lambda params: params.prompt_logprobs or 0),
-    ("logit_bias", "ids in logit_bias", lambda params: len(params.logit_bias)),
-    ("logit_bias", "ids in sequence_bias",
-     lambda params: sum(len(ids) for ids, _ in params.sequence_bias)),
-    ("logit_bias_value", "a value in logit_bias", lambda params: _largest(params.logit_bias)),
-    ("logit_bias_value", "a value in sequence_bias",
-     lambda params: _largest(params.sequence_bias)),
-    ("bad_words", "token ids in bad_words", lambda params: sum(map(len, params.bad_words))),
-    ("allowed_token_ids", "ids in allowed_token_ids",
-     lambda params: len(params.allowed_token_ids or ())),
-    ("suppress_tokens", "ids in suppress_tokens", lambda params: len(params.suppress_tokens)),
-    ("suppress_tokens", "ids in begin_suppress_tokens",
-     lambda params: len(params.begin_suppress_tokens)),
-    ("temperature", "temperature", lambda params: params.temperature),
-    ("penalty", "presence_penalty", lambda params: abs(params.presence_penalty)),
-    ("penalty", "frequency_penalty", lambda params: abs(params.frequency_penalty)),
-)  # fmt: skip
+_BOUNDED = tuple(option for option in OPTIONS if option.bounds)
 
 
-def _sizes(params: SamplingParams) -> list[int]:
-    return [len(stop.encode()) for stop in params.stop]
-
-
-def _largest(biases: Iterable[tuple[object, float]]) -> float:
-    return max((abs(bias) for _, bias in biases), default=0)
+def _check(option: str, what: str, found: float, most: float) -> None:
+    if found > most:
+        problem = f"{found} exceeds the limit of {most}"
+        raise OptionError(f"{what}: {problem}", option, problem)

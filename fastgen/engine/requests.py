@@ -15,6 +15,7 @@ from fastgen.engine.schedule_state import ScheduleState
 from fastgen.errors import NothingToDrawError
 from fastgen.results import FinishReason, Timings, TokenLogprobs
 from fastgen.sampling.draw import Draw
+from fastgen.sampling.options import unknown_to
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import sample_seed
 from fastgen.text.detokenizer import Sink
@@ -46,12 +47,11 @@ class Row:
     # constants, asked for in every step:
     prompt_len: int = field(init=False)
     prefill_len: int = field(init=False)  # the request's
-    draws_on_host: bool = field(init=False)  # only the host can run its options
+    draws_on_host: bool = False  # the decoder's sampler does not know all of its options
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
         self.prefill_len = self.request.prefill_len
-        self.draws_on_host = self.params.logits_processor is not None
 
     @property
     def scores_prompt(self) -> bool:
@@ -189,9 +189,16 @@ class Request:
         return len(self.prompt_token_ids) - (0 if draws else 1)
 
     def make_rows(
-        self, seed: int, max_len: int, stop_ids: frozenset[int], sinks: Sequence[Sink] | None
+        self,
+        seed: int,
+        max_len: int,
+        stop_ids: frozenset[int],
+        sinks: Sequence[Sink] | None,
+        known_options: frozenset[str],
     ) -> None:
+        """`known_options`: of the decoder; rows with others are drawn on the host."""
         params = self.params
+        draws_on_host = bool(unknown_to(known_options, params))
         if params.logprobs is None and params.selects_best:  # ranking reads them
             params = replace(params, logprobs=0)
         for index in range(params.num_rows):
@@ -205,5 +212,6 @@ class Request:
                     stop_ids=stop_ids,
                     sink=None if sinks is None else sinks[index],
                     logprobs=None if params.logprobs is None else [],
+                    draws_on_host=draws_on_host,
                 )
             )

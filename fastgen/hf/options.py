@@ -17,6 +17,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
 from fastgen.hf.not_native import NotNative
+from fastgen.sampling.options import FILTERS, Option
 from fastgen.sampling.params import SamplingParams
 
 
@@ -247,7 +248,9 @@ def _begin_suppress(options: NativeOptions, processor: Any, prompts: Prompts) ->
         raise NotNative("a suppressed token is forced")
 
 
-def _warper(name: str, attribute: str) -> Reader:
+def _warper(option: Option) -> Reader:
+    name, attribute = option.name, option.attribute
+
     def read(options: NativeOptions, processor: Any, prompts: Prompts) -> None:
         if getattr(processor, "min_tokens_to_keep", 1) != 1:
             raise NotNative(f"{name} that keeps at least several tokens")
@@ -270,7 +273,8 @@ def _no_change(options: NativeOptions, processor: Any, prompts: Prompts) -> None
     """It changes scores, but not what is drawn."""
 
 
-# In transformers' order; a list in another order means something else.
+# In transformers' order, which is that of the table of options; a list in another order means
+# something else.
 _PROCESSORS: dict[type, Reader] = {
     processors.SequenceBiasLogitsProcessor: _bias,
     processors.RepetitionPenaltyLogitsProcessor: _repetition,
@@ -284,14 +288,11 @@ _PROCESSORS: dict[type, Reader] = {
     processors.ExponentialDecayLengthPenalty: _length_penalty,
     processors.SuppressTokensLogitsProcessor: _suppress,
     processors.SuppressTokensAtBeginLogitsProcessor: _begin_suppress,
-    processors.TemperatureLogitsWarper: _warper("temperature", "temperature"),
-    processors.TopHLogitsWarper: _warper("top_h", "top_h"),
-    processors.TopKLogitsWarper: _warper("top_k", "top_k"),
-    processors.TopPLogitsWarper: _warper("top_p", "top_p"),
-    processors.MinPLogitsWarper: _warper("min_p", "min_p"),
-    processors.TypicalLogitsWarper: _warper("typical_p", "mass"),
-    processors.EpsilonLogitsWarper: _warper("epsilon_cutoff", "epsilon"),
-    processors.EtaLogitsWarper: _warper("eta_cutoff", "epsilon"),
+    **{
+        getattr(processors, kind): _warper(option)
+        for option in FILTERS
+        for kind in option.transformers
+    },
     processors.LogitNormalization: _no_change,
 }
 

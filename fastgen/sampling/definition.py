@@ -3,7 +3,8 @@
     processors  ->  filters  ->  p = exp(logit - max) in float64  ->  the uniform
 
 The draw is the first id, in token-id order, whose running sum of kept p exceeds uniform * total.
-Every other implementation (C++, torch, Triton) returns the same id for the same logits.
+Every other implementation (C++, torch, Triton) returns the same id for the same logits, for rows
+whose options it knows; the definition knows all.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 
 from fastgen.results import TokenLogprobs
 from fastgen.sampling.filters import kept_weights
+from fastgen.sampling.options import DRAWN
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import uniforms
 from fastgen.sampling.processors import Floats, RowState, processed
 
+KNOWN_OPTIONS = frozenset(option.name for option in DRAWN)
 SCORED_AT_ONCE = 16  # rows
 
 

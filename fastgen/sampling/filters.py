@@ -1,8 +1,10 @@
 """Which tokens a sampled row may draw, and with what weight: the filters' definition, for one row.
 
-    temperature -> top_h -> top_k -> top_p -> min_p -> typical_p -> epsilon_cutoff -> eta_cutoff
+    temperature -> top_n_sigma -> top_h -> top_k -> top_p -> min_p -> typical_p
+                -> epsilon_cutoff -> eta_cutoff
 
-Each filter sees what those before it left, as in transformers. Shapes: V vocabulary; `gaps` float64
+Each filter sees what those before it left, as in transformers; top_n_sigma is llama.cpp's, which
+has it before top_k, too. Shapes: V vocabulary; `gaps` float64
 (V,) is logit - max, so weights = exp(gaps) are probabilities but for one factor. -log p of a token
 is then log(total) - gap, and the entropy is log(total) - (the weighted mean of the gaps).
 """
@@ -17,7 +19,7 @@ from fastgen.sampling.params import SamplingParams
 Weights = NDArray[np.float64]
 TOP_H_CANDIDATES = 100
 TYPICAL_STEP = 2.0**-40  # nats: nearer than this, distances to the entropy are equal
-EDGE = 1e-12  # top_h: sums this near to its share have reached it, however they were rounded
+EDGE = 1e-12  # top_h, top_n_sigma: what is this near to an edge is within, however it was rounded
 
 
 def kept_weights(logits: NDArray[np.float32], params: SamplingParams) -> Weights:
@@ -29,6 +31,8 @@ def kept_weights(logits: NDArray[np.float32], params: SamplingParams) -> Weights
         scaled = logits / np.float32(params.temperature)
     gaps = scaled.astype(np.float64) - np.float64(scaled.max())
     weights = np.exp(gaps)
+    if params.top_n_sigma > 0:
+        _top_n_sigma(gaps, weights, params.top_n_sigma)
     if params.top_h is not None:
         _top_h(scaled, gaps, weights, params.top_h)
     if params.top_k:
@@ -51,6 +55,13 @@ def kept_weights(logits: NDArray[np.float32], params: SamplingParams) -> Weights
 def _highest_first(scaled: NDArray[np.float32]) -> NDArray[np.intp]:
     """Ids; of equals the lowest id first."""
     return np.argsort(-scaled, kind="stable")
+
+
+def _top_n_sigma(gaps: Weights, weights: Weights, top_n_sigma: float) -> None:
+    """Keep what is at most so many standard deviations below the highest: the population's, over
+    all finite logits. They and the gaps are scaled alike, whatever the temperature is."""
+    sigma = np.std(gaps[np.isfinite(gaps)])
+    weights[gaps < -top_n_sigma * sigma * (1 + EDGE)] = 0
 
 
 def _top_h(scaled: NDArray[np.float32], gaps: Weights, weights: Weights, top_h: float) -> None:

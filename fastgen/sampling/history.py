@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fastgen.sampling.options import BY_NAME
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.processors import Floats, length_rise
 
 Ids = NDArray[np.int64]
-_CHANGING_LOGITS = (
+KNOWN_OPTIONS = (  # the processors that are followed here
     "logit_bias",
     "sequence_bias",
     "repetition_penalty",
@@ -39,15 +40,13 @@ class RowHistory:
     Each returns token ids, without repeats unless they are ruled out, then what it takes for each.
 
     Attributes:
-        is_plain: no logit of this row ever changes; nothing is kept of it, and nothing to be asked.
+        is_plain: none of KNOWN_OPTIONS is set; nothing is kept of the row, nothing to be asked.
     """
 
     def __init__(
         self, params: SamplingParams, token_ids: Sequence[int], eos_ids: frozenset[int]
     ) -> None:
-        self.is_plain = all(
-            getattr(params, name) == getattr(SamplingParams, name) for name in _CHANGING_LOGITS
-        )
+        self.is_plain = not any(BY_NAME[name].is_set(params) for name in KNOWN_OPTIONS)
         if self.is_plain:
             return
         self._params, self._num_new = params, 0

@@ -14,21 +14,19 @@ from numpy.typing import NDArray
 from fastgen.native import native
 from fastgen.results import TokenLogprobs
 from fastgen.sampling.draw import Draw
+from fastgen.sampling.options import require_known
 from fastgen.sampling.params import SamplingParams
 
-_OPTIONS = (
-    *("logit_bias", "sequence_bias", "repetition_penalty"),
-    *("frequency_penalty", "presence_penalty"),
-    *("no_repeat_ngram_size", "bad_words", "min_new_tokens", "allowed_token_ids"),
-    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    *("temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff", "logprobs"),
-)
+# Fields of the C++ struct; it is handed ending_ids for stop_token_ids and ignore_eos.
+_FIELDS = frozenset(() if native is None else native.Sampler.options)
+_OPTIONS = tuple(sorted(_FIELDS - {"seed", "ending_ids"}))
 _DRAWN, _SKIPPED = 0, 2
 
 
 class NativeSampler:
     """Per-seat options and draws; see TorchSampler, which does the same."""
+
+    known_options = _FIELDS - {"ending_ids"} | {"stop_token_ids", "ignore_eos"}
 
     def __init__(
         self,
@@ -51,6 +49,7 @@ class NativeSampler:
         self._num_logprobs = np.append(self._num_logprobs, np.full(more, -1))
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        require_known(self.known_options, params)
         options = {name: getattr(params, name) for name in _OPTIONS}
         options["seed"] = params.seed or 0
         options["ending_ids"] = sorted(params.ending_ids(self._eos_ids))

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
-from fastgen.checks import (
-    boolean,
-    function,
-    integer,
-    is_integer,
-    real,
-    reject_unknown,
-    sequence,
-    text,
-    token_ids,
-)
+from fastgen.checks import reject_unknown
 from fastgen.errors import OptionError, OptionTypeError
-
-MIN_TEMPERATURE = 1e-6  # below it, logits / temperature can overflow float32
-MAX_SAMPLES = 2**16  # each keeps its tokens until the last has ended
-MAX_PENALTY = 1e6
-MAX_LOGIT_BIAS = 1e10
+from fastgen.sampling.options import BY_NAME, ELSEWHERE, OPTIONS
 
 LogitsProcessor = Callable[[Any, Any], Any]  # (token_ids, logits) -> logits, NumPy arrays
 Rank = Callable[[Any], Sequence[float]]  # completions -> a score for each
@@ -42,7 +28,6 @@ class SamplingParams:
             log-probability a token, or the highest scores that `rank` gives. None: n.
         rank: a function of the tuple of all best_of Completions; returns one score for each.
         max_new_tokens: upper bound of new tokens; a row also ends where the context does.
-        min_new_tokens: until there are so many, ending ids are not drawn. Stop strings still end.
 
         logit_bias: {token id: what to add to its logit}.
         sequence_bias: {(token ids): what to add to the last one's logit where the row ends with the
@@ -54,6 +39,7 @@ class SamplingParams:
         no_repeat_ngram_size: no sequence of so many tokens occurs twice in the row; 0 is off.
         bad_words: strings or lists of token ids that are never completed. A string stands for the
             tokens of its text as it is and behind a space; other ways to cut it are not covered.
+        min_new_tokens: until there are so many, ending ids are not drawn. Stop strings still end.
         allowed_token_ids: only these are drawn; if all of them were ruled out, any of them.
         exponential_decay_length_penalty: (start, factor): after `start` new tokens the logits of
             ending ids rise by their absolute value times factor ** (tokens since) - 1.
@@ -63,6 +49,7 @@ class SamplingParams:
             having changed the array that it was given. What it raises ends its row with "error".
 
         temperature: divides the logits; 0 is greedy: the highest logit, of equals the lowest id.
+        top_n_sigma: keep logits at most so many standard deviations below the highest; 0 keeps all.
         top_h: keep the most likely tokens, of the best 100, that hold this share of their entropy.
         top_k: keep the k highest logits and all equals of the k-th; 0 keeps all.
         top_p: keep the smallest set of tokens whose probability reaches p; 1 keeps all.
@@ -81,15 +68,15 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
 
     Raises:
-        TypeError: a value of the wrong type, or an unknown option (the nearest known one is named).
-        ValueError: a value out of range.
+        OptionTypeError (a TypeError): a value of the wrong type, or an unknown option (the nearest
+            known one is named).
+        OptionError (a ValueError): a value out of range.
     """
 
     n: int = 1
     best_of: int | None = None
     rank: Rank | None = None
     max_new_tokens: int = 128
-    min_new_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
     repetition_penalty: float = 1.0
@@ -97,12 +84,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     bad_words: tuple[str | tuple[int, ...], ...] = ()
+    min_new_tokens: int = 0
     allowed_token_ids: tuple[int, ...] | None = None
     exponential_decay_length_penalty: tuple[int, float] | None = None
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
     logits_processor: LogitsProcessor | None = None
     temperature: float = 1.0
+    top_n_sigma: float = 0.0
     top_h: float | None = None
     top_k: int = 0
     top_p: float = 1.0
@@ -120,32 +109,30 @@ class SamplingParams:
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         if args:
-            raise OptionTypeError("SamplingParams takes keyword options only, e.g. temperature=0.8")
+            told = "SamplingParams takes keyword options only, e.g. temperature=0.8"
+            raise OptionTypeError(told)
         for name in options:
-            if name in _ELSEWHERE:
-                raise OptionTypeError(
-                    f"unknown option {name!r}; here it is {_ELSEWHERE[name]}", name
-                )
-        reject_unknown(options, (field.name for field in fields(cls)))
+            if name in ELSEWHERE:
+                told = f"unknown option {name!r}; here it is {ELSEWHERE[name]}"
+                raise OptionTypeError(told, name)
+        reject_unknown(options, BY_NAME)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        for name, check in _OPTIONAL_CHECKS.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, check(name, getattr(self, name)))
+        for option in OPTIONS:
+            value = getattr(self, option.name)
+            if value is not None or option.default is not None:
+                object.__setattr__(self, option.name, option.check(option.name, value))
         self._check_together()
 
     def _check_together(self) -> None:
         if self.max_new_tokens == 0 and self.prompt_logprobs is None:
-            raise OptionError(
-                "max_new_tokens=0 generates nothing; it needs prompt_logprobs", "max_new_tokens"
-            )
+            told = "max_new_tokens=0 generates nothing; it needs prompt_logprobs"
+            raise OptionError(told, "max_new_tokens")
         if self.min_new_tokens > self.max_new_tokens:
             raise OptionError(
-                f"min_new_tokens={self.min_new_tokens} exceeds "
-                f"max_new_tokens={self.max_new_tokens}",
+                f"min_new_tokens={self.min_new_tokens} exceeds"
+                f" max_new_tokens={self.max_new_tokens}",
                 "min_new_tokens",
             )
         if self.best_of is not None and self.best_of < self.n:
@@ -154,9 +141,8 @@ class SamplingParams:
             raise OptionError("rank chooses among best_of completions: it needs best_of", "rank")
         allowed = self.allowed_token_ids
         if allowed is not None and set(allowed) <= set(self.suppress_tokens):
-            raise OptionError(
-                "allowed_token_ids holds nothing that suppress_tokens leaves", "allowed_token_ids"
-            )
+            told = "allowed_token_ids holds nothing that suppress_tokens leaves"
+            raise OptionError(told, "allowed_token_ids")
 
     @property
     def num_rows(self) -> int:
@@ -192,150 +178,3 @@ class SamplingParams:
             "begin_suppress_tokens": self.begin_suppress_tokens,
             "stop_token_ids": self.stop_token_ids,
         }
-
-
-def _temperature(name: str, value: Any) -> float:
-    temperature = real(name, value, 0, 1e6)
-    if 0 < temperature < MIN_TEMPERATURE:
-        raise OptionError(
-            f"{name} must be 0 (greedy) or at least {MIN_TEMPERATURE:g}, not {value}", name
-        )
-    return temperature
-
-
-def _top_k(name: str, value: Any) -> int:
-    if is_integer(value) and value == -1:
-        raise OptionError(f"{name} must be at least 0, which keeps all, not -1", name)
-    return integer(name, value, 0)
-
-
-def _biases(name: str, value: Any, key_of: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else sequence(name, value)
-    biases: dict[Any, float] = {}
-    for pair in pairs:
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise OptionTypeError(f"{name} must be a mapping of token ids to numbers", name)
-        key = key_of(name, pair[0])
-        biases[key] = real(f"a value in {name}", pair[1], -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
-    return tuple(biases.items())
-
-
-def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    return _biases(name, value, lambda name, key: integer(f"a token id in {name}", key, 0))
-
-
-def _sequence_bias(name: str, value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
-    return _biases(name, value, _word)
-
-
-def _word(name: str, value: Any) -> tuple[int, ...]:
-    ids = tuple(integer(name, item, 0) for item in sequence(name, value))
-    if not ids:
-        raise OptionError(f"{name} must not hold an empty word", name)
-    return ids
-
-
-def _bad_words(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
-    words: list[str | tuple[int, ...]] = []
-    for word in (value,) if isinstance(value, str) else sequence(name, value):
-        if isinstance(word, str):
-            words.append(text(name, word))
-            continue
-        if is_integer(word):
-            raise OptionTypeError(
-                f"{name} must hold strings or lists of token ids, not an integer", name
-            )
-        words.append(_word(name, word))
-    return tuple(dict.fromkeys(words))
-
-
-def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...]:
-    allowed = token_ids(name, value)
-    if not allowed:
-        raise OptionError(f"{name} must allow at least one token; None allows all", name)
-    return allowed
-
-
-def _length_penalty(name: str, value: Any) -> tuple[int, float]:
-    pair = sequence(name, value)
-    if len(pair) != 2:
-        raise OptionError(f"{name} must be a pair (start, factor), not {len(pair)} values", name)
-    start = integer(f"start in {name}", pair[0], 0)
-    return start, real(f"factor in {name}", pair[1], 1e-6, MAX_PENALTY)
-
-
-def _stop_strings(name: str, value: Any) -> tuple[str, ...]:
-    stops = (value,) if isinstance(value, str) else sequence(name, value)
-    for stop in stops:
-        if not isinstance(stop, str):
-            raise OptionTypeError(f"{name} must hold strings, not {type(stop).__name__}", name)
-        text(name, stop)
-    return tuple(dict.fromkeys(stops))
-
-
-def _share(name: str, value: Any) -> float:
-    return real(name, value, 0, 1, above=True)
-
-
-def _below_one(name: str, value: Any) -> float:
-    cutoff = real(name, value, 0, 1)
-    if cutoff == 1:
-        raise OptionError(f"{name} must be at least 0 (off) and below 1, not 1", name)
-    return cutoff
-
-
-def _penalty(name: str, value: Any) -> float:
-    return real(name, value, -MAX_PENALTY, MAX_PENALTY)
-
-
-def _count(low: int, high: int = 2**31 - 1) -> Callable[[str, Any], int]:
-    return lambda name, value: integer(name, value, low, high)
-
-
-# Options that peers call by another name.
-_ELSEWHERE = {
-    "do_sample": "temperature: 0 is greedy, above 0 samples",
-    "max_length": "max_new_tokens, without the prompt",
-    "min_length": "min_new_tokens, without the prompt",
-    "num_return_sequences": "n",
-    "eos_token_id": "stop_token_ids",
-    "bad_words_ids": "bad_words",
-    "stop_strings": "stop",
-    "repeat_penalty": "repetition_penalty",
-}
-_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "n": _count(1, MAX_SAMPLES),
-    "max_new_tokens": _count(0),
-    "min_new_tokens": _count(0),
-    "logit_bias": _logit_bias,
-    "sequence_bias": _sequence_bias,
-    "repetition_penalty": lambda name, value: real(name, value, 1 / MAX_PENALTY, MAX_PENALTY),
-    "frequency_penalty": _penalty,
-    "presence_penalty": _penalty,
-    "no_repeat_ngram_size": _count(0),
-    "bad_words": _bad_words,
-    "suppress_tokens": token_ids,
-    "begin_suppress_tokens": token_ids,
-    "temperature": _temperature,
-    "top_k": _top_k,
-    "top_p": _share,
-    "min_p": lambda name, value: real(name, value, 0, 1),
-    "typical_p": _share,
-    "epsilon_cutoff": _below_one,
-    "eta_cutoff": _below_one,
-    "stop": _stop_strings,
-    "stop_token_ids": token_ids,
-    "include_stop": boolean,
-    "ignore_eos": boolean,
-}
-_OPTIONAL_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "best_of": _count(1, MAX_SAMPLES),
-    "rank": function,
-    "allowed_token_ids": _allowed_token_ids,
-    "exponential_decay_length_penalty": _length_penalty,
-    "logits_processor": function,
-    "top_h": _share,
-    "seed": _count(0, 2**64 - 1),
-    "logprobs": _count(0),
-    "prompt_logprobs": _count(0),
-}

@@ -1,7 +1,8 @@
 """fastgen.sampling.filters in PyTorch, for many rows at once.
 
-No vocabulary is sorted: top_h and top_k look at candidates only, as do all filters behind them;
-top_p and typical_p look at the best 256, then at eight times as many, until the mass is reached.
+No vocabulary is sorted: top_h and top_k look at candidates only, as do all filters after them,
+unless top_n_sigma has to look at all before; top_p and typical_p look at the best 256, then at
+eight times as many, until the mass is reached.
 
 Shapes: n rows, V vocabulary, K candidates of a row (V, or few), in ascending order of their ids.
 """
@@ -18,19 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastgen.sampling.filters import EDGE, TOP_H_CANDIDATES, TYPICAL_STEP
+from fastgen.sampling.options import BY_NAME
 from fastgen.sampling.params import SamplingParams
 
-FILTER_FIELDS = [
-    ("num_candidates", np.int64),  # no more than the highest so many are looked at; 0: all
-    ("top_h", np.float64),
-    ("top_k", np.int64),  # besides num_candidates
-    ("top_p", np.float64),
-    ("min_p", np.float64),
-    ("typical_p", np.float64),
-    ("epsilon_cutoff", np.float64),
-    ("eta_cutoff", np.float64),
-]
-Options = NDArray[np.void]  # (n,) with these fields
+Options = NDArray[np.void]  # (n,) with FILTER_FIELDS
 Filter = Callable[[Tensor, Tensor, Tensor], None]  # its setting is (n, 1)
 
 MOST_CANDIDATES = 1024  # with more, a path that looks at everything is faster
@@ -44,12 +36,11 @@ def filter_options(params: SamplingParams, vocab_size: int) -> dict[str, Any]:
     num_candidates = top_k if top_k <= MOST_CANDIDATES else 0
     if params.top_h is not None:
         num_candidates = min(TOP_H_CANDIDATES, vocab_size)
-    own: dict[str, Any] = {
-        "num_candidates": num_candidates,
-        "top_h": params.top_h or 0.0,
-        "top_k": 0 if top_k == num_candidates else top_k,
-    }
-    return {name: getattr(params, name, None) for name, _ in FILTER_FIELDS} | own
+    if params.top_n_sigma > 0:
+        num_candidates = 0
+    own = {name: getattr(params, name) or 0 for name in FILTERS}
+    top_k = 0 if top_k == num_candidates else top_k
+    return {"num_candidates": num_candidates, **own, "top_k": top_k}
 
 
 def kept_weights(scaled: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -92,12 +83,10 @@ def candidates(values: Tensor, counts: NDArray[np.int64]) -> tuple[Tensor, Tenso
     return best.masked_fill_(best < last, -math.inf), token_ids
 
 
-def _apply(
-    filters: Mapping[str, tuple[float, Filter]], values: Tensor, target: Tensor, options: Options
-) -> None:
+def _apply(filters: Mapping[str, Filter], values: Tensor, target: Tensor, options: Options) -> None:
     """Let each filter change `target` in place, in the rows where it is on."""
-    for name, (off, apply) in filters.items():
-        on = np.flatnonzero(options[name] != off)
+    for name, apply in filters.items():
+        on = np.flatnonzero(options[name] != (BY_NAME[name].default or 0))
         if not len(on):
             continue
         setting = _column(options[name][on], values)
@@ -108,6 +97,15 @@ def _apply(
             some = target.index_select(0, rows)
             apply(values.index_select(0, rows), some, setting)
             target[rows] = some
+
+
+def _top_n_sigma(values: Tensor, target: Tensor, top_n_sigma: Tensor) -> None:
+    gaps = _gaps(values)
+    finite = gaps.isfinite()
+    count = finite.sum(1, keepdim=True)
+    mean = gaps.where(finite, 0).sum(1, keepdim=True) / count
+    variance = (gaps - mean).square_().where(finite, 0).sum(1, keepdim=True) / count
+    target.masked_fill_(gaps < -top_n_sigma * variance.sqrt() * (1 + EDGE), -math.inf)
 
 
 def _top_h(values: Tensor, target: Tensor, top_h: Tensor) -> None:
@@ -152,14 +150,21 @@ def _eta(values: Tensor, weights: Tensor, eta: Tensor) -> None:
     _at_least(values, weights, least)
 
 
-_VALUE_FILTERS: dict[str, tuple[float, Filter]] = {"top_h": (0, _top_h), "top_k": (0, _top_k)}
-_WEIGHT_FILTERS: dict[str, tuple[float, Filter]] = {
-    "top_p": (1, _top_p),
-    "min_p": (0, _min_p),
-    "typical_p": (1, _typical),
-    "epsilon_cutoff": (0, _epsilon),
-    "eta_cutoff": (0, _eta),
+# In the order of fastgen.sampling.filters; the first change values, the others weights.
+_VALUE_FILTERS: dict[str, Filter] = {"top_n_sigma": _top_n_sigma, "top_h": _top_h, "top_k": _top_k}
+_WEIGHT_FILTERS: dict[str, Filter] = {
+    "top_p": _top_p,
+    "min_p": _min_p,
+    "typical_p": _typical,
+    "epsilon_cutoff": _epsilon,
+    "eta_cutoff": _eta,
 }
+FILTERS = (*_VALUE_FILTERS, *_WEIGHT_FILTERS)
+# Options whose default is None are off at 0; top_k is on where num_candidates is not the same.
+FILTER_FIELDS = [
+    ("num_candidates", np.int64),  # no more than the highest so many are looked at; 0: all
+    *((name, np.int64 if type(BY_NAME[name].default) is int else np.float64) for name in FILTERS),
+]
 
 
 def _search(keys: Tensor, weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

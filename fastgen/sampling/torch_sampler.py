@@ -20,11 +20,13 @@ from torch import Tensor
 
 from fastgen.results import TokenLogprobs
 from fastgen.sampling.draw import Draw
-from fastgen.sampling.history import RowHistory
+from fastgen.sampling.history import KNOWN_OPTIONS, RowHistory
+from fastgen.sampling.options import require_known
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import philox4x32, uniforms, words_to_uniform
 from fastgen.sampling.torch_filters import (
     FILTER_FIELDS,
+    FILTERS,
     Options,
     candidates,
     filter_options,
@@ -48,7 +50,16 @@ _OPTIONS = np.dtype(
 
 
 class TorchSampler:
-    """Per-seat options and draws, on the device that holds the logits."""
+    """Per-seat options and draws, on the device that holds the logits.
+
+    Attributes:
+        known_options: those that it draws with; rows with others must be drawn elsewhere.
+    """
+
+    known_options = frozenset({
+        *KNOWN_OPTIONS, "allowed_token_ids", "temperature", *FILTERS,
+        "stop_token_ids", "ignore_eos", "seed", "logprobs",
+    })  # fmt: skip
 
     def __init__(
         self, num_seats: int, vocab_size: int, eos_ids: frozenset[int], device: torch.device
@@ -67,6 +78,7 @@ class TorchSampler:
         self.last_drawn = torch.cat([self.last_drawn, self.last_drawn.new_zeros(more)])
 
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        require_known(self.known_options, params)
         self.release(seat)
         own = filter_options(params, self._vocab_size) | {
             "seed": int(np.uint64(params.seed or 0).view(np.int64)),

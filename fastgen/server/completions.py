@@ -6,12 +6,13 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastgen.checks import boolean, integer, real, reject_unknown
 from fastgen.errors import EngineError, OptionError, OptionTypeError, about
 from fastgen.results import Completion, Generation, Piece
+from fastgen.sampling.options import OPTIONS, Option
 from fastgen.sampling.params import SamplingParams
 from fastgen.server.errors import ApiError, completion_error, unavailable
 from fastgen.server.limits import ServerLimits
@@ -19,12 +20,11 @@ from fastgen.server.logprobs import LogprobsWriter
 from fastgen.server.streaming import as_json
 from fastgen.text.tokenizer import Tokenizer
 
-_DEFAULT_MAX_TOKENS = 16  # OpenAI's
-# Names of this protocol for what SamplingParams calls otherwise.
-RENAMED = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-_OWN = {"rank", "logits_processor", "prompt_logprobs", "logprobs", "max_new_tokens",
-        "min_new_tokens"}  # fmt: skip
-SAMPLING = [f.name for f in fields(SamplingParams) if f.name not in _OWN] + [*RENAMED]
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+# The options of the sampler, by this protocol's names.
+SAMPLING: dict[str, Option] = {
+    option.server_name or option.name: option for option in OPTIONS if option.schema is not None
+}
 _ID = re.compile("0|[1-9][0-9]{0,9}")
 _LONGEST_NAME = 64
 LONGEST_SALT = 256  # characters
@@ -81,8 +81,8 @@ def completion_request(body: dict[str, Any], limits: ServerLimits) -> Completion
 
 
 def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> SamplingParams:
-    options = {RENAMED.get(name, name): given[name] for name in SAMPLING if name in given}
-    options.setdefault("max_new_tokens", _DEFAULT_MAX_TOKENS)
+    options = {option.name: given[name] for name, option in SAMPLING.items() if name in given}
+    options.setdefault("max_new_tokens", DEFAULT_MAX_TOKENS)
     for name in ("logit_bias", "sequence_bias"):
         if name in options:
             options[name] = _biases(name, options[name])

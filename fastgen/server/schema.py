@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import fastgen
 from fastgen.engine.request_limits import RequestLimits
-from fastgen.server.completions import LONGEST_SALT, OTHERS, SAMPLING
+from fastgen.sampling.options import Limit
+from fastgen.server.completions import DEFAULT_MAX_TOKENS, LONGEST_SALT, OTHERS, SAMPLING
 from fastgen.server.service import Service
 
 Schema = dict[str, Any]
@@ -50,21 +52,9 @@ def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Sc
         _ids(),
         _array(_ids(), service.limits.prompts),
     ]
-    stop = {"type": "string", "maxLength": limits.stop_bytes}
-    penalty = limits.penalty
-    biases = {
-        "type": "object",
-        "maxProperties": limits.logit_bias,
-        "additionalProperties": _number(_minus(limits.logit_bias_value), limits.logit_bias_value),
-    }
-    known: Schema = {
+    own: Schema = {
         "model": _model(names),
         "prompt": {"oneOf": text_or_ids},
-        "max_tokens": _integer(0, limits.max_new_tokens)
-        | {"default": 16, "description": f"never past the context of {context} tokens"},
-        "min_tokens": _integer(0),
-        "n": _integer(1, limits.n),
-        "best_of": _integer(1, limits.best_of),
         "stream": {"type": "boolean"},
         "stream_options": _object(
             {name: {"type": "boolean"} for name in ("include_usage", "include_obfuscation")}
@@ -77,36 +67,24 @@ def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Sc
         "priority": _integer(0, 1000) | {"description": "lower is sooner"},
         "cache_salt": _salt(),
         "return_token_ids": {"type": "boolean"},
-        "stop": {"oneOf": [stop, _array(stop, limits.stop)]},
-        "seed": _integer(0, 2**64 - 1),
-        "temperature": _number(0, limits.temperature),
-        "top_p": _above_zero(1),
-        "presence_penalty": _number(_minus(penalty), penalty),
-        "frequency_penalty": _number(_minus(penalty), penalty),
-        "logit_bias": biases,
-        "sequence_bias": biases,
-        "stop_token_ids": _array(_integer(0), limits.stop_token_ids),
-        "bad_words": _array({}, limits.bad_words),
-        "allowed_token_ids": _array(_integer(0), limits.allowed_token_ids),
-        "suppress_tokens": _array(_integer(0), limits.suppress_tokens),
-        "begin_suppress_tokens": _array(_integer(0), limits.suppress_tokens),
-        "top_k": _integer(0),
-        "min_p": _number(0, 1),
-        "top_h": _above_zero(1),
-        "typical_p": _above_zero(1),
-        "epsilon_cutoff": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-        "eta_cutoff": {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
-        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
-        "no_repeat_ngram_size": _integer(0),
-        "exponential_decay_length_penalty": {
-            "type": "array", "prefixItems": [_integer(0), _number(None, None)],
-            "minItems": 2, "maxItems": 2,
-        },
-        "include_stop": {"type": "boolean"},
-        "ignore_eos": {"type": "boolean"},
-    }  # fmt: skip
-    fields = {name: known[name] for name in [*OTHERS, *SAMPLING]}
-    return _object(fields, ["prompt"])
+    }
+    sampling = {name: _resolved(option.schema, limits) for name, option in SAMPLING.items()}
+    told = f"never past the context of {context} tokens"
+    sampling["max_tokens"] |= {"default": DEFAULT_MAX_TOKENS, "description": told}
+    return _object({name: own[name] for name in OTHERS} | sampling, ["prompt"])
+
+
+def _resolved(schema: Any, limits: RequestLimits) -> Any:
+    """A schema of the table of options, with this server's numbers; without those it has not."""
+    if isinstance(schema, Limit):
+        bound = getattr(limits, schema.name)
+        return -bound if schema.negative and bound is not None else bound
+    if isinstance(schema, Mapping):
+        found = {name: _resolved(value, limits) for name, value in schema.items()}
+        return {name: value for name, value in found.items() if value is not None}
+    if isinstance(schema, (list, tuple)):
+        return [_resolved(value, limits) for value in schema]
+    return schema
 
 
 def _score(service: Service, names: list[str]) -> Schema:
@@ -172,14 +150,5 @@ def _integer(low: int, high: int | None = None) -> Schema:
     return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
 
 
-def _number(low: float | None, high: float | None) -> Schema:
-    bounds = {"minimum": low, "maximum": high}
-    return {"type": "number"} | {name: at for name, at in bounds.items() if at is not None}
-
-
 def _above_zero(high: float) -> Schema:
     return {"type": "number", "exclusiveMinimum": 0, "maximum": high}
-
-
-def _minus(bound: float | None) -> float | None:
-    return None if bound is None else -bound

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from fastgen.engine.queue import BYPASS, WaitingQueue
 from fastgen.engine.requests import Request, Row
+from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.params import SamplingParams
 
 
 def a_row(priority: int = 0) -> Row:
     request = Request((1,), SamplingParams(seed=1), priority=priority)
-    request.make_rows(1, 2, frozenset(), None)
+    request.make_rows(1, 2, frozenset(), None, KNOWN_OPTIONS)
     return request.rows[0]
 
 

@@ -24,6 +24,7 @@ from fastgen.engine.requests import Request, Row
 from fastgen.engine.scheduler import Scheduler
 from fastgen.frontends.generator import open_model
 from fastgen.results import TokenLogprobs
+from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.draw import Draw
 from late_decoder import LateDecoder
 from simulation import assert_nothing_held
@@ -83,6 +84,7 @@ class CountingDecoder:
 
     vocab_size = 97
     is_async = False
+    known_options = KNOWN_OPTIONS - {"logits_processor"}
 
     def __init__(self, limits: Capacity) -> None:
         self.limits = limits

@@ -23,7 +23,9 @@ ROOMS = (
         "sampling",
         "words",
         (
-            "draw params philox",
+            "draw option_checks philox",
+            "options",
+            "params",
             "filters native_sampler processors",
             "definition history torch_filters",
             "torch_processors",

@@ -169,6 +169,7 @@ def random_filters(rng: np.random.Generator, share: float = 0.3) -> dict[str, An
     return maybe(
         rng,
         {
+            "top_n_sigma": lambda: float(rng.uniform(0.01, 4)),
             "top_h": lambda: float(rng.uniform(0.01, 1)),
             "top_k": lambda: int(rng.choice([1, 3, 20, 150, 1500, 10**6])),
             "top_p": lambda: float(rng.choice([0.1, 0.5, 0.9, 0.999, rng.uniform(0.01, 1)])),

@@ -13,6 +13,7 @@ from fastgen.engine.leases import Copies
 from fastgen.engine.queue import BYPASS
 from fastgen.engine.requests import Request, Row
 from fastgen.engine.scheduler import Scheduler, StepPlan, is_prefilling
+from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.params import SamplingParams
 
 LIMITS = Capacity(
@@ -84,7 +85,7 @@ class Simulation:
         if scored:
             request.prompt_logprobs = [None]
         max_len = min(len(prompt) + new, self.limits.max_seq_len)
-        request.make_rows(1, max_len, frozenset(), None)
+        request.make_rows(1, max_len, frozenset(), None, KNOWN_OPTIONS)
         for row in request.rows:
             self.scheduler.waiting.add(row)
             self.given[row], self.passed_by[row] = row.schedule.queue_key, []

@@ -13,6 +13,8 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria
 
 import fastgen
+from fastgen.hf.options import _PROCESSORS
+from fastgen.sampling.options import FILTERS, OPTIONS
 from hf_models import Recorder, fresh_pair, generated, left_padded, pair, random_ids
 
 IDS = torch.tensor([[20, 30, 40, 50], [60, 35, 70, 80]])
@@ -212,3 +214,17 @@ def test_streams_end_where_everything_is_ruled_out_at_once() -> None:
     output = generated(ours, **call, do_sample=False, streamer=recorder)
     assert ours.last_path == "forward" and recorder.ends == 1
     assert output[0, 4:].tolist() == [int(value) for value in recorder.values[1:]]
+
+
+def test_processors_are_those_of_the_table_in_its_order() -> None:
+    """transformers runs its processors in the order of the table of options; what is read here and
+    stands for no option changes the logits of no draw by itself."""
+    named = {kind: None for option in OPTIONS for kind in option.transformers}
+    read = [kind.__name__ for kind in _PROCESSORS]
+    assert [kind for kind in read if kind in named] == list(named)
+    assert set(read) - set(named) == {
+        *("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor"),
+        *("InfNanRemoveLogitsProcessor", "LogitNormalization"),
+    }
+    attributes = [option.name for option in OPTIONS if option.attribute]
+    assert attributes == [option.name for option in FILTERS if option.transformers]

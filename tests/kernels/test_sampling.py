@@ -17,7 +17,9 @@ import kernel_twins as twins
 from fastgen import SamplingParams
 from fastgen.decoders.cuda.sampler import RING, CudaSampler, Kind
 from fastgen.sampling.draw import Draw
+from fastgen.sampling.options import unknown_to
 from kernel_device import DEVICE, quiet
+from option_cases import CASES, check_option, params_of
 from sampling_harness import (
     EOS,
     DefinedRow,
@@ -30,10 +32,6 @@ from sampling_harness import (
 from triton_interpreter import OWN_SORT
 
 pytestmark = quiet
-ON_DEVICE = {
-    *("temperature", "seed", "top_k", "top_p", "min_p", "logit_bias", "repetition_penalty"),
-    *("frequency_penalty", "presence_penalty", "allowed_token_ids"),
-}
 
 
 class TritonSampler(CudaSampler):
@@ -71,7 +69,7 @@ def device_params(rng: np.random.Generator, vocab_size: int) -> SamplingParams:
     """Of the options that kernels know."""
     params = random_params(rng, vocab_size)
     defaults = {f.name: getattr(SamplingParams, f.name, None) for f in fields(SamplingParams)}
-    others = {name: value for name, value in defaults.items() if name not in ON_DEVICE}
+    others = {name: value for name, value in defaults.items() if name not in CudaSampler.on_device}
     return replace(params, **others)
 
 
@@ -195,3 +193,13 @@ def test_lines_of_draws_come_round() -> None:
         logits[0, step % 8] = 1
         [draw] = sampler.draw(logits, np.zeros(1, np.int32), [-1])
         assert draw.token_id == step % 8
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_option_acts_or_is_drawn_on_the_host(name: str) -> None:
+    check_option(TritonSampler, name)
+    params, _ = params_of(name)
+    sampler = TritonSampler(1, 8, EOS)
+    if not unknown_to(sampler.known_options, params):
+        sampler.bind(0, params, [1])
+        assert sampler.on_host[0] == bool(unknown_to(CudaSampler.on_device, params))

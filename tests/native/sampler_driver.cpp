@@ -61,6 +61,7 @@ SamplingOptions some_options(Bytes& bytes, int vocab_size) {
   options.seed = bytes.take<std::uint64_t>();
   const float temperatures[] = {0, 1, 1e-6f, 0.3f, 2.5f, 1e6f};
   options.temperature = temperatures[bytes.below(6)];
+  if (bytes.maybe(4)) options.top_n_sigma = bytes.maybe(4) ? 1e6 : 4 * bytes.unit() + 1e-9;
   if (bytes.maybe(3)) options.top_h = bytes.maybe(4) ? 1 : bytes.unit() + 1e-9;
   if (bytes.maybe(2)) options.top_k = bytes.maybe(4) ? 1 << 30 : 1 + bytes.below(2 * vocab_size);
   if (bytes.maybe(2)) options.top_p = bytes.maybe(8) ? 1e-300 : 1 - bytes.unit();
@@ -74,8 +75,8 @@ SamplingOptions some_options(Bytes& bytes, int vocab_size) {
   if (bytes.maybe(3)) options.no_repeat_ngram_size = bytes.maybe(8) ? 1 << 30 : bytes.below(6);
   if (bytes.maybe(4)) options.min_new_tokens = bytes.below(8);
   if (bytes.maybe(4)) {
-    options.length_start = bytes.below(4);
-    options.length_factor = bytes.maybe(2) ? 1e6 : bytes.unit() + 0.1;
+    const double factor = bytes.maybe(2) ? 1e6 : bytes.unit() + 0.1;
+    options.exponential_decay_length_penalty = {bytes.below(4), factor};
   }
   for (int words = bytes.maybe(3) ? bytes.below(5) : 0; words > 0; --words) {
     auto word = some_ids(bytes, vocab_size, 4);
@@ -91,14 +92,14 @@ SamplingOptions some_options(Bytes& bytes, int vocab_size) {
     if (!word.empty()) options.sequence_bias.push_back({word, bytes.maybe(2) ? -1e10f : 2.5f});
   }
   if (bytes.maybe(5)) {
-    options.allowed.assign(vocab_size, false);
-    options.allowed.add(bytes.below(vocab_size));
-    for (const std::int32_t id : some_ids(bytes, vocab_size, 40)) options.allowed.add(id);
+    options.allowed_token_ids.assign(vocab_size, false);
+    options.allowed_token_ids.add(bytes.below(vocab_size));
+    for (const std::int32_t id : some_ids(bytes, vocab_size, 40)) options.allowed_token_ids.add(id);
   }
-  if (bytes.maybe(4)) options.suppress = some_ids(bytes, vocab_size, 4);
-  if (bytes.maybe(4)) options.begin_suppress = some_ids(bytes, vocab_size, 4);
+  if (bytes.maybe(4)) options.suppress_tokens = some_ids(bytes, vocab_size, 4);
+  if (bytes.maybe(4)) options.begin_suppress_tokens = some_ids(bytes, vocab_size, 4);
   if (bytes.maybe(2)) options.ending_ids = some_ids(bytes, vocab_size, 3);
-  if (bytes.maybe(4)) options.num_logprobs = bytes.below(vocab_size + 2);
+  if (bytes.maybe(4)) options.logprobs = bytes.below(vocab_size + 2);
   return options;
 }
 
@@ -156,9 +157,10 @@ void check_draw(const SamplingOptions& options, const float* logits, int vocab_s
   const auto in = [&](const std::vector<std::int32_t>& ids) {
     return std::find(ids.begin(), ids.end(), id) != ids.end();
   };
-  REQUIRE(!in(options.suppress));
-  REQUIRE(!(first && in(options.begin_suppress)));
-  if (options.allowed.given()) REQUIRE(options.allowed.word(id / 64) >> (id % 64) & 1);
+  REQUIRE(!in(options.suppress_tokens));
+  REQUIRE(!(first && in(options.begin_suppress_tokens)));
+  const auto& allowed = options.allowed_token_ids;
+  if (allowed.given()) REQUIRE(allowed.word(id / 64) >> (id % 64) & 1);
 }
 
 void run_case(const std::uint8_t* data, std::size_t size) {

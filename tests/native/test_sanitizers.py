@@ -120,7 +120,7 @@ def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", broken)
     driver = shutil.copytree(DRIVER.parent, tmp_path / "tests" / "native") / DRIVER.name
     source = (broken / "sampler" / "processors.cpp").read_text()
-    old = "rule_out(options.suppress, scores);"
+    old = "rule_out(options.suppress_tokens, scores);"
     assert old in source
     (broken / "sampler" / "processors.cpp").write_text(source.replace(old, ""))
     assert "suppress" in failure_of(broken, driver, tmp_path / "forgets")

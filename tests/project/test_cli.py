@@ -16,6 +16,7 @@ import pytest
 import fastgen
 import processes
 from fastgen.cli import _parser, main, params_of
+from fastgen.sampling.options import OPTIONS
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -47,7 +48,8 @@ def test_every_sampling_option_arrives() -> None:
     """Each changes the field it names; what there is no flag for takes a function, or ids only."""
     values = {
         "-n": "2", "--best-of": "3", "--max-new-tokens": "5", "--min-new-tokens": "4",
-        "--temperature": "0.5", "--top-k": "7", "--top-p": "0.9", "--min-p": "0.1",
+        "--temperature": "0.5", "--top-n-sigma": "1.5",
+        "--top-k": "7", "--top-p": "0.9", "--min-p": "0.1",
         "--typical-p": "0.8", "--top-h": "0.7", "--epsilon-cutoff": "0.01", "--eta-cutoff": "0.02",
         "--repetition-penalty": "1.1", "--presence-penalty": "-0.5", "--frequency-penalty": "0.3",
         "--no-repeat-ngram-size": "3", "--logit-bias": "5=-2.5", "--bad-word": "x", "--stop": "y",
@@ -55,11 +57,14 @@ def test_every_sampling_option_arrives() -> None:
     }  # fmt: skip
     words = [word for pair in values.items() for word in pair]
     again = ["--logit-bias", "6=1", "--bad-word", "z", "--stop-token-id", "10"]
-    flags = ["--include-stop", "--ignore-eos", *again]
+    switches = ["--include-stop", "--ignore-eos"]
+    assert {*values, *switches} == {option.flag.name for option in OPTIONS if option.flag}
+    flags = [*switches, *again]
     found = params_of(_parser().parse_args(["generate", *words, *flags, "prompt"]))
     assert found == fastgen.SamplingParams(
-        n=2, best_of=3, max_new_tokens=5, min_new_tokens=4, temperature=0.5, top_k=7, top_p=0.9,
-        min_p=0.1, typical_p=0.8, top_h=0.7, epsilon_cutoff=0.01, eta_cutoff=0.02,
+        n=2, best_of=3, max_new_tokens=5, min_new_tokens=4, temperature=0.5, top_n_sigma=1.5,
+        top_k=7, top_p=0.9, min_p=0.1, typical_p=0.8, top_h=0.7,
+        epsilon_cutoff=0.01, eta_cutoff=0.02,
         repetition_penalty=1.1, presence_penalty=-0.5, frequency_penalty=0.3,
         no_repeat_ngram_size=3, logit_bias={5: -2.5, 6: 1}, bad_words=["x", "z"], stop="y",
         stop_token_ids=[9, 10], seed=11, logprobs=2, include_stop=True, ignore_eos=True,

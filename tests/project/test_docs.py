@@ -11,6 +11,7 @@ import pytest
 
 import fastgen
 from fastgen import SamplingParams
+from option_tables import as_tables
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("library", "sampling", "serving", "transformers")
@@ -31,6 +32,13 @@ def test_examples_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if isinstance(names["model"], fastgen.Generator):
         names["model"].close()
     assert capsys.readouterr().out.strip()
+
+
+def test_the_tables_of_options_are_the_projects_own() -> None:
+    """On a failure: write what `as_tables` returns into the page."""
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    for table in as_tables():
+        assert table in text
 
 
 def test_every_option_is_described() -> None:

@@ -117,6 +117,9 @@ def test_every_option_draws_the_defined_ids(make: Any, vocab_size: int, trials: 
 
 FILTERS: list[dict[str, Any]] = [
     {"temperature": 0},
+    *({"top_n_sigma": n} for n in (1e-9, 0.5, 1.0, 2.0, 1e6)),
+    *({"top_n_sigma": 1.5, "temperature": t} for t in (1e-6, 0.3, 1e6)),
+    {"top_n_sigma": 1.0, "top_h": 0.9, "top_k": 3},
     *({"top_h": h} for h in (0.01, 0.5, 1.0)),
     *({"top_k": k} for k in (1, 3, 1000, 1500)),
     *({"top_p": p} for p in (0.01, 0.5, 0.9999)),
@@ -241,6 +244,7 @@ def test_a_bad_draw_among_drafts_is_the_seats_last(make: Any) -> None:
         {"temperature": 0.6},
         {"top_k": 5},
         {"top_p": 0.7},
+        {"top_n_sigma": 1.0},
         {"top_h": 0.7},
         {"typical_p": 0.6},
         {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},

@@ -24,9 +24,23 @@ from tolerances import TOLERANCES
 
 EDGE = TOLERANCES["filter_edge"]
 
+
+class TopNSigma(hf.LogitsProcessor):
+    """As llama.cpp has it; transformers has none."""
+
+    def __init__(self, n: float) -> None:
+        self.n = n
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        finite = scores[scores.isfinite()].double()
+        least = finite.max() - self.n * finite.std(correction=0)
+        return scores.masked_fill(scores < least, -torch.inf)
+
+
 # in transformers' order
 THEIRS: dict[str, Callable[[Any], Any]] = {
     "temperature": hf.TemperatureLogitsWarper,
+    "top_n_sigma": TopNSigma,
     "top_h": hf.TopHLogitsWarper,
     "top_k": hf.TopKLogitsWarper,
     "top_p": hf.TopPLogitsWarper,
@@ -55,7 +69,7 @@ def kept(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
 def is_near_an_edge(logits: np.ndarray, params: SamplingParams) -> bool:
     """Whether a little more or less of any option keeps another set."""
     wanted = kept(logits, params).sum()
-    for name in ("top_h", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+    for name in [name for name in THEIRS if name not in ("temperature", "top_k")]:
         value = getattr(params, name)
         if value == getattr(SamplingParams, name):
             continue
@@ -65,7 +79,8 @@ def is_near_an_edge(logits: np.ndarray, params: SamplingParams) -> bool:
             "typical_p": EDGE,
         }
         for shift in (step.get(name, value * EDGE), -step.get(name, value * EDGE)):
-            near = replace(params, **{name: min(max(value + shift, 1e-9), 1 - 1e-9)})
+            most = 1e6 if name == "top_n_sigma" else 1 - 1e-9
+            near = replace(params, **{name: min(max(value + shift, 1e-9), most)})
             if kept(logits, near).sum() != wanted:
                 return True
     return params.typical_p < 1 and distances_are_near(logits, params)
@@ -73,7 +88,8 @@ def is_near_an_edge(logits: np.ndarray, params: SamplingParams) -> bool:
 
 def entropy(logits: np.ndarray, params: SamplingParams) -> float:
     """In nats, of the best 100."""
-    probs = np.sort(kept_weights(logits, SamplingParams(temperature=params.temperature)))[-100:]
+    before = SamplingParams(temperature=params.temperature, top_n_sigma=params.top_n_sigma)
+    probs = np.sort(kept_weights(logits, before))[-100:]
     probs = probs[probs > 0] / probs.sum()
     return float(-(probs * np.log(probs)).sum())
 
@@ -159,7 +175,7 @@ def test_torch_keeps_the_same_ids(few: bool, vocab_size: int) -> None:
         for _ in logits:
             options = random_filters(rng, 0.5)
             if few:
-                options["top_k"] = int(rng.integers(1, min(vocab_size, 1024)))
+                options |= {"top_k": int(rng.integers(1, min(vocab_size, 1024))), "top_n_sigma": 0}
             else:
                 options |= {"top_k": int(rng.choice([0, 1500])), "top_h": None}
             params.append(SamplingParams(temperature=float(rng.choice([0.5, 1, 2])), **options))
@@ -189,6 +205,33 @@ def test_top_h_keeps_its_share_of_equals_however_sums_are_rounded(share: float) 
     params = SamplingParams(top_h=share)
     assert kept(logits[0], params).sum() == round(100 * share)
     assert (torch_kept(logits, [params]) > 0).sum() == round(100 * share)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_top_n_sigma_keeps_the_same_whatever_the_temperature(temperature: float) -> None:
+    """Deviation and distances are scaled alike. What is at the edge is kept."""
+    logits = np.array([[4, 0, 4, 0, -np.inf]], np.float32)  # a deviation of 2, of four
+    for n, wanted in [(1e-9, [0, 2]), (1.9, [0, 2]), (2.0, [0, 1, 2, 3]), (1e6, [0, 1, 2, 3])]:
+        params = SamplingParams(top_n_sigma=n, temperature=temperature)
+        assert np.flatnonzero(kept(logits[0], params)).tolist() == wanted
+        assert np.flatnonzero(torch_kept(logits, [params])[0]).tolist() == wanted
+
+
+def test_top_n_sigma_looks_at_all_logits_before_the_other_filters() -> None:
+    """And they look at what it has left."""
+    logits = np.array([6, 5, 4, 3, 0, 0, 0, 0], np.float32)
+    alone = kept(logits, SamplingParams(top_n_sigma=1))
+    assert np.flatnonzero(alone).tolist() == [0, 1, 2][: round(logits.std() // 1) + 1]
+    for options, wanted in [
+        ({"top_k": 2}, [0, 1]),
+        ({"top_k": 7}, [0, 1, 2]),
+        ({"top_h": 1.0}, [0, 1, 2]),
+        ({"top_h": 1.0, "top_k": 1}, [0]),
+        ({"min_p": 0.2}, [0, 1]),
+    ]:
+        params = SamplingParams(top_n_sigma=1, **options)
+        assert np.flatnonzero(kept(logits, params)).tolist() == wanted, options
+        assert np.flatnonzero(torch_kept(logits[None], [params])[0]).tolist() == wanted, options
 
 
 def test_candidates_are_few_where_little_is_left() -> None:

@@ -183,6 +183,19 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, token_id: int) -> Non
             call()
 
 
+def test_every_option_is_handed_over_by_its_name() -> None:
+    """None can be forgotten on the way to C++."""
+    assert set(native.Sampler.options) == native_options().keys()
+    sampler = native.Sampler(1, 9, 20, 1)
+    for name in native.Sampler.options:
+        options = native_options()
+        del options[name]
+        with pytest.raises(KeyError, match=f"option {name} is missing"):
+            sampler.bind(0, [1], options)
+    with pytest.raises(KeyError, match="option top_z is unknown"):
+        sampler.bind(0, [1], {**native_options(), "top_z": 1})
+
+
 @pytest.mark.parametrize("seat", [-1, 2, 2**31 - 1])
 def test_seats_that_are_not_there_are_refused(seat: int) -> None:
     sampler = native.Sampler(2, 9, 20, 1)

@@ -11,6 +11,7 @@ import pytest
 
 from fastgen import SamplingParams
 from fastgen.errors import OptionError, OptionTypeError
+from fastgen.sampling.options import OPTIONS
 
 NOT_NUMBERS = ["1", None, [0.5], {}, b"1", object(), 1j, True]
 NOT_FINITE = [math.nan, math.inf, -math.inf, 10**400, -(10**400)]
@@ -22,7 +23,7 @@ WRONG = {
     "n max_new_tokens min_new_tokens top_k no_repeat_ngram_size": [*NOT_COUNTS, None],
     "best_of seed logprobs prompt_logprobs": NOT_COUNTS,
     "n best_of": [0, 2**17],
-    "temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty": [
+    "temperature top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty top_n_sigma": [
         *NOT_NUMBERS, *NOT_FINITE, -0.1,
     ],
     "frequency_penalty presence_penalty": [*NOT_NUMBERS, *NOT_FINITE, 1e7, -1e7, 1e308],
@@ -66,17 +67,24 @@ def shown(value: Any) -> str:
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=shown)
 def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match=name) as caught:
+    with pytest.raises((OptionTypeError, OptionError), match=name) as caught:
         SamplingParams(**{name: value})
     assert len(str(caught.value)) < 200
     assert type(caught.value) in (OptionTypeError, OptionError)
+    assert caught.value.option == name
 
 
 def test_unknown_options_name_the_nearest() -> None:
-    with pytest.raises(TypeError, match="'max_tokens'; did you mean 'max_new_tokens'"):
+    with pytest.raises(
+        OptionTypeError, match="'max_tokens'; did you mean 'max_new_tokens'"
+    ) as caught:
         SamplingParams(max_tokens=5)
-    with pytest.raises(TypeError, match="'do_sample'; here it is temperature: 0 is greedy"):
+    assert caught.value.option == "max_tokens"
+    with pytest.raises(
+        OptionTypeError, match="'do_sample'; here it is temperature: 0 is greedy"
+    ) as caught:
         SamplingParams(do_sample=True)
+    assert caught.value.option == "do_sample"
     with pytest.raises(ValueError, match="0, which keeps all"):
         SamplingParams(top_k=-1)
     with pytest.raises(TypeError, match="known options: allowed_token_ids, bad_words"):
@@ -132,8 +140,9 @@ def test_nothing_to_generate_needs_something_to_score() -> None:
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(OptionError, match=message) as caught:
         SamplingParams(**options)
+    assert caught.value.option in options
 
 
 def test_a_copy_with_another_seed_is_equal_but_for_it() -> None:
@@ -146,3 +155,9 @@ def test_a_copy_with_another_seed_is_equal_but_for_it() -> None:
 def test_every_field_has_bad_values_here() -> None:
     """What ids may be is for the engine to say: test_validation.py."""
     assert {name for name, _ in BAD} == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_the_fields_are_the_table_of_options() -> None:
+    """In its order, with its defaults: each option is declared once, with all that follows."""
+    fields = dataclasses.fields(SamplingParams)
+    assert [(f.name, f.default) for f in fields] == [(one.name, one.default) for one in OPTIONS]

@@ -49,7 +49,7 @@ CASES: list[dict[str, Any]] = [
     {"suppress_tokens": [11, 256, 257, 258, 259, 260, 262, 264]},
     {"begin_suppress_tokens": list(range(256, 1280))}, {"top_h": 0.2}, {"top_k": 2},
     {"min_p": 0.5}, {"typical_p": 0.2}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.5},
-    {"stop_token_ids": [11, 13, 256, 260], "max_tokens": 60},
+    {"stop_token_ids": [11, 13, 256, 260], "max_tokens": 60}, {"top_n_sigma": 0.5},
     {"ignore_eos": True, "logit_bias": {"0": 100}, "logprobs": 1},
     {"timeout": 60.5, "priority": 3, "cache_salt": "mine"}, {"return_token_ids": True, "n": 2},
 ]  # fmt: skip

@@ -63,6 +63,7 @@ class CpuDecoder:
             limits.max_seq_len,
             num_threads,
         )
+        self.known_options = self._sampler.known_options
 
     def forward(self, batch: StepBatch) -> Floats:
         check_batch(batch, self.limits)

@@ -120,6 +120,7 @@ class CudaDecoder:
             limits.max_logits,
             device,
         )
+        self.known_options = self._sampler.known_options
         self._copier = InputCopier(inputs_size(limits), device)
         self._graphs = None
         if os.environ.get("FASTGEN_CUDA_GRAPHS", "1") != "0":

@@ -20,10 +20,20 @@ from fastgen.decoders.machine import granted_cores
 from fastgen.kernels.embedding import STEPS_COUNTED
 from fastgen.kernels.launch import Settings, cdiv
 from fastgen.kernels.processing import (
+    CHANGES,
     CHUNK,
+    FREQUENCY,
+    HAS_BIAS,
+    HAS_MASK,
     IN_PROMPT,
+    MIN_P,
     MOST_TOP_K,
     NUM_OPTIONS,
+    PRESENCE,
+    REPETITION,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
     ProcessedLogits,
     SeatTable,
     process,
@@ -34,15 +44,22 @@ from fastgen.kernels.vocabulary import TILE
 from fastgen.native import native
 from fastgen.sampling.draw import Draw
 from fastgen.sampling.native_sampler import NativeSampler
+from fastgen.sampling.options import BY_NAME, unknown_to
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.torch_sampler import NO_LOGPROBS, TorchSampler, logprobs_of
 
-# Options of rows that are drawn on the host.
-_ON_HOST = (
-    *("sequence_bias", "no_repeat_ngram_size", "bad_words", "min_new_tokens"),
-    *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
-    *("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
-)
+# Columns that hold options as they are.
+_COLUMNS = {
+    "temperature": TEMPERATURE.value,
+    "top_p": TOP_P.value,
+    "min_p": MIN_P.value,
+    "repetition_penalty": REPETITION.value,
+    "frequency_penalty": FREQUENCY.value,
+    "presence_penalty": PRESENCE.value,
+}
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+_TOP_K, _CHANGES = TOP_K.value, CHANGES.value
+_HAS_BIAS, _HAS_MASK = HAS_BIAS.value, HAS_MASK.value
 RING = 64  # steps that may be under way before the first is looked at
 
 
@@ -58,10 +75,17 @@ class CudaSampler:
     """Per-seat options and draws of logits on one device.
 
     Attributes:
+        on_device: options that kernels draw with. Rows with others are drawn on the host.
+        known_options: these, and those of the host's sampler.
         table: what kernels know of the seats; moved on by their draws.
         scores: logits and all that kernels make of them.
         feedback: where draws go.
     """
+
+    on_device = frozenset({
+        *_COLUMNS, "top_k", "logit_bias", "allowed_token_ids",
+        "stop_token_ids", "ignore_eos", "seed", "logprobs",
+    })  # fmt: skip
 
     def __init__(
         self,
@@ -89,6 +113,7 @@ class CudaSampler:
             self._host = NativeSampler(*sizes, granted_cores())
         else:
             self._host = TorchSampler(num_seats, vocab_size, eos_ids, torch.device("cpu"))
+        self.known_options = self.on_device | self._host.known_options
         self._listed: dict[int, NDArray[np.bool_]] = {}  # allowed_token_ids
         self._options = np.zeros((num_seats, NUM_OPTIONS.value))
         self._num_logprobs = np.full(num_seats, NO_LOGPROBS, np.int64)
@@ -125,22 +150,20 @@ class CudaSampler:
     def bind(self, seat: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         self.release(seat)
         self._num_logprobs[seat] = NO_LOGPROBS if params.logprobs is None else params.logprobs
-        self.on_host[seat] = any(
-            getattr(params, name) != getattr(SamplingParams, name) for name in _ON_HOST
-        )
-        if self.on_host[seat]:
+        if unknown_to(self.on_device, params):
             self._host.bind(seat, params, token_ids)
+            self.on_host[seat] = True
             return
         own = self._options[seat]
-        top_k = params.top_k if params.top_k < self._vocab_size else 0
-        own[:4] = params.temperature, top_k, params.top_p, params.min_p
-        own[4:7] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        own[7:] = 0
-        if (own[4:7] != (1, 0, 0)).any():
+        own[:] = 0
+        for name, column in _COLUMNS.items():
+            own[column] = getattr(params, name)
+        own[_TOP_K] = params.top_k if params.top_k < self._vocab_size else 0
+        own[_HAS_BIAS] = bool(params.logit_bias)
+        if self._penalizes(seat):
             self.table.counts[seat].copy_(torch.from_numpy(self._counts(token_ids)))
         if params.logit_bias:
             self.table.biases[seat].copy_(torch.from_numpy(self._biases(params)))
-            own[7] = 1
         if params.allowed_token_ids is not None:
             self._listed[seat] = np.zeros(self._vocab_size, bool)
             self._listed[seat][list(params.allowed_token_ids)] = True
@@ -170,21 +193,21 @@ class CudaSampler:
             return
         masks = [mask for mask in (self._listed.get(seat), allowed) if mask is not None]
         own = self._options[seat]
-        own[8] = bool(masks)
+        own[_HAS_MASK] = bool(masks)
         if masks:
             bits = np.packbits(np.logical_and.reduce(masks), bitorder="little")
             words = np.zeros(self.table.masks.shape[1], np.int32)
             words.view(np.uint8)[: len(bits)] = bits
             self.table.masks[seat].copy_(torch.from_numpy(words))
-        own[9] = bool(own[7] or own[8] or (own[4:7] != (1, 0, 0)).any())
+        own[_CHANGES] = bool(own[_HAS_BIAS] or own[_HAS_MASK] or self._penalizes(seat))
         self._new_options.setdefault(seat, None)
 
     def kind(self, seats: NDArray[np.int32]) -> Kind:
         """What a step with draws of these seats needs; -1 is none."""
         own = self._options[seats[seats >= 0]].T
-        samples, top_k = own[0] > 0, own[1]
+        samples, top_k = own[_COLUMNS["temperature"]] > 0, own[_TOP_K]
         weighs = samples & ((top_k == 0) | (top_k > MOST_TOP_K))
-        return Kind(bool(samples.any()), bool(own[9].any()), bool(weighs.any()))
+        return Kind(bool(samples.any()), bool(own[_CHANGES].any()), bool(weighs.any()))
 
     def launch(
         self,
@@ -259,6 +282,11 @@ class CudaSampler:
                 own: Tensor = getattr(self.table, name)
                 own[index] = torch.tensor(values, dtype=own.dtype, device=self.device)
         self._new_options = {}
+
+    def _penalizes(self, seat: int) -> bool:
+        """Whether the seat's draws depend on what its row has."""
+        own = self._options[seat]
+        return any(own[_COLUMNS[name]] != BY_NAME[name].default for name in _PENALTIES)
 
     def _counts(self, token_ids: Sequence[int]) -> NDArray[np.int32]:
         counts = np.zeros(self._vocab_size, np.int32)

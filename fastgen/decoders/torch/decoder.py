@@ -70,6 +70,7 @@ class TorchDecoder:
         self._activation = ACTIVATIONS[config.activation]
         self._kv_cache = self._new_blocks(limits.num_blocks)  # (layers, 2, H, slots, D)
         self._sampler = _make_sampler(config, limits, weights.device, num_threads)
+        self.known_options = self._sampler.known_options
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> Tensor:
