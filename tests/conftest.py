@@ -26,6 +26,8 @@ import processes
 
 HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 if HAS_INTERPRETER:
+    from triton.runtime import interpreter
+
     import triton_interpreter
 
     triton_interpreter.speed_up()
@@ -83,7 +85,7 @@ def own_garbage() -> None:
 def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of equal bits in Triton's interpreter; a GPU needs no such help."""
     if HAS_INTERPRETER:
-        builder = triton_interpreter.interpreter.InterpreterBuilder
+        builder = interpreter.InterpreterBuilder
         monkeypatch.setattr(builder, "create_dot", triton_interpreter.dot_in_order)
 
 

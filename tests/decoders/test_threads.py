@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_what_has_ended_stays_as_it_is() -> None:
                 request = engine.add_request([5, 6], greedy(max_new_tokens=40), deadline=deadline)
                 if deadline is None:
                     engine.cancel(request)
-                engine.run(lambda request=request: request.done)
+                engine.run(partial(getattr, request, "done"))
                 row = request.rows[0]
                 ended.append((request, row.finish_reason, len(row.token_ids)))
         except BaseException as error:

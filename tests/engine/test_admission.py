@@ -14,6 +14,7 @@ import pytest
 from engine_harness import (
     CountingDecoder,
     assert_idle,
+    counting_decoder_of,
     greedy,
     make_counting_engine,
     new_tokens,
@@ -113,7 +114,7 @@ def test_the_failure_ends_one_request_alone(stage: str) -> None:
             if request not in hurt:
                 assert_exact(request)
         assert_idle(engine)
-        assert engine.decoder.params == {}, "a seat is still bound"
+        assert counting_decoder_of(engine).params == {}, "a seat is still bound"
         again = add_mixed(engine)
         run_all(engine, again)
         for request in again:
@@ -140,7 +141,7 @@ def test_a_failing_release_still_frees_everything(monkeypatch: pytest.MonkeyPatc
     engine = make_counting_engine()
 
     def failing(seat: int) -> None:
-        del engine.decoder.params[seat]
+        del counting_decoder_of(engine).params[seat]
         raise OSError("injected")
 
     monkeypatch.setattr(engine.decoder, "release", failing)

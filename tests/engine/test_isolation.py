@@ -14,7 +14,15 @@ import pytest
 
 import fastgen
 from agreement import assert_rows_agree, bundled_reference
-from engine_harness import assert_idle, greedy, make_engine, new_tokens, random_prompt, run_all
+from engine_harness import (
+    assert_idle,
+    greedy,
+    make_engine,
+    new_tokens,
+    random_prompt,
+    recorder_of,
+    run_all,
+)
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
 from fastgen.sampling.definition import token_logprobs
@@ -128,18 +136,21 @@ def test_the_function_sees_the_row_and_its_logits_and_decides(engine: Engine) ->
 def test_only_the_row_with_the_function_pays(engine: Engine) -> None:
     bound: list[int] = []
     bind = engine.decoder.bind
+
+    def bind_and_note(seat: int, *others: Any) -> None:
+        bound.append(seat)
+        bind(seat, *others)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            engine.decoder, "bind", lambda *a: (bound.append(a[0]), bind(*a)), raising=False
-        )
+        patch.setattr(engine.decoder, "bind", bind_and_note, raising=False)
         others = bystanders(engine)
         own = engine.add_request(PROMPTS[2], greedy(max_new_tokens=10, logits_processor=keep))
-        engine.decoder.batches.clear()
+        recorder_of(engine).batches.clear()
         seats = {}
         engine.run(lambda: seats.update({r.rows[0].seat: r for r in (*others, own)}) or own.done)
     run_all(engine, others)
     assert len(bound) == 2
-    for batch in engine.decoder.batches:
+    for batch in recorder_of(engine).batches:
         assert (batch.seats < 0).sum() <= 1
         assert set(batch.seats[batch.seats >= 0].tolist()) <= set(bound)
 
@@ -226,6 +237,7 @@ def test_a_bad_function_ends_its_row_alone(
     [row] = victim.rows
     assert (row.finish_reason, len(row.new_token_ids)) == ("error", num_before)
     assert victim.error is None
+    assert row.error is not None
     assert fastgen.errors.message_of(row.error).startswith(message)
     assert_same(others, undisturbed)
 
@@ -237,7 +249,7 @@ def test_a_sink_that_fails_ends_its_row_alone(
     others, sink = bystanders(engine), Sink(*fails)
     victims = engine.add_request(
         PROMPTS[3], greedy(max_new_tokens=6, n=3, ignore_eos=True), sinks=[Sink(), sink, Sink()]
-    )  # type: ignore[list-item]
+    )
     run_all(engine, [*others, victims])
     assert [row.finish_reason for row in victims.rows] == ["length", "error", "length"]
     assert isinstance(victims.rows[1].error, (ValueError, OSError))

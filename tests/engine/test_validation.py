@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 
 import fastgen
-from engine_harness import assert_idle, greedy, make_counting_engine, run_all
+from engine_harness import (
+    CountingDecoder,
+    assert_idle,
+    counting_decoder_of,
+    greedy,
+    make_counting_engine,
+    run_all,
+)
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 
@@ -97,7 +104,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
     assert_idle(shared_engine)
     assert shared_engine.stats.steps == steps, "something was run"
     assert not shared_engine._inbox.arrived and not shared_engine._inbox._deadlines
-    assert shared_engine.decoder.params == {}
+    assert counting_decoder_of(shared_engine).params == {}
     canary = shared_engine.add_request([5, 6], greedy(max_new_tokens=3))
     run_all(shared_engine, [canary])
     first = (31 * 6 + 7 + 11) % 97
@@ -107,7 +114,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_options_are_refused_by_the_engine(engine: Engine, name: str) -> None:
-    for value in [*BAD[name], *beyond(engine.decoder.vocab_size).get(name, ())]:
+    for value in [*BAD[name], *beyond(CountingDecoder.vocab_size).get(name, ())]:
         with pytest.raises((TypeError, ValueError), match=name) as caught:
             engine.add_request([1, 2], SamplingParams(**{name: value}))
         assert type(caught.value) in (TypeError, ValueError), value
@@ -238,7 +245,7 @@ def test_all_65536_samples_run() -> None:
 
 
 def test_the_edges_are_taken(engine: Engine) -> None:
-    last = engine.decoder.vocab_size - 1
+    last = CountingDecoder.vocab_size - 1
     options: dict[str, Any] = {
         "logprobs": last + 1,
         "stop_token_ids": [last],

@@ -22,6 +22,7 @@ from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
 from fastgen.frontends.threaded_engine import ThreadedEngine
 from fastgen.results import Piece
 from held_steps import LONG, TEXTS, facts, held, pieces_joined, stepping
+from tokenizers_at import tokenizer_of
 from waits import WITHIN, wait_in_loop_until, wait_until
 
 T = TypeVar("T")
@@ -378,7 +379,7 @@ async def test_what_takes_long_to_encode_does_not_block_the_loop(
     work: Callable[[AsyncEngine], Coroutine[Any, Any, Any]],
 ) -> None:
     """It is encoded on other threads; here it does not go on before the loop has."""
-    encode, threads, has_gone_on = model.tokenizer.encode, list[int](), threading.Event()
+    encode, threads, has_gone_on = tokenizer_of(model).encode, list[int](), threading.Event()
     loops_own = threading.get_ident()
 
     def held_encode(*args: Any) -> Any:

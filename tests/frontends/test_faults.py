@@ -35,8 +35,10 @@ from fastgen.decoders.interface import StepBatch
 from fastgen.decoders.memory import BLOCK_SIZE
 from fastgen.engine.requests import Request, Row
 from fastgen.sampling.draw import Draw
+from fastgen.text.detokenizer import TextSink
 from late_decoder import LateDecoder
 from poisoned import POISON, save_poisoned
+from tokenizers_at import tokenizer_of
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "sample", "detokenize", "emit")
 KINDS = ("exception", "NaN", "delay", "cancel")
@@ -127,7 +129,7 @@ class Scene:
 
 
 def tokenize(scene: Scene) -> None:
-    tokenizer, engine = scene.model.tokenizer, scene.model.engine
+    tokenizer, engine = tokenizer_of(scene.model), scene.model.engine
     engine_add = engine.add_request
 
     def remember(*args: Any, **options: Any) -> Request:
@@ -265,7 +267,7 @@ def assert_exact(found: Request, wanted: Request) -> None:
     assert_rows_agree(
         found.prompt_token_ids, expected.params, row.new_token_ids, expected.new_token_ids
     )
-    assert row.sink is not None and expected.sink is not None
+    assert isinstance(row.sink, TextSink) and isinstance(expected.sink, TextSink)
     assert row.sink.text == expected.sink.text or row.new_token_ids != expected.new_token_ids
 
 

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,15 +32,23 @@ def test_the_bundled_models_100_greedy_tokens(decoder: str) -> None:
 
 def test_streamed_is_whole(idle_model: fastgen.Generator) -> None:
     for seed in range(5):
-        options = {"seed": seed, "max_new_tokens": 60, "temperature": 1.2, "n": 3, "logprobs": 1}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "max_new_tokens": 60,
+            "temperature": 1.2,
+            "n": 3,
+            "logprobs": 1,
+        }
         [whole] = idle_model.generate("And the king said", **options)
         pieces = list(idle_model.stream("And the king said", **options))
         for completion in whole.completions:
             mine = [piece for piece in pieces if piece.index == completion.index]
             assert "".join(map(str, mine)) == completion.text
             assert sum((piece.token_ids for piece in mine), ()) == completion.token_ids
-            scored = [entry.logprob for piece in mine for entry in piece.logprobs]
-            assert scored == pytest.approx([e.logprob for e in completion.logprobs], abs=1e-4)
+            scored = [entry.logprob for piece in mine for entry in piece.logprobs or ()]
+            wanted = [entry.logprob for entry in completion.logprobs or ()]
+            assert len(scored) == len(completion.token_ids)
+            assert scored == pytest.approx(wanted, abs=1e-4)
             assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
             assert mine[-1].finish_reason == completion.finish_reason
 
@@ -82,7 +90,8 @@ def test_prompts_in_every_form(idle_model: fastgen.Generator) -> None:
 
 
 def test_eos_stop_ids_and_stop_strings_end_a_row(idle_model: fastgen.Generator) -> None:
-    prompt, options = "And God said", {"temperature": 0, "max_new_tokens": 40}
+    prompt = "And God said"
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40}
     [free] = idle_model.generate(prompt, **options)
     tokens, text = free.completions[0].token_ids, free.completions[0].text
     stop_id = tokens[6]
@@ -194,7 +203,7 @@ def test_short_scores_and_forms(idle_model: fastgen.Generator) -> None:
         (lambda m: fastgen.load(decoder="gpu"), ValueError, "decoder"),
         (lambda m: fastgen.load(device="warp"), ValueError, "device='warp'"),
         (lambda m: fastgen.load(device="meta"), ValueError, "device='meta'"),
-        (lambda m: fastgen.load(device=None), TypeError, "device"),
+        (lambda m: fastgen.load(device=cast(str, None)), TypeError, "device"),
         (lambda m: fastgen.load(max_batch_size=10**6), ValueError, "max_batch_size"),
         (lambda m: fastgen.load(""), fastgen.CheckpointError, "empty"),
         (lambda m: fastgen.load(quantise="int8"), TypeError, "did you mean 'quantize'"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ def make_engine(
         object.__setattr__(built.limits, "num_blocks", num_blocks)
     recorder: Any = Recorder(LateDecoder(built) if decoder == "late" else built)
     return Engine(recorder, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
+
+
+def recorder_of(engine: Engine) -> Recorder:
+    """The decoder of an engine that `make_engine` has made."""
+    decoder: Any = engine.decoder
+    assert isinstance(decoder, Recorder)
+    return decoder
 
 
 class CountingDecoder:
@@ -134,6 +142,12 @@ def make_counting_engine(seats: int = 4, num_blocks: int = 32) -> Engine:
     return Engine(decoder, CountingDecoder.vocab_size)
 
 
+def counting_decoder_of(engine: Engine) -> CountingDecoder:
+    decoder: Any = engine.decoder
+    assert isinstance(decoder, CountingDecoder)
+    return decoder
+
+
 def run_all(engine: Engine, requests: Sequence[Request], *, may_fail: bool = False) -> None:
     engine.run(lambda: all(request.done for request in requests))
     for request in requests:
@@ -152,7 +166,8 @@ def assert_idle(engine: Engine) -> None:
 
 
 def random_prompt(rng: np.random.Generator, length: int) -> list[int]:
-    return rng.integers(1, 4096, length).tolist()
+    token_ids: list[int] = rng.integers(1, 4096, length).tolist()
+    return token_ids
 
 
 def greedy(**options: Any) -> fastgen.SamplingParams:
@@ -172,9 +187,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def assert_linear(work: Callable[[int], Any], size: int) -> None:
     """Four times the size takes four times as long, and not sixteen times."""
-    small, large = (
-        min(cpu_seconds(lambda n=n: work(n)) for _ in range(2)) for n in (size // 4, size)
-    )
+    small, large = (min(cpu_seconds(partial(work, n)) for _ in range(2)) for n in (size // 4, size))
     assert large < 10 * small, (small, large)
 
 

@@ -45,7 +45,8 @@ def by_transformers(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
         if getattr(params, name) != getattr(SamplingParams, name)
     )
     scores = chain(torch.zeros((1, 1), dtype=torch.int64), torch.from_numpy(logits.copy())[None])
-    return np.isfinite(scores[0].numpy())
+    kept_by_them: np.ndarray = np.isfinite(scores[0].numpy())
+    return kept_by_them
 
 
 def kept(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -171,13 +172,14 @@ def test_torch_keeps_the_same_ids(few: bool, vocab_size: int) -> None:
 
 def test_the_lowest_ids_of_equals_stay() -> None:
     logits = np.array([1, 3, 1, 3, 1, 3, 1], np.float32)
-    for options, wanted in [
+    cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"top_k": 4}, [0, 1, 2, 3, 4, 5, 6]),  # all equals of the 4th
         ({"top_k": 2}, [1, 3, 5]),
         ({"top_p": 0.5}, [1, 3]),
         ({"top_p": 0.85}, [0, 1, 3, 5]),
         ({"top_h": 0.6}, [1, 3]),
-    ]:
+    ]
+    for options, wanted in cases:
         params = SamplingParams(**options)
         assert np.flatnonzero(kept_weights(logits, params)).tolist() == wanted, options
         assert np.flatnonzero(torch_kept(logits[None], [params])[0]).tolist() == wanted, options

@@ -17,7 +17,7 @@ NOT_COUNTS = [-1, 1.5, "2", True, [1], {}, 2**70, math.nan, math.inf, b"1", obje
 NOT_IDS = [
     [-1], [1.0], ["1"], [True], "12", b"12", 3, [[1]], [[[1]]], [2**40], [None], [math.nan], {1: 2},
 ]  # fmt: skip
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "n max_new_tokens min_new_tokens top_k no_repeat_ngram_size": [*NOT_COUNTS, None],
     "best_of seed logprobs prompt_logprobs": NOT_COUNTS,
     "n best_of": [0, 2**17],

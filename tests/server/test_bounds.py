@@ -25,6 +25,7 @@ import fastgen
 from engine_harness import greedy, make_engine, random_prompt, run_all
 from fastgen.server import bodies, endpoints
 from fastgen.server.app import make_app
+from fastgen.server.completions import completion_request
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys, Service
 from raw_client import LONG, answer, begun, everything, get, memory, post, replies
@@ -77,7 +78,7 @@ def test_options_of_any_size_keep_nobody_waiting(
         return work
 
     monkeypatch.setattr(bodies, "parsed", held(bodies.parsed))
-    monkeypatch.setattr(endpoints, "completion_request", held(endpoints.completion_request))
+    monkeypatch.setattr(endpoints, "completion_request", held(completion_request))
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(refused, server, {"prompt": "And", name: LARGE[name]})
         wait_until(lambda: threads)

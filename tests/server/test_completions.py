@@ -22,6 +22,7 @@ from fastgen import SamplingParams
 from fastgen.results import Completion, Generation, TokenLogprobs
 from fastgen.server.completions import OTHERS, SAMPLING
 from server_harness import MODEL, RunningServer, serving
+from tokenizers_at import tokenizer_of
 from waits import WITHIN, wait_until
 
 TEXT = "And it came to pass in those days, that"
@@ -108,7 +109,7 @@ def choices_of(
     for prompt, generation in zip(
         prompts, model.generate(prompts, params_of(options)), strict=True
     ):
-        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+        text = prompt if isinstance(prompt, str) else tokenizer_of(model).decode(prompt)
         for completion in generation.completions:
             echoed = options.get("echo", False)
             expected.append({
@@ -127,7 +128,7 @@ def choices_of(
 def logprobs_of(
     model: fastgen.Generator, echoed: Generation | None, completion: Completion
 ) -> dict[str, Any]:
-    name = model.tokenizer.token_text
+    name = tokenizer_of(model).token_text
     own: list[tuple[int, TokenLogprobs | None]] = []
     if echoed is not None and echoed.prompt_logprobs is not None:
         own += zip(echoed.prompt_token_ids, echoed.prompt_logprobs, strict=True)
@@ -248,7 +249,7 @@ def test_prompts_in_every_form(
 
 
 def test_usage_counts_every_prompt_once_and_every_completion(client: openai.OpenAI) -> None:
-    options = {"n": 3, "max_tokens": 7, "ignore_eos": True}
+    options: dict[str, Any] = {"n": 3, "max_tokens": 7, "ignore_eos": True}
     prompts = [[1, 2, 3], [4, 5]]
     wanted = {"prompt_tokens": 5, "completion_tokens": 42, "total_tokens": 47}
     answer = client.completions.create(**arguments(prompts, options))
@@ -268,6 +269,7 @@ def test_an_answer_has_what_openais_has_and_says_how_to_repeat_it(
     [choice] = answer.choices
     assert answer.object == "text_completion" and answer.model == MODEL
     assert answer.id.startswith("cmpl-") and answer.created > 1_700_000_000
+    assert answer.usage is not None and choice.model_extra is not None
     assert answer.model_extra == {} and answer.usage.model_extra == {}
     assert set(choice.model_extra) == {"stop_reason", "seed"}
     [again] = model.generate(TEXT, seed=choice.model_extra["seed"], max_new_tokens=16)
@@ -352,8 +354,8 @@ def test_scores_of_labels_stand_behind_the_prompt(
     labels = [" pass", " the sea of Galilee", " zebra"]
     found = call(server, "/v1/score", {"prompt": "And it came to", "labels": labels})
     assert found["best"] == 0 and [item["label"] for item in found["data"]] == labels
-    start = model.tokenizer.encode(["And it came to"])[0]
-    for item, own in zip(found["data"], model.tokenizer.encode(labels), strict=True):
+    start = tokenizer_of(model).encode(["And it came to"])[0]
+    for item, own in zip(found["data"], tokenizer_of(model).encode(labels), strict=True):
         [score] = model.score([start + own])
         assert item["token_ids"] == own and item["logprobs"] == list(score.logprobs[len(start) :])
         assert item["total_logprob"] == math.fsum(item["logprobs"])
@@ -363,7 +365,7 @@ def test_tokenize_and_detokenize_are_each_others_inverse(
     model: fastgen.Generator, server: RunningServer
 ) -> None:
     for text in (TEXT, "", "é😀 \n", TEXT * 100):
-        [ids] = model.tokenizer.encode([text])
+        [ids] = tokenizer_of(model).encode([text])
         found = call(server, "/tokenize", {"model": MODEL, "prompt": text})
         assert found == {"tokens": ids, "count": len(ids), "max_model_len": 1024}
         assert call(server, "/detokenize", {"tokens": ids}) == {"prompt": text}

@@ -21,6 +21,7 @@ from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
 from server_harness import MODEL, RunningServer, serving
+from tokenizers_at import tokenizer_of
 from waits import WITHIN, wait_until
 
 HUGE = 10**400
@@ -307,7 +308,7 @@ def test_a_full_queue_says_when_to_come_again(model: fastgen.Generator, failing:
         serving({MODEL: model}, queue_config=QueueConfig(max_waiting=0)) as full,
         openai.OpenAI(base_url=f"{full.url}/v1", api_key="key", max_retries=0) as client,
     ):
-        long = {"n": 8, "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+        long: dict[str, Any] = {"n": 8, "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
         with client.completions.create(model=MODEL, prompt="A", stream=True, **long) as stream:
             next(iter(stream))
             for options in ({}, {"stream": True}, {"n": 8}, {"prompt": ["a", "b"]}):
@@ -342,7 +343,7 @@ def test_a_failure_tells_nothing_of_the_inside(
             assert type(error) is openai.InternalServerError and error.status_code == 500
             assert "secret" not in error.response.text and "secret" not in str(error)
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.tokenizer.sink()._detokenizer), "push", broken)
+        patch.setattr(type(tokenizer_of(model).sink()._detokenizer), "push", broken)
         error = failing(server)
         assert error.status_code == 500 and "secret" not in error.response.text
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:

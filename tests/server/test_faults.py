@@ -29,6 +29,7 @@ from fastgen.sampling.draw import Draw
 from fastgen.server.completions import Answer
 from poisoned import POISON, save_poisoned
 from server_harness import MODEL, RunningServer, serving
+from tokenizers_at import tokenizer_of
 from waits import WITHIN, wait_until
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "detokenize", "emit", "answer")
@@ -191,7 +192,7 @@ class Scene:
 
 
 def tokenize(scene: Scene) -> None:
-    tokenizer = scene.model.tokenizer
+    tokenizer = tokenizer_of(scene.model)
     encode = scene.faulty(
         tokenizer.encode, lambda texts, longest: [[math.nan]], lambda texts, *rest: VICTIM in texts
     )
@@ -220,8 +221,10 @@ def step(scene: Scene, num_new: int) -> None:
 
     def at(batch: StepBatch) -> list[int]:
         """Which rows of logits are the victim's."""
-        seats = batch.seats.tolist() if scene.victim is not None else []
-        return [i for i, seat in enumerate(seats) if seat == scene.victim.rows[0].seat >= 0]
+        if scene.victim is None:
+            return []
+        victim, seats = scene.victim.rows[0].seat, batch.seats.tolist()
+        return [i for i, seat in enumerate(seats) if seat == victim >= 0]
 
     def with_nan(batch: StepBatch) -> Any:
         token_ids = batch.token_ids.copy()
@@ -229,7 +232,9 @@ def step(scene: Scene, num_new: int) -> None:
         return original(replace(batch, token_ids=token_ids))
 
     def is_victims(batch: StepBatch) -> bool:
-        return bool(at(batch)) and len(scene.victim.rows[0].new_token_ids) == num_new
+        if scene.victim is None or not at(batch):
+            return False
+        return len(scene.victim.rows[0].new_token_ids) == num_new
 
     scene.patch.setattr(decoder, "step", scene.faulty(original, with_nan, is_victims))
 
@@ -302,7 +307,7 @@ def test_a_fault_hurts_its_own_request(
 ) -> None:
     beside = [pool.submit(Client(server).ask, asked) for asked in BESIDE]
     wait_until(lambda: len(model.engine._scheduler.running) == 2)
-    [prompt] = model.tokenizer.encode([VICTIM])
+    [prompt] = tokenizer_of(model).encode([VICTIM])
     scene = Scene(model, monkeypatch, kind, Client(server), tuple(prompt))
     scene.remember()
     INJECT[stage](scene)

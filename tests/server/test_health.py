@@ -58,7 +58,7 @@ def other() -> Iterator[fastgen.Generator]:
 def left_idle(model: fastgen.Generator, other: fastgen.Generator) -> Iterator[None]:
     yield
     for each in (model, other):
-        wait_until(lambda each=each: each.engine.num_unfinished == 0)
+        wait_until(lambda: not (model.engine.num_unfinished or other.engine.num_unfinished))
         assert_idle(each.engine)
 
 
@@ -68,7 +68,8 @@ def fail() -> None:
 
 def health(server: RunningServer) -> tuple[int, int]:
     """Of its life, and of its readiness."""
-    return tuple(answer(server.port, get(f"/health/{kind}")).status for kind in ("live", "ready"))
+    live, ready = (answer(server.port, get(f"/health/{kind}")) for kind in ("live", "ready"))
+    return live.status, ready.status
 
 
 def troubles(server: RunningServer) -> dict[str, str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -282,7 +283,8 @@ def test_path_tricks_open_no_locked_door(server: RunningServer, model: fastgen.G
                 assert reply.status == 401, path
                 assert reply.headers["www-authenticate"] == "Bearer"
                 assert "key" not in reply.headers.values() and reply.message
-        routes = {route.path for route in other.server.config.app.routes}
+        app: Any = other.server.config.app
+        routes = {route.path for route in app.routes}
         assert len(routes) > 10
         shut = {path for path in routes if answer(other.port, get(path)).status == 401}
         assert routes - shut == {"/health", "/health/live", "/health/ready"}

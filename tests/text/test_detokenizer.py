@@ -20,10 +20,10 @@ from tokenizers import decoders, models
 from engine_harness import assert_linear
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.detokenizer import ByteLevelDecoder, StopMatcher, TextSink, WindowDecoder
-from fastgen.text.tokenizer import Tokenizer
+from tokenizers_at import tokenizer_at
 
 REPLACEMENT = "\ufffd"
-BUNDLED = Tokenizer.from_folder(BUNDLED_MODEL)
+BUNDLED = tokenizer_at(BUNDLED_MODEL)
 LIBRARY = tokenizers.Tokenizer.from_file(str(BUNDLED_MODEL / "tokenizer.json"))
 VOCAB_SIZE = LIBRARY.get_vocab_size()
 EOS = 0
@@ -213,7 +213,7 @@ def test_byte_fallback_streams_whole_characters(characters: list[str]) -> None:
 
 def test_tokens_that_straddle_characters_one_after_another() -> None:
     """Every token ends one character and begins the next, so no token's end is a character's."""
-    [first, second, third] = [LIBRARY.id_to_token(i) for i in LIBRARY.encode("你").ids]
+    [first, second, third] = LIBRARY.encode("你").tokens
     vocab = [first + second, third + first + second, third]
     decoding = Counted(with_decoder(vocab, decoders.Sequence([decoders.ByteLevel()])))
     ids = [0, *[1] * 50, 2]

@@ -27,10 +27,11 @@ from engine_harness import assert_linear
 from fastgen.errors import CheckpointError
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.tokenizer import Tokenizer
+from tokenizers_at import tokenizer_at
 from waits import WITHIN
 
 HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.txt"
-BUNDLED = Tokenizer.from_folder(BUNDLED_MODEL)
+BUNDLED = tokenizer_at(BUNDLED_MODEL)
 BUNDLED_JSON = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text("utf-8"))
 LONGEST = max(map(len, BUNDLED_JSON["model"]["vocab"]))
 EOS = "<|endoftext|>"
@@ -139,7 +140,7 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 def reopened(folder: Path, tokenizer: tokenizers.Tokenizer) -> Tokenizer:
     tokenizer.save(str(folder / "tokenizer.json"))
-    return Tokenizer.from_folder(folder)
+    return tokenizer_at(folder)
 
 
 def library() -> tokenizers.Tokenizer:
@@ -153,7 +154,7 @@ def library() -> tokenizers.Tokenizer:
 def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
     write, class_name = KINDS[kind]
     write(tmp_path)
-    ours = Tokenizer.from_folder(tmp_path)
+    ours = tokenizer_at(tmp_path)
     theirs = getattr(transformers, class_name).from_pretrained(tmp_path)
     ids = [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
     assert ours.encode(TEXTS) == ids
@@ -168,7 +169,7 @@ def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
 
 def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
     write_vocab_and_merges(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     texts = [*TEXTS, HELD_OUT.read_text("utf-8")[:50_000]]
     assert opened.encode(texts) == BUNDLED.encode(texts)
     eos = BUNDLED_JSON["model"]["vocab"][EOS]
@@ -179,12 +180,12 @@ def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
 def test_add_prefix_space_is_followed(tmp_path: Path) -> None:
     write_vocab_and_merges(tmp_path)
     write_json(tmp_path, "tokenizer_config.json", {"add_prefix_space": True})
-    assert Tokenizer.from_folder(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
+    assert tokenizer_at(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
 
 
 def test_chinese_characters_of_bert(tmp_path: Path) -> None:
     write_bert(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     vocab = (tmp_path / "vocab.txt").read_text("utf-8").split()
     [ids] = opened.encode(["你好龘Hellos"])
     assert [vocab[i] for i in ids] == ["你", "好", "[UNK]", "hello", "##s"]
@@ -194,7 +195,7 @@ def test_chinese_characters_of_bert(tmp_path: Path) -> None:
 
 def test_sentencepiece_words_come_back(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     [ids] = opened.encode(["In the beginning was the word"])
     assert len(ids) > 6
     assert opened.decode(ids) == streamed(opened, ids) == "In the beginning was the word"
@@ -274,7 +275,7 @@ def test_cleaning_up_spaces_does_not_part_stream_and_decode(tmp_path: Path) -> N
     for kind in ("BertTokenizer", "BertJapaneseTokenizer"):
         settings = {"word_tokenizer_type": "basic", "clean_up_tokenization_spaces": True}
         write_bert(tmp_path, tokenizer_class=kind, **settings)
-        opened = Tokenizer.from_folder(tmp_path)
+        opened = tokenizer_at(tmp_path)
         [ids] = opened.encode(["don't a 's b, a ."])
         assert streamed(opened, ids) == opened.decode(ids)
 
@@ -357,7 +358,7 @@ def test_a_text_that_shrinks_is_not_refused(
 def test_a_text_of_unknown_characters_is_not_refused(tmp_path: Path) -> None:
     write_json(tmp_path, "vocab.json", {EOS: 0, "a": 1, "b": 2, "ab": 3})
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    assert Tokenizer.from_folder(tmp_path).encode(["z" * 1000 + "ab"], 10) == [[3]]
+    assert tokenizer_at(tmp_path).encode(["z" * 1000 + "ab"], 10) == [[3]]
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "你", "e\u0301", "9", "'"])
