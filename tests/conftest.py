@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import fastgen
 import processes
+from engine_threads import Clock
 
 HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 if HAS_INTERPRETER:
@@ -79,6 +80,14 @@ def own_garbage() -> None:
             gc.collect()
     finally:
         sys.unraisablehook = hook
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of engines' threads."""
+    made = Clock()
+    monkeypatch.setattr("fastgen.frontends.engine_thread.time", made)
+    return made
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_a_closed_decoder_raises_and_its_logits_stay(folders: dict[str, Path]) -
 
 
 _CLOSED_MEANWHILE = """
-import sys, threading, time
+import sys, threading
 sys.setswitchinterval(1e-6)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
@@ -160,22 +160,24 @@ def forward(decoder, batch):
 def copy(decoder, batch):
     decoder.copy_blocks([(0, 1), (1, 2)])
 
-def work(call, decoder, batch, ends):
+def work(call, decoder, batch, ends, begun):
     try:
         while True:
             call(decoder, batch)
+            begun.release()
     except RuntimeError as error:
         ends.append(str(error))
 
 for _ in range(300):
     with cpu_decoder(Path(sys.argv[2])) as decoder:
-        ends = []
-        arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends
+        ends, begun = [], threading.Semaphore(0)
+        arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends, begun
         calls = (forward, copy) * 2
         threads = [threading.Thread(target=work, args=(call, *arguments)) for call in calls]
         for thread in threads:
             thread.start()
-        time.sleep(0.0005)
+        for _ in range(5):  # at least one thread is in its second call
+            begun.acquire()
         decoder.close()
         for thread in threads:
             thread.join()

@@ -17,15 +17,17 @@ from waits import WITHIN
 
 CALLS = 150  # of each thread
 EXITS = """
-import threading, time, fastgen
-model = fastgen.load()
+import threading, fastgen
+model, generated = fastgen.load(), threading.Semaphore(0)
 def work():
     while True:
         model.generate("And", max_new_tokens=20)
+        generated.release()
 threading.excepthook = lambda info: None  # the model is closed when Python ends
 for _ in range(2):
     threading.Thread(target=work, daemon=True).start()
-time.sleep(0.7)
+for _ in range(6):
+    generated.acquire()
 """
 
 

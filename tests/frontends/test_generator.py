@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -350,8 +349,10 @@ def test_closing_a_stream_from_another_thread_ends_its_reader(
 ) -> None:
     stream = idle_model.stream("x", max_new_tokens=1000, ignore_eos=True)
     next(stream)
+    stats = idle_model.engine.stats
+    before = stats.decode_tokens
     thread, found = in_thread(lambda: sum(1 for _ in stream))
-    time.sleep(0.1)
+    wait_until(lambda: stats.decode_tokens > before + 2)  # nobody else asks for any
     stream.close()
     thread.join(WITHIN)
     assert isinstance(found[0], int)

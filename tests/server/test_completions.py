@@ -7,9 +7,8 @@ import asyncio
 import inspect
 import json
 import math
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import openai
@@ -17,13 +16,12 @@ import pytest
 from openai.resources import Completions
 
 import fastgen
-from engine_harness import assert_idle
 from fastgen import SamplingParams
 from fastgen.results import Completion, Generation, TokenLogprobs
 from fastgen.server.completions import OTHERS, SAMPLING
-from server_harness import MODEL, RunningServer, serving
+from json_client import call, opened
+from server_harness import MODEL, RunningServer
 from tokenizers_at import tokenizer_of
-from waits import WITHIN, wait_until
 
 TEXT = "And it came to pass in those days, that"
 BESIDE = "In the beginning"
@@ -55,26 +53,6 @@ CASES: list[dict[str, Any]] = [
     {"timeout": 60.5, "priority": 3, "cache_salt": "mine"}, {"return_token_ids": True, "n": 2},
 ]  # fmt: skip
 INERT = {*OTHERS, "n"}  # without these the model is not asked for other tokens
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
-        wait_until(lambda: not loaded.engine.num_unfinished)
-        assert_idle(loaded.engine)
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def arguments(prompt: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +258,7 @@ def test_an_answer_has_what_openais_has_and_says_how_to_repeat_it(
 
 def test_a_stream_is_events_of_json_and_ends_with_done(server: RunningServer) -> None:
     body = {"model": MODEL, "prompt": TEXT, "stream": True, "max_tokens": 4, "ignore_eos": True}
-    with post(server, "/v1/completions", body) as response:
+    with opened(server, "/v1/completions", body) as response:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         lines = response.read().decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
@@ -390,13 +368,3 @@ def schema(document: dict[str, Any], path: str) -> dict[str, Any]:
     content = document["paths"][path]["post"]["requestBody"]["content"]
     properties: dict[str, Any] = content["application/json"]["schema"]["properties"]
     return properties
-
-
-def post(server: RunningServer, path: str, body: Any) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    return urllib.request.urlopen(urllib.request.Request(server.url + path, data), timeout=WITHIN)
-
-
-def call(server: RunningServer, path: str, body: Any = None) -> Any:
-    with post(server, path, body) as response:
-        return json.load(response)

@@ -5,9 +5,7 @@ never what is inside, nor what others asked. Whatever came before, the next requ
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +18,7 @@ from engine_harness import assert_idle
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
+from json_client import checked, exchange, refusal
 from server_harness import MODEL, RunningServer, serving
 from tokenizers_at import tokenizer_of
 from waits import WITHIN, wait_until
@@ -121,18 +120,6 @@ ELSEWHERE: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def canary(model: fastgen.Generator, server: RunningServer) -> Iterator[None]:
     """Afterwards the same request has the same answer, and nothing is left of what was refused."""
@@ -147,45 +134,6 @@ def canary(model: fastgen.Generator, server: RunningServer) -> Iterator[None]:
 
 def body(**options: Any) -> dict[str, Any]:
     return {"prompt": "And", "max_tokens": 3, "temperature": 0, **options}
-
-
-def exchange(
-    server: RunningServer, sent: Any, path: str = "/v1/completions", method: str = "POST"
-) -> tuple[int, Any, http.client.HTTPMessage]:
-    """Send an object, or bytes as they are; status, object and headers come back."""
-    data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WITHIN)
-    try:
-        connection.request(method, path, data)
-        response = connection.getresponse()
-        assert response.headers["content-type"] == "application/json"
-        return response.status, json.loads(response.read()), response.headers
-    finally:
-        connection.close()
-
-
-def refusal(
-    server: RunningServer, sent: Any, path: str = "/v1/completions", status: int = 400
-) -> dict[str, Any]:
-    """The error of a request that is refused, which has OpenAI's form."""
-    found, answer, _ = exchange(server, sent, path)
-    assert found == status, answer
-    return checked(answer)
-
-
-def checked(answer: dict[str, Any]) -> dict[str, Any]:
-    [error] = answer.values()
-    assert set(answer) == {"error"} and set(error) == {"message", "type", "param", "code"}
-    assert error["type"].endswith("_error") and 5 < len(error["message"]) < 1100
-    assert_tells_nothing(error["message"])
-    return error  # type: ignore[no-any-return]
-
-
-def assert_tells_nothing(message: str) -> None:
-    """Neither of files nor of code."""
-    for word in ("Traceback", "File ", ".py", "site-packages", "object at 0x", "object has no"):
-        assert word not in message
-    assert not re.search(r"/(?!v1/)\w+/", message)
 
 
 @pytest.mark.parametrize("name", BAD)

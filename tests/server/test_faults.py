@@ -64,12 +64,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fastgen.Generato
 
 
 @pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def texts(model: fastgen.Generator) -> dict[str, str]:
     """Of an undisturbed run, by prompt."""
     found = {}
