@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agreement import assert_rows_agree
-from engine_harness import assert_idle, make_engine, random_prompt, recorder_of, run_all
+from engine_harness import assert_idle, eos_ids_of, make_engine, random_prompt, recorder_of, run_all
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
@@ -99,7 +99,7 @@ def check_alone(engine: Engine, one: Started) -> int:
         expected = other.new_token_ids
         if ended_early:
             expected = expected[: len(row.new_token_ids)]
-        eos_ids = frozenset(engine._eos_ids)
+        eos_ids = eos_ids_of(engine)
         prompt = request.prompt_token_ids
         agree = assert_rows_agree(prompt, row.params, row.new_token_ids, expected, eos_ids)
         same += agree

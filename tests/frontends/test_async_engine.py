@@ -30,7 +30,7 @@ from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
 from fastgen.frontends.threaded_engine import ThreadedEngine
 from fastgen.results import Piece
 from held_steps import LONG, TEXTS, facts, held, pieces_joined, stepping
-from tokenizers_at import tokenizer_of
+from text_parts import tokenizer_of
 from waits import WITHIN, wait_in_loop_until, wait_until
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ from fastgen.sampling.draw import Draw
 from fastgen.text.detokenizer import TextSink
 from late_decoder import LateDecoder
 from poisoned import POISON, save_poisoned
-from tokenizers_at import tokenizer_of
+from text_parts import codec_of, detokenizer_of, tokenizer_of
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "sample", "detokenize", "emit")
 KINDS = ("exception", "NaN", "delay", "cancel")
@@ -74,7 +74,7 @@ def model(
 def add(
     model: fastgen.Generator, prompt: list[int], params: SamplingParams, **options: Any
 ) -> Request:
-    sinks = model.job_maker._codec.sinks(params)
+    sinks = codec_of(model).sinks(params)
     return model.engine.add_request(prompt, params, sinks=sinks, **options)
 
 
@@ -124,7 +124,7 @@ class Scene:
         return self.victim.rows[0]
 
     def add_victim(self, params: SamplingParams = VICTIMS, **options: Any) -> None:
-        [prompt] = self.model.job_maker._codec.token_ids([TEXT])
+        [prompt] = codec_of(self.model).token_ids([TEXT])
         self.victim = add(self.model, prompt, params, **options)
 
 
@@ -214,7 +214,7 @@ def sample(scene: Scene) -> None:
 
 def detokenize(scene: Scene) -> None:
     scene.add_victim()
-    detokenizer: Any = scene.row.sink._detokenizer  # type: ignore[union-attr]
+    detokenizer = detokenizer_of(scene.row.sink)
     push = scene.faulty(detokenizer.push, lambda token_id: math.nan)
     scene.patch.setattr(detokenizer, "push", push)
 
@@ -252,7 +252,7 @@ def ending(stage: str, kind: str) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(model: fastgen.Generator) -> list[Request]:
     """The two that run, the one that waits, the victim."""
-    [prompt] = model.job_maker._codec.token_ids([TEXT])
+    [prompt] = codec_of(model).token_ids([TEXT])
     requests = [
         add(model, p, o) for p, o in zip([*PROMPTS, prompt], [*PARAMS, VICTIMS], strict=True)
     ]

@@ -142,6 +142,10 @@ def make_counting_engine(seats: int = 4, num_blocks: int = 32) -> Engine:
     return Engine(decoder, CountingDecoder.vocab_size)
 
 
+def eos_ids_of(engine: Engine) -> frozenset[int]:
+    return frozenset(engine._eos_ids)
+
+
 def counting_decoder_of(engine: Engine) -> CountingDecoder:
     decoder: Any = engine.decoder
     assert isinstance(decoder, CountingDecoder)

@@ -21,7 +21,7 @@ from fastgen.results import Completion, Generation, TokenLogprobs
 from fastgen.server.completions import OTHERS, SAMPLING
 from json_client import call, opened
 from server_harness import MODEL, RunningServer
-from tokenizers_at import tokenizer_of
+from text_parts import tokenizer_of
 
 TEXT = "And it came to pass in those days, that"
 BESIDE = "In the beginning"

@@ -20,7 +20,7 @@ from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
 from json_client import checked, exchange, refusal
 from server_harness import MODEL, RunningServer, serving
-from tokenizers_at import tokenizer_of
+from text_parts import detokenizer_of, tokenizer_of
 from waits import WITHIN, wait_until
 
 HUGE = 10**400
@@ -291,7 +291,7 @@ def test_a_failure_tells_nothing_of_the_inside(
             assert type(error) is openai.InternalServerError and error.status_code == 500
             assert "secret" not in error.response.text and "secret" not in str(error)
     with monkeypatch.context() as patch:
-        patch.setattr(type(tokenizer_of(model).sink()._detokenizer), "push", broken)
+        patch.setattr(type(detokenizer_of(tokenizer_of(model).sink())), "push", broken)
         error = failing(server)
         assert error.status_code == 500 and "secret" not in error.response.text
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:

@@ -29,7 +29,7 @@ from fastgen.sampling.draw import Draw
 from fastgen.server.completions import Answer
 from poisoned import POISON, save_poisoned
 from server_harness import MODEL, RunningServer, serving
-from tokenizers_at import tokenizer_of
+from text_parts import detokenizer_of, tokenizer_of
 from waits import WITHIN, wait_until
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "detokenize", "emit", "answer")
@@ -235,7 +235,7 @@ def step(scene: Scene, num_new: int) -> None:
 
 def detokenize(scene: Scene) -> None:
     def wrap(sinks: Any) -> None:
-        detokenizer = sinks[0]._detokenizer
+        detokenizer = detokenizer_of(sinks[0])
         push = scene.faulty(detokenizer.push, lambda token_id: math.nan, lambda token_id: True)
         detokenizer.push = push
 

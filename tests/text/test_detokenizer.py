@@ -20,7 +20,7 @@ from tokenizers import decoders, models
 from engine_harness import assert_linear
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.detokenizer import ByteLevelDecoder, StopMatcher, TextSink, WindowDecoder
-from tokenizers_at import tokenizer_at
+from text_parts import tokenizer_at
 
 REPLACEMENT = "\ufffd"
 BUNDLED = tokenizer_at(BUNDLED_MODEL)

@@ -27,7 +27,7 @@ from engine_harness import assert_linear
 from fastgen.errors import CheckpointError
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.tokenizer import Tokenizer
-from tokenizers_at import tokenizer_at
+from text_parts import library_of, tokenizer_at
 from waits import WITHIN
 
 HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.txt"
@@ -310,13 +310,13 @@ def test_lone_surrogates_are_refused(text: str) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The texts that reach the tokenizer library."""
     calls: list[list[str]] = []
-    encode = BUNDLED._backend.encode
+    encode: Callable[[list[str]], list[list[int]]] = library_of(BUNDLED).encode
 
     def count(texts: list[str]) -> list[list[int]]:
         calls.append(texts)
         return encode(texts)
 
-    monkeypatch.setattr(BUNDLED._backend, "encode", count)
+    monkeypatch.setattr(library_of(BUNDLED), "encode", count)
     return calls
 
 
