@@ -367,37 +367,3 @@ def test_a_row_that_rules_everything_out_evicts_nobodys_prefix(engine: Engine) -
         run_all(engine, [engine.add_request(prompt, greedy(max_new_tokens=2, **options))])
     assert engine.stats.reused_tokens - before == 69
     assert_idle(engine)
-
-
-def test_results_say_what_went_wrong(idle_model: fastgen.Generator) -> None:
-    """generate does not raise for it, and the other prompts have their text."""
-    params = [greedy(max_new_tokens=5), greedy(max_new_tokens=5, logits_processor=raises)]
-    fine, bad = idle_model.generate(["In the beginning"] * 2, params)
-    assert fine.completions[0].error is None and len(fine.text) > 5
-    assert (bad.completions[0].finish_reason, bad.completions[0].stop_reason) == ("error", None)
-    assert bad.completions[0].error == "KeyError: 'mine'"
-    [piece] = idle_model.stream("In", params[1])
-    assert (piece.finish_reason, piece.error) == ("error", "KeyError: 'mine'")
-    *_, last = idle_model.stream("In", params[0])
-    assert (last.finish_reason, last.error) == ("length", None)
-    with pytest.raises(fastgen.EngineError, match="generation failed: KeyError: 'mine'"):
-        idle_model("In", params[1])
-
-
-def test_text_that_cannot_be_decoded_is_its_completions_error(
-    idle_model: fastgen.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert idle_model.tokenizer is not None
-    make, calls = idle_model.tokenizer.sink, iter(range(10))
-
-    def failing(*args: Any, **options: Any) -> Any:
-        if next(calls) == 1:
-            raise UnicodeError("no text")
-        return make(*args, **options)
-
-    monkeypatch.setattr(idle_model.tokenizer, "sink", failing)
-    [generation] = idle_model.generate("In the beginning", n=3, max_new_tokens=4, ignore_eos=True)
-    first, second, third = generation.completions
-    assert (second.finish_reason, second.error) == ("error", "UnicodeError: no text")
-    assert len(second.token_ids) == 4, "its tokens are there"
-    assert first.error is third.error is None and first.text and third.text

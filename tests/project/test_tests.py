@@ -48,7 +48,7 @@ PRIVATE = {
     "engine/test_admission.py": ("_scheduler", "the pool, to be broken"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
     "engine/test_scheduler.py": ("_free_seats _pending", "nothing is kept"),
-    "engine/test_validation.py": ("_deadlines _inbox", "nothing has been noted"),
+    "engine/test_request_checks.py": ("_deadlines _inbox", "nothing has been noted"),
     "frontends/test_faults.py": ("_scheduler", "the pool, to be broken"),
     "frontends/test_threaded_engine.py": ("_scheduler", "the pool, to be broken"),
     "hf/test_forward.py": ("_packed", "the engine below the drop-in"),
@@ -56,7 +56,8 @@ PRIVATE = {
     "hf/test_streamers.py": ("_packed", "the engine below the drop-in"),
     "hf/test_threads.py": ("_packed", "the engine below the drop-in"),
     "hf/test_weights.py": (
-        "_attn_implementation _fastgen _init_weights _packed", "transformers' names, a twin's weights",
+        "_attn_implementation _fastgen _init_weights _packed",
+        "names of transformers', and a twin's own weights",
     ),
     "project/test_cli.py": ("_parser", "flags without a process for each"),
     "project/test_imports.py": ("_MODULES", "the table of exports"),
@@ -139,6 +140,13 @@ def test_what_is_private_is_reached_for_in_few_places() -> None:
 def test_no_test_module_is_imported(path: Path) -> None:
     """What two of them need stands in helpers/."""
     assert imports_of_tests(path.read_text()) == set()
+
+
+def test_the_readme_names_every_helper() -> None:
+    text = (TESTS / "README.md").read_text()
+    assert len(text.splitlines()) <= 40
+    for path in (TESTS / "helpers").glob("*.py"):
+        assert f"`{path.stem}`" in text, path.name
 
 
 @pytest.mark.parametrize(

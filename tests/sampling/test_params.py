@@ -143,5 +143,5 @@ def test_a_copy_with_another_seed_is_equal_but_for_it() -> None:
 
 
 def test_every_field_has_bad_values_here() -> None:
-    """What ids may be is for the engine to say: test_validation.py."""
+    """What ids may be is for the engine to say: test_request_checks.py."""
     assert {name for name, _ in BAD} == {field.name for field in dataclasses.fields(SamplingParams)}

@@ -6,13 +6,13 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastgen
+from data_files import GREEDY_100
 from engine_harness import (
     CountingDecoder,
     assert_idle,
@@ -24,7 +24,6 @@ from engine_harness import (
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 
-GREEDY_100 = Path(__file__).parents[1] / "data" / "greedy_100.txt"
 NOT_INTEGERS: list[Any] = [1.5, "2", True, [1], {}, math.nan, math.inf, b"1", object()]
 NOT_NUMBERS: list[Any] = ["1", True, None, [0.5], 1j, math.nan, math.inf, -math.inf, 10**400]
 NOT_IDS: list[Any] = [[-1], [1.0], ["1"], [True], "12", 3, [[1]], [2**40], b"12", {1: 2}]
