@@ -23,9 +23,12 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 import fastgen
 import processes
+from engine_threads import Clock
 
 HAS_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 if HAS_INTERPRETER:
+    from triton.runtime import interpreter
+
     import triton_interpreter
 
     triton_interpreter.speed_up()
@@ -80,10 +83,18 @@ def own_garbage() -> None:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of engines' threads."""
+    made = Clock()
+    monkeypatch.setattr("fastgen.frontends.engine_thread.time", made)
+    return made
+
+
+@pytest.fixture
 def products_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of equal bits in Triton's interpreter; a GPU needs no such help."""
     if HAS_INTERPRETER:
-        builder = triton_interpreter.interpreter.InterpreterBuilder
+        builder = interpreter.InterpreterBuilder
         monkeypatch.setattr(builder, "create_dot", triton_interpreter.dot_in_order)
 
 

@@ -20,9 +20,10 @@ from fastgen.errors import (
     StepFailedError,
     message_of,
 )
+from fastgen.sampling.options import OPTIONS
 
 # What fastgen calls it, and what callers of this protocol do.
-NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+NAMES = {option.name: option.server_name for option in OPTIONS if option.server_name}
 _LONGEST_MESSAGE = 1000  # a message may quote what it was sent
 
 # Status and code of every error, and its type, which OpenAI's clients know.

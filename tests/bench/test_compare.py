@@ -295,7 +295,9 @@ def fields(job: Comparison, **other: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_a_peer_has_started_ends_with_it(job: Comparison, tmp_path: Path) -> None:
+def test_what_a_peer_has_started_ends_with_it(
+    job: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when Ctrl-C comes while it is being waited for."""
     told = tmp_path / "pid"
     path = tmp_path / "python"
@@ -306,10 +308,10 @@ def test_what_a_peer_has_started_ends_with_it(job: Comparison, tmp_path: Path) -
     process = peer_process.start("transformers", {"transformers": str(path)}, **fields(job))
 
     def interrupted(timeout: float | None = None) -> int:
-        del process._process.wait
+        monkeypatch.undo()
         raise KeyboardInterrupt
 
-    process._process.wait = interrupted
+    monkeypatch.setattr(process._process, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         process.close()
     wait_until(lambda: command_of(int(told.read_text())) == "")

@@ -353,7 +353,7 @@ def test_good_file_loads(tmp_path: Path, tensors: dict[str, Array]) -> None:
 
 
 def test_file_cut_after_load_does_not_matter(tmp_path: Path) -> None:
-    greedy = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    greedy: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
     with load(write_checkpoint(tmp_path)) as model:
         [before] = model.generate([1, 2, 3], **greedy)
         (tmp_path / "model.safetensors").write_bytes(b"")

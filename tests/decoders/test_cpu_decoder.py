@@ -265,7 +265,7 @@ def test_weights_too_large_for_float16_are_named(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"quantize": "int8"}], ids=str)
-def test_weights_that_overflow_are_named(options: dict[str, str], tmp_path: Path) -> None:
+def test_weights_that_overflow_are_named(options: dict[str, Any], tmp_path: Path) -> None:
     """Finite in the file; but rounded to bfloat16, or smoothed for int8, they are not."""
     tensors = random_tensors()
     tensors["h.0.ln_1.weight"][:] = 1

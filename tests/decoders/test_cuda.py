@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,14 +49,14 @@ def test_the_drop_in_is_transformers(
     monkeypatch.setattr(LoadOptions, "decoder", decoder)
     model = load_transformers(variant("plain"), torch.float32).cuda()
     ids = torch.tensor([[5, 9, 2, 77], [1, 1, 3, 8]], device="cuda")
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(ids)
     wanted = [
         model(ids).logits,
         model.generate(ids, attention_mask=mask, **options),
         model.generate(ids, attention_mask=mask, num_beams=3, **options),
     ]
-    fast = fastgen.accelerate(model)
+    fast: Any = fastgen.accelerate(model)
     assert torch.allclose(fast(ids).logits, wanted[0], atol=1e-3)
     assert torch.equal(fast.generate(ids, attention_mask=mask, **options), wanted[1])
     beams = fast.generate(ids, attention_mask=mask, num_beams=3, **options)

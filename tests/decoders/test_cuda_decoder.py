@@ -76,7 +76,7 @@ def test_16_bit_logits_are_as_close_as_transformers(name: str, dtype: str, varia
         case.assert_close(all_logits(decoder_of(model), case.rows, [33, 5]), dtype)
 
 
-PARAMS = [
+PARAMS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"seed": 1},
     {"seed": 2, "top_k": 20, "top_p": 0.9, "temperature": 0.8},

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 import fastgen
-from cpu_decoders import ARITHMETICS, INSTRUCTION_SETS, cpu_decoder, instruction_set, plan_of
+from cpu_decoders import (
+    ARITHMETICS,
+    INSTRUCTION_SETS,
+    cpu_decoder,
+    instruction_set,
+    native_of,
+    native_sampler_of,
+    plan_of,
+)
 from fastgen.decoders.cpu.plan import decoder_shape
 from fastgen.decoders.interface import Decoder
 from fastgen.decoders.select import build_decoder
@@ -127,8 +135,8 @@ def test_a_closed_decoder_raises_and_its_logits_stay(folders: dict[str, Path]) -
         lambda closed: closed.step(replace(batch, seats=np.zeros(3, np.int32))),
         lambda closed: closed.copy_blocks([(0, 1)]),
         lambda closed: closed.reserve(10**4, 1),
-        lambda closed: closed._native.pack_head(np.zeros((11, 8), np.float32), None),
-        lambda closed: closed._native.set_positions(np.zeros((70, 8), np.float32)),
+        lambda closed: native_of(closed).pack_head(np.zeros((11, 8), np.float32), None),
+        lambda closed: native_of(closed).set_positions(np.zeros((70, 8), np.float32)),
     ]
     for call in calls:
         with pytest.raises(RuntimeError, match="closed"):
@@ -139,7 +147,7 @@ def test_a_closed_decoder_raises_and_its_logits_stay(folders: dict[str, Path]) -
 
 
 _CLOSED_MEANWHILE = """
-import sys, threading, time
+import sys, threading
 sys.setswitchinterval(1e-6)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
@@ -152,22 +160,24 @@ def forward(decoder, batch):
 def copy(decoder, batch):
     decoder.copy_blocks([(0, 1), (1, 2)])
 
-def work(call, decoder, batch, ends):
+def work(call, decoder, batch, ends, begun):
     try:
         while True:
             call(decoder, batch)
+            begun.release()
     except RuntimeError as error:
         ends.append(str(error))
 
 for _ in range(300):
     with cpu_decoder(Path(sys.argv[2])) as decoder:
-        ends = []
-        arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends
+        ends, begun = [], threading.Semaphore(0)
+        arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends, begun
         calls = (forward, copy) * 2
         threads = [threading.Thread(target=work, args=(call, *arguments)) for call in calls]
         for thread in threads:
             thread.start()
-        time.sleep(0.0005)
+        for _ in range(5):  # at least one thread is in its second call
+            begun.acquire()
         decoder.close()
         for thread in threads:
             thread.join()
@@ -225,14 +235,14 @@ def test_wrong_batches_are_refused(name: str, decoder: Decoder) -> None:
     """Whatever they hold, they do not read or write another's memory."""
     arrays = {k: np.array(v, np.int32) for k, v in {**GOOD_BATCH, **WRONG_BATCHES[name]}.items()}
     good = [np.array(value, np.int32) for value in GOOD_BATCH.values()]
-    wanted = decoder._native.forward(*good).copy()
+    wanted = native_of(decoder).forward(*good).copy()
     with pytest.raises(REFUSALS):
-        decoder._native.forward(*arrays.values())
+        native_of(decoder).forward(*arrays.values())
     decoder.bind(0, fastgen.SamplingParams(), [1])
     draws = [np.zeros(1, np.int32), np.full(1, -1, np.int32), 0]
     with pytest.raises(REFUSALS):
-        decoder._native.step(*arrays.values(), decoder._sampler.native, *draws)
-    assert np.array_equal(decoder._native.forward(*good), wanted)
+        native_of(decoder).step(*arrays.values(), native_sampler_of(decoder), *draws)
+    assert np.array_equal(native_of(decoder).forward(*good), wanted)
 
 
 @pytest.mark.parametrize("at", range(6))
@@ -241,16 +251,16 @@ def test_arrays_of_other_types_or_orders_are_refused(at: int, decoder: Decoder) 
     for wrong in (good[at].astype(np.int64), good[at].astype(np.float32), None, "x", 3):
         arguments = [*good[:at], wrong, *good[at + 1 :]]
         with pytest.raises(TypeError):
-            decoder._native.forward(*arguments)
+            native_of(decoder).forward(*arguments)
     spread = np.repeat(good[at], 2, axis=-1)[..., ::2]
     if spread.shape[-1] > 1:
         with pytest.raises(TypeError):
-            decoder._native.forward(*good[:at], spread, *good[at + 1 :])
+            native_of(decoder).forward(*good[:at], spread, *good[at + 1 :])
 
 
 def test_draws_that_do_not_fit_are_refused(decoder: Decoder, folders: dict[str, Path]) -> None:
     good = [np.array(value, np.int32) for value in GOOD_BATCH.values()]
-    sampler = decoder._sampler.native
+    sampler = native_sampler_of(decoder)
     decoder.bind(0, fastgen.SamplingParams(), [1])
     zero, none = np.zeros(1, np.int32), np.full(1, -1, np.int32)
     for wrong in (
@@ -263,9 +273,10 @@ def test_draws_that_do_not_fit_are_refused(decoder: Decoder, folders: dict[str, 
         (None, zero, none, 0),
     ):
         with pytest.raises(REFUSALS):
-            decoder._native.step(*good, *wrong)
+            native_of(decoder).step(*good, *wrong)
     for max_top in (0, 3, 40):  # 40: more than there are tokens
-        (ids, _, _, top_ids, _), logits = decoder._native.step(*good, sampler, zero, none, max_top)
+        drawn, logits = native_of(decoder).step(*good, sampler, zero, none, max_top)
+        ids, _, _, top_ids, _ = drawn
         assert ids.shape == (1,) and top_ids.shape == (1, max_top) and logits.shape == (2, 11)
 
 
@@ -276,9 +287,9 @@ def test_blocks_that_are_not_there_are_refused(decoder: Decoder) -> None:
             decoder.copy_blocks(pairs)
     for wrong in (np.zeros(2, np.int32), np.zeros((1, 3), np.int32), np.zeros((1, 2))):
         with pytest.raises(REFUSALS):
-            decoder._native.copy_blocks(wrong)
-    decoder._native.reserve(0)
-    decoder._native.reserve(-5)
+            native_of(decoder).copy_blocks(wrong)
+    native_of(decoder).reserve(0)
+    native_of(decoder).reserve(-5)
     decoder.copy_blocks([(0, count - 1)])
 
 
@@ -302,7 +313,11 @@ def test_wrong_shapes_are_refused(name: str, folders: dict[str, Path]) -> None:
     shape = decoder_shape(checkpoint, "float32", "float32", 64, 8)
     native.CpuDecoder(shape, 1, 1)
     WRONG_SHAPES[name](shape)
-    for make in (lambda: native.CpuDecoder(shape, 1, 1), lambda: native.decoder_bytes(shape)):
+    makes: tuple[Callable[[], Any], ...] = (
+        lambda: native.CpuDecoder(shape, 1, 1),
+        lambda: native.decoder_bytes(shape),
+    )
+    for make in makes:
         with pytest.raises((*REFUSALS, KeyError, RuntimeError)):
             make()
 
@@ -332,14 +347,15 @@ def test_wrong_weights_are_refused(folders: dict[str, Path]) -> None:
     ):
         with pytest.raises(REFUSALS):
             made.pack_projection(*wrong)
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: made.pack_head(random_array(8, 11), None),
         lambda: made.set_norm(2, False, bias, bias),
         lambda: made.set_norm(-2, False, bias, bias),
         lambda: made.set_norm(0, False, bias, bias[:3]),
         lambda: made.set_positions(random_array(16, 8)),
         lambda: made.set_embedding(random_array(11, 8)),
-    ):
+    )
+    for call in calls:
         with pytest.raises(REFUSALS):
             call()
 

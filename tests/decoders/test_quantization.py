@@ -73,11 +73,11 @@ def test_hard_copies_are_what_they_should_be(
 
 def test_kl_and_perplexity_of_known_distributions() -> None:
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
-    logits = [np.log(np.tile(x, (300, 1))).astype(np.float32) + 3 for x in (p, q)]
-    kl, change = kl_and_perplexity(*logits, np.zeros(300, np.int64))
+    first, second = (np.log(np.tile(x, (300, 1))).astype(np.float32) + 3 for x in (p, q))
+    kl, change = kl_and_perplexity(first, second, np.zeros(300, np.int64))
     assert kl == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
     assert change == pytest.approx(1.0, rel=1e-5)  # half as probable: twice the perplexity
-    assert kl_and_perplexity(logits[0], logits[0], np.ones(300, np.int64)) == (0, 0)
+    assert kl_and_perplexity(first, first, np.ones(300, np.int64)) == (0, 0)
 
 
 def test_held_out_rows_and_targets() -> None:

@@ -17,6 +17,7 @@ from engine_harness import (
     greedy,
     make_engine,
     new_tokens,
+    recorder_of,
     run_all,
     scheduler_of,
     steps_under_way,
@@ -60,7 +61,7 @@ def test_tokens_are_those_of_steps_that_are_waited_for(engine: Engine) -> None:
     ]
     found = []
     for num_at_once in (4, 1):
-        before = len(engine.decoder.batches)
+        before = len(recorder_of(engine).batches)
         requests = []
         for prompt, own in zip(PROMPTS, options, strict=True):
             params = fastgen.SamplingParams(**{"max_new_tokens": 7, "ignore_eos": True, **own})
@@ -69,7 +70,7 @@ def test_tokens_are_those_of_steps_that_are_waited_for(engine: Engine) -> None:
                 run_all(engine, requests)
         run_all(engine, requests)
         found.append([new_tokens(request) for request in requests])
-        assert fed_back(engine.decoder.batches[before:]) > 2, "no step was started ahead"
+        assert fed_back(recorder_of(engine).batches[before:]) > 2, "no step was started ahead"
     assert found[0] == found[1]
 
 
@@ -125,11 +126,11 @@ def test_a_step_that_cannot_be_started_fails_those_in_it(engine: Engine, fails_a
         if left[0] == -1:
             raise RuntimeError("injected")
 
-    engine.decoder.before_step = fail
+    recorder_of(engine).before_step = fail
     try:
         run_all(engine, [ending, staying], may_fail=True)
     finally:
-        engine.decoder.before_step = lambda batch: None
+        recorder_of(engine).before_step = lambda batch: None
     assert staying.rows[0].finish_reason == "error" and isinstance(staying.error, RuntimeError)
     assert (ending.rows[0].finish_reason == "error") == (ending.error is not None)
     again = engine.add_request(PROMPTS[1], greedy(max_new_tokens=2, ignore_eos=True))
@@ -146,7 +147,7 @@ def test_a_step_that_fails_while_it_is_under_way(
     [step] = steps_under_way(engine)
     joining = engine.add_request(PROMPTS[1], greedy(max_new_tokens=4, ignore_eos=True))
 
-    def fail(self: Any) -> None:
+    def fail(self: Any) -> Any:
         if self is step:
             raise RuntimeError("injected")
         return original(self)
@@ -166,7 +167,7 @@ def test_rows_give_back_what_they_had_whatever_happens_to_another(
     requests = [
         engine.add_request(prompt, greedy(max_new_tokens=3, ignore_eos=True)) for prompt in PROMPTS
     ]
-    release, failed = engine.decoder.release, []
+    release, failed = engine.decoder.release, list[int]()
 
     def fail_once(seat: int) -> None:
         release(seat)

@@ -15,6 +15,7 @@ from engine_harness import (
     CountingDecoder,
     assert_idle,
     check_blocks,
+    counting_decoder_of,
     greedy,
     make_counting_engine,
     new_tokens,
@@ -114,7 +115,7 @@ def test_the_failure_ends_one_request_alone(stage: str) -> None:
             if request not in hurt:
                 assert_exact(request)
         assert_idle(engine)
-        assert engine.decoder.params == {}, "a seat is still bound"
+        assert counting_decoder_of(engine).params == {}, "a seat is still bound"
         again = add_mixed(engine)
         run_all(engine, again)
         for request in again:
@@ -141,7 +142,7 @@ def test_a_failing_release_still_frees_everything(monkeypatch: pytest.MonkeyPatc
     engine = make_counting_engine()
 
     def failing(seat: int) -> None:
-        del engine.decoder.params[seat]
+        del counting_decoder_of(engine).params[seat]
         raise OSError("injected")
 
     monkeypatch.setattr(engine.decoder, "release", failing)

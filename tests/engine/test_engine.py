@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from engine_harness import (
     make_engine,
     new_tokens,
     random_prompt,
+    recorder_of,
     run_all,
 )
 from fastgen.engine.engine import Engine
@@ -49,7 +51,7 @@ def add_mixed(engine: Engine, rng: np.random.Generator, count: int) -> list[Requ
 def test_no_step_exceeds_the_budget_and_every_decoding_row_gets_its_token(engine: Engine) -> None:
     requests = add_mixed(engine, np.random.default_rng(1), 24)
     rows = [row for request in requests for row in request.rows]
-    recorder = engine.decoder
+    recorder = recorder_of(engine)
     fed: list[tuple[int, int]] = []  # rows that decode, and rows that get one token, in each step
 
     def count(batch: object) -> None:
@@ -76,10 +78,10 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_decoding_rows() -> None:
     rng = np.random.default_rng(2)
     short = engine.add_request(random_prompt(rng, 4), greedy(max_new_tokens=30, ignore_eos=True))
     engine.run(lambda: len(short.rows[0].new_token_ids) >= 5)
-    before = len(engine.decoder.batches)
+    before = len(recorder_of(engine).batches)
     long = engine.add_request(random_prompt(rng, 900), greedy(max_new_tokens=2, ignore_eos=True))
     engine.run(lambda: len(long.rows[0].new_token_ids) >= 1)
-    steps = engine.decoder.batches[before:]
+    steps = recorder_of(engine).batches[before:]
     budget = engine.decoder.limits.max_tokens
     assert len(steps) == -(-900 // (budget - 1)), "the prompt takes what the decoding row leaves"
     assert all(len(batch.cache_lens) == 2 for batch in steps), "both rows are in every step"
@@ -92,7 +94,7 @@ def test_requests_are_admitted_in_order() -> None:
     engine = make_engine(seats=2)
     requests = add_mixed(engine, np.random.default_rng(3), 12)
     run_all(engine, requests)
-    admitted = [request.admitted for request in requests]
+    admitted = [request.admitted or 0 for request in requests]
     assert admitted == sorted(admitted)
     assert_idle(engine)
 
@@ -110,7 +112,7 @@ def test_urgent_requests_are_admitted_first() -> None:
 
 def test_more_samples_than_seats_and_each_repeats_with_its_own_seed(engine: Engine) -> None:
     prompt = random_prompt(np.random.default_rng(4), 20)
-    options = {"max_new_tokens": 8, "ignore_eos": True}
+    options: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
     request = engine.add_request(prompt, fastgen.SamplingParams(n=10, seed=99, **options))
     run_all(engine, [request])
     assert len({tuple(tokens) for tokens in new_tokens(request)}) > 5
@@ -243,7 +245,7 @@ def test_cancelling_the_row_others_wait_for_lets_them_go_on() -> None:
     first, second = (
         engine.add_request(prompt, greedy(max_new_tokens=2, ignore_eos=True)) for _ in range(2)
     )
-    engine.run(lambda: len(engine.decoder.batches) >= 2)
+    engine.run(lambda: len(recorder_of(engine).batches) >= 2)
     assert second.admitted is None
     engine.cancel(first)
     run_all(engine, [second])
@@ -283,13 +285,13 @@ def test_a_failing_step_fails_its_batch_and_the_next_request_works(engine: Engin
     def fail(batch: object) -> None:
         raise RuntimeError("injected")
 
-    engine.decoder.before_step = fail
+    recorder_of(engine).before_step = fail
     broken = [engine.add_request(random_prompt(rng, 30), greedy()) for _ in range(6)]
     run_all(engine, broken, may_fail=True)
     assert all(isinstance(request.error, RuntimeError) for request in broken)
     assert all(row.error is request.error for request in broken for row in request.rows)
     assert {row.finish_reason for request in broken for row in request.rows} == {"error"}
-    engine.decoder.before_step = lambda batch: None
+    recorder_of(engine).before_step = lambda batch: None
     again = engine.add_request(prompt, greedy(max_new_tokens=8))
     run_all(engine, [again])
     assert new_tokens(again) == new_tokens(canary)

@@ -29,7 +29,7 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ACTIONS, max_size=60))
-def test_rows_leave_in_the_order_of_their_turns(actions: list[tuple[str, int]]) -> None:
+def test_rows_leave_in_the_order_of_their_keys(actions: list[tuple[str, int]]) -> None:
     queue = WaitingQueue()
     model: list[tuple[int, int, Row]] = []
     arrived = 0

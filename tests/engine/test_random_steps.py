@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from agreement import assert_rows_agree
-from engine_harness import assert_idle, eos_ids_of, make_engine, random_prompt, run_all
+from engine_harness import assert_idle, eos_ids_of, make_engine, random_prompt, recorder_of, run_all
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
@@ -74,11 +75,11 @@ def run_steps(engine: Engine, rng: np.random.Generator, num_steps: int) -> list[
             victim.cancelled = True
         if any(not one.request.done for one in running):
             until = engine.stats.steps + int(rng.integers(1, 6))
-            engine.run(
-                lambda until=until, running=running: (
-                    engine.stats.steps >= until or all(one.request.done for one in running)
-                )
-            )
+
+            def is_over(until: int = until, running: Sequence[Any] = running) -> bool:
+                return engine.stats.steps >= until or all(one.request.done for one in running)
+
+            engine.run(is_over)
     run_all(engine, [one.request for one in started])
     assert calls, "no row had a function of its own"
     return started
@@ -126,7 +127,7 @@ def test_each_row_is_as_if_it_had_run_alone(decoder: str, num_steps: int) -> Non
     alone = make_engine(seats=4, **options)
     same = sum(check_alone(alone, one) for one in started)
     if decoder == "late":
-        assert engine.decoder.most_under_way == 2, "no step was started before one had run"
+        assert recorder_of(engine).most_under_way == 2, "no step was started before one had run"
     num_rows = sum(len(one.request.rows) for one in started)
     if engine.decoder.limits.batch_invariant:
         assert same == num_rows

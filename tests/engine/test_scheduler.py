@@ -125,12 +125,12 @@ def test_an_allocation_that_fails_takes_nothing(which: int) -> None:
     simulation = Simulation()
     for index in range(8):  # shared beginnings, copies on write, more rows than seats
         simulation.add(TEXTS[index % 2][: 70 + index // 2], 10, scored=index == 5)
-    allocate, count = simulation.pool.allocate, iter(range(100))
+    allocate, calls = simulation.pool.allocate, iter(range(100))
 
-    def failing(number: int) -> list[int]:
-        if next(count) == which:
+    def failing(count: int) -> list[int]:
+        if next(calls) == which:
             raise MemoryError("injected")
-        return allocate(number)
+        return allocate(count)
 
     simulation.pool.allocate = failing  # type: ignore[method-assign]
     while simulation.scheduler.num_unfinished:

@@ -16,12 +16,21 @@ import pytest
 
 import fastgen
 from engine_harness import assert_idle, greedy, random_prompt
+from engine_threads import (
+    handle_of,
+    handles_of,
+    held_until_cancelled,
+    is_alive,
+    listeners_of,
+    num_unread,
+)
 from fastgen import EngineError, QueueFull, SamplingParams
 from fastgen.frontends.async_engine import AsyncEngine, AsyncStream
 from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
 from fastgen.frontends.threaded_engine import ThreadedEngine
 from fastgen.results import Piece
 from held_steps import LONG, TEXTS, facts, held, pieces_joined, stepping
+from text_parts import tokenizer_of
 from waits import WITHIN, wait_in_loop_until, wait_until
 
 T = TypeVar("T")
@@ -101,7 +110,7 @@ async def test_two_hundred_calls_at_once_are_exact(model: fastgen.Generator) -> 
         plain = asyncio.create_task(asyncio.to_thread(model.generate, TEXTS, LONG))
         found = await asyncio.gather(*(together(engine, *call) for call in calls))
         assert list(map(facts, await plain)) == list(map(facts, whole))
-        assert engine.ready and not engine._waiters and not engine.thread._handles
+        assert engine.ready and not listeners_of(engine) and not handles_of(engine)
         assert_idle(model.engine)
     assert found == expected
 
@@ -121,7 +130,7 @@ async def test_a_full_queue_refuses_all_of_a_list_and_takes_again(model: fastgen
             for refused in every_call(engine):
                 with pytest.raises(QueueFull):
                     await refused
-            assert len(engine.thread._handles) == 4
+            assert len(handles_of(engine)) == 4
         assert all(await asyncio.gather(*first, last))
         assert len(await engine.generate(TEXTS, max_new_tokens=2)) == 4
 
@@ -149,7 +158,7 @@ async def test_a_bad_request_raises_and_leaves_the_engine_untouched(
                 await anext(engine.stream(prompt, **options))
             with pytest.raises((TypeError, ValueError)):
                 await engine.generate(several, **options)
-            assert not engine.thread._handles and not threaded.thread._handles
+            assert not handles_of(engine) and not handles_of(threaded)
             assert model.engine.stats.steps == steps and model.engine.num_unfinished == 0
             assert threaded.submit("And", max_new_tokens=2).result(WITHIN)
         assert await engine.generate("And", max_new_tokens=2)
@@ -171,8 +180,12 @@ async def test_deadlines_salts_and_priorities_reach_the_engine(model: fastgen.Ge
     async with AsyncEngine(model) as engine:
         [late] = await engine.generate(TEXTS[0], LONG, timeout=0)
         assert late.completions[0].finish_reason == "timeout"
-        with stepping(model, lambda: time.sleep(0.005)):
-            pieces = await read(engine.stream(TEXTS[0], LONG, timeout=0.2))
+        with held(model) as gate:
+            stream, late_at = engine.stream(TEXTS[0], LONG, timeout=0.2), time.monotonic() + 0.3
+            await stream.open()
+            await wait_in_loop_until(lambda: time.monotonic() > late_at)
+            gate.open()
+            pieces = await read(stream)
         assert pieces[-1].finish_reason == "timeout"
         with pytest.raises(EngineError, match="timeout"):
             await engine.score(TEXTS[0], timeout=0)
@@ -216,13 +229,13 @@ async def test_whoever_leaves_ends_their_request_and_no_other(
                 pass
         elif how == "read":
             task = asyncio.ensure_future(read(stream))
-            await asyncio.sleep(0.01)
+            await wait_in_loop_until(lambda: handle_of(stream) in listeners_of(engine))
         elif how == "generate":
             await stream.aclose()
             task = asyncio.ensure_future(engine.generate(TEXTS[1:], LONG))
-            before = set(engine.thread._handles)
-            await wait_in_loop_until(lambda: len(engine.thread._handles - before) == 3)
-            victims.extend(engine.thread._handles - before)
+            before = handles_of(engine)
+            await wait_in_loop_until(lambda: len(handles_of(engine) - before) == 3)
+            victims.extend(handles_of(engine) - before)
         if task is not None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -234,17 +247,17 @@ async def test_whoever_leaves_ends_their_request_and_no_other(
         with stepping(model, lambda: model.engine.stats.steps < last or left.wait(WITHIN)):
             streams = [engine.stream(TEXTS[1], LONG)]
             await streams[0].open()  # before steps can pause
-            victims.extend(engine.thread._handles)
+            victims.extend(handles_of(engine))
             other = asyncio.ensure_future(engine.generate(TEXTS[0], LONG))
-            await wait_in_loop_until(lambda: len(engine.thread._handles) == 2)
+            await wait_in_loop_until(lambda: len(handles_of(engine)) == 2)
             await leave(engine, streams.pop())
             left.set()
-            await wait_in_loop_until(lambda: engine.thread._handles.isdisjoint(victims))
+            await wait_in_loop_until(lambda: handles_of(engine).isdisjoint(victims))
             for handle in victims:
                 assert handle.request is not None
                 assert handle.request.rows[0].finish_reason == "cancelled"
             assert facts((await other)[0]) == facts(expected)
-            assert not engine._waiters
+            assert not listeners_of(engine)
             assert_idle(model.engine)
 
 
@@ -268,12 +281,7 @@ async def test_a_reader_that_reads_is_not_cut_off(model: fastgen.Generator) -> N
     async with AsyncEngine(model, QueueConfig(max_unread=8)) as engine:
         stream = engine.stream(TEXTS[1], LONG)
 
-        def wait_for_reader() -> None:
-            if stream._handle is not None and stream._handle.reader is not None:
-                reader, [row] = stream._handle.reader, stream._handle.reader._request.rows
-                wait_until(lambda: reader.num_unread(row) <= 4)
-
-        with stepping(model, wait_for_reader):
+        with stepping(model, lambda: wait_until(lambda: num_unread(stream) <= 4)):
             assert pieces_joined(await read(stream)) == facts(expected)
 
 
@@ -283,7 +291,7 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(model: fastgen
     async with AsyncEngine(model) as engine:
         with held(model):
             task = asyncio.ensure_future(engine.generate(TEXTS[0], LONG))
-            await wait_in_loop_until(lambda: engine.thread._handles)
+            await wait_in_loop_until(lambda: handles_of(engine))
             assert not await engine.drain(0.05)
             assert not engine.ready
             for refused in every_call(engine):
@@ -297,16 +305,11 @@ async def test_draining_takes_nothing_new_and_waits_for_what_runs(model: fastgen
 @in_loop
 async def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Generator) -> None:
     engine = AsyncEngine(model)
-
-    def wait_for_closing() -> None:
-        wait_until(lambda: engine.thread._refusal is not None)
-        time.sleep(0.005)
-
-    with stepping(model, wait_for_closing):
+    with held_until_cancelled(model, engine):
         tasks = [asyncio.ensure_future(engine.generate(text, LONG)) for text in TEXTS * 2]
         reading = asyncio.ensure_future(read(engine.stream(TEXTS[0], LONG)))
         scoring = asyncio.ensure_future(engine.score([TEXTS[0] * 60] * 6))
-        await wait_in_loop_until(lambda: len(engine.thread._handles) >= 15)
+        await wait_in_loop_until(lambda: len(handles_of(engine)) >= 15)
         await asyncio.gather(engine.close(), engine.close())
         await engine.close()
         for [generation] in await asyncio.gather(*tasks):
@@ -314,7 +317,7 @@ async def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Gene
         assert (await reading)[-1].finish_reason == "cancelled"
         with pytest.raises(EngineError, match="cancelled"):
             await scoring
-    assert not engine.ready and not engine.thread._thread.is_alive()
+    assert not engine.ready and not is_alive(engine)
     with pytest.raises(EngineError, match="has been closed"):
         await engine.generate("And")
 
@@ -356,7 +359,7 @@ def test_a_closed_loop_does_not_kill_the_step_thread(model: fastgen.Generator) -
     assert request is not None
     wait_until(lambda: request.done)
     assert request.rows[0].finish_reason == "cancelled"
-    assert engine.thread._thread.is_alive() and engine.ready
+    assert is_alive(engine) and engine.ready
     run(engine.close())
 
 
@@ -378,7 +381,7 @@ async def test_what_takes_long_to_encode_does_not_block_the_loop(
     work: Callable[[AsyncEngine], Coroutine[Any, Any, Any]],
 ) -> None:
     """It is encoded on other threads; here it does not go on before the loop has."""
-    encode, threads, has_gone_on = model.tokenizer.encode, list[int](), threading.Event()
+    encode, threads, has_gone_on = tokenizer_of(model).encode, list[int](), threading.Event()
     loops_own = threading.get_ident()
 
     def held_encode(*args: Any) -> Any:

@@ -44,17 +44,17 @@ def test_rank_decides_instead() -> None:
     drawn = tuple(completion(index, -float(index)) for index in range(4))
     seen: list[Any] = []
 
-    def rank(completions: Any) -> list[float]:
+    def rank(completions: Any) -> list[Any]:
         seen.append(completions)
         return [1, 5, 5, np.float32(9)]
 
     assert indices(best(drawn, SamplingParams(n=3, best_of=4, rank=rank))) == [3, 1, 2]
     assert seen == [drawn]
     assert indices(best(drawn, SamplingParams(n=4, best_of=4, rank=rank))) == [3, 1, 2, 0]
-    assert indices(best(drawn, SamplingParams(n=1, best_of=4, rank=lambda c: np.arange(4.0)))) == [
-        3
-    ]
-    yes_or_no = SamplingParams(n=2, best_of=4, rank=lambda c: [False, True, np.False_, True])
+    array: Any = np.arange(4.0)
+    assert indices(best(drawn, SamplingParams(n=1, best_of=4, rank=lambda c: array))) == [3]
+    flags: list[Any] = [False, True, np.False_, True]
+    yes_or_no = SamplingParams(n=2, best_of=4, rank=lambda c: flags)
     assert indices(best(drawn, yes_or_no)) == [1, 3]
     rejected = SamplingParams(n=3, best_of=4, rank=lambda c: [-math.inf, 1, 2, -math.inf])
     assert indices(best(drawn, rejected)) == [2, 1, 0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -13,6 +12,7 @@ import pytest
 
 import fastgen
 from engine_harness import assert_idle, greedy
+from engine_threads import is_free, num_waiting
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.frontends.fair_lock import FairLock
 from fastgen.frontends.threaded_engine import ThreadedEngine
@@ -32,83 +32,87 @@ def joined(threads: list[threading.Thread]) -> None:
 
 
 def test_it_is_handed_on_in_the_order_of_asking() -> None:
-    turns, order = FairLock(), list[int]()
+    lock, order = FairLock(), list[int]()
 
     def work(index: int) -> None:
-        with turns:
+        with lock:
             order.append(index)
 
     threads = []
-    with turns:
+    with lock:
         for index in range(40):
             threads.append(started(partial(work, index)))
-            wait_until(lambda: len(turns._waiting) == len(threads))
+            wait_until(lambda: num_waiting(lock) == len(threads))
         assert order == []
     joined(threads)
     assert order == list(range(40))
-    with turns:  # and it is free again
+    with lock:  # and it is free again
         pass
 
 
 def test_whoever_leaves_goes_behind_those_who_wait() -> None:
     """threading.Lock would let them take it again at once."""
-    turns, order = FairLock(), list[str]()
+    lock, order = FairLock(), list[str]()
 
     def other() -> None:
         for _ in range(50):
-            with turns:
+            with lock:
                 order.append("other")
-                wait_until(lambda: turns._waiting or len(order) >= 99)
+                wait_until(lambda: num_waiting(lock) or len(order) >= 99)
 
-    with turns:
+    with lock:
         thread = started(other)
-        wait_until(lambda: len(turns._waiting) == 1)
+        wait_until(lambda: num_waiting(lock) == 1)
     for _ in range(50):
-        with turns:
+        with lock:
             order.append("mine")
-            wait_until(lambda: turns._waiting or len(order) >= 99)
+            wait_until(lambda: num_waiting(lock) or len(order) >= 99)
     joined([thread])
     assert order == ["other", "mine"] * 50
 
 
 def test_many_threads_hold_it_one_at_a_time_and_none_starves() -> None:
-    turns, inside, most = FairLock(), 0, 0
+    lock, inside, most = FairLock(), 0, 0
     counts = [0] * 12
+
+    def others_are_done(index: int) -> bool:
+        return all(count == 200 for other, count in enumerate(counts) if other != index)
 
     def work(index: int) -> None:
         nonlocal inside, most
         for _ in range(200):
-            with turns:
+            with lock:
                 inside += 1
                 most = max(most, inside)
                 counts[index] += 1
                 if counts[index] % 50 == 0:
-                    time.sleep(0.0005)  # others run meanwhile, and must not come in
+                    # others run meanwhile, as far as they can, and must not come in
+                    wait_until(lambda: num_waiting(lock) or others_are_done(index))
                 inside -= 1
 
     joined([started(partial(work, index)) for index in range(12)])
     assert most == 1
     assert counts == [200] * 12
-    assert not turns._waiting and not turns._taken
+    assert is_free(lock)
 
 
 def test_an_exception_inside_hands_it_on() -> None:
-    turns, entered = FairLock(), threading.Event()
+    lock, entered = FairLock(), threading.Event()
 
     def other() -> None:
-        with turns:
+        with lock:
             entered.set()
 
     def fail() -> None:
-        with turns:
+        with lock:
             started(other)
-            wait_until(lambda: turns._waiting)
+            wait_until(lambda: num_waiting(lock))
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert entered.wait(WITHIN)
-    with turns:
+    with lock:
         pass
 
 
@@ -128,7 +132,7 @@ def test_models_that_share_a_processor_both_make_progress(
     models: list[fastgen.Generator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step by step: the short request of one does not wait for the long one of the other."""
-    turns, steps = FairLock(), list[int]()
+    lock, steps = FairLock(), list[int]()
     inside, most = 0, 0
 
     def watched(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +141,7 @@ def test_models_that_share_a_processor_both_make_progress(
             inside += 1
             most = max(most, inside)
             steps.append(index)
-            time.sleep(0.002)
+            wait_until(lambda: num_waiting(lock) or not models[1 - index].engine.num_unfinished)
             try:
                 return original(batch)
             finally:
@@ -148,7 +152,7 @@ def test_models_that_share_a_processor_both_make_progress(
     for index, model in enumerate(models):
         decoder = model.engine.decoder
         monkeypatch.setattr(decoder, "step", watched(index, decoder.step))
-    queue_config = QueueConfig(fair_lock=turns)
+    queue_config = QueueConfig(fair_lock=lock)
     with (
         ThreadedEngine(models[0], queue_config) as first,
         ThreadedEngine(models[1], queue_config) as second,

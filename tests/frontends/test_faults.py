@@ -35,8 +35,10 @@ from fastgen.decoders.interface import StepBatch
 from fastgen.decoders.memory import BLOCK_SIZE
 from fastgen.engine.requests import Request, Row
 from fastgen.sampling.draw import Draw
+from fastgen.text.detokenizer import TextSink
 from late_decoder import LateDecoder
 from poisoned import POISON, save_poisoned
+from text_parts import codec_of, detokenizer_of, tokenizer_of
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "sample", "detokenize", "emit")
 KINDS = ("exception", "NaN", "delay", "cancel")
@@ -72,7 +74,7 @@ def model(
 def add(
     model: fastgen.Generator, prompt: list[int], params: SamplingParams, **options: Any
 ) -> Request:
-    sinks = model.job_maker._codec.sinks(params)
+    sinks = codec_of(model).sinks(params)
     return model.engine.add_request(prompt, params, sinks=sinks, **options)
 
 
@@ -122,12 +124,12 @@ class Scene:
         return self.victim.rows[0]
 
     def add_victim(self, params: SamplingParams = VICTIMS, **options: Any) -> None:
-        [prompt] = self.model.job_maker._codec.token_ids([TEXT])
+        [prompt] = codec_of(self.model).token_ids([TEXT])
         self.victim = add(self.model, prompt, params, **options)
 
 
 def tokenize(scene: Scene) -> None:
-    tokenizer, engine = scene.model.tokenizer, scene.model.engine
+    tokenizer, engine = tokenizer_of(scene.model), scene.model.engine
     engine_add = engine.add_request
 
     def remember(*args: Any, **options: Any) -> Request:
@@ -216,7 +218,7 @@ def sample(scene: Scene) -> None:
 
 def detokenize(scene: Scene) -> None:
     scene.add_victim()
-    detokenizer: Any = scene.row.sink._detokenizer  # type: ignore[union-attr]
+    detokenizer = detokenizer_of(scene.row.sink)
     push = scene.faulty(detokenizer.push, lambda token_id: math.nan)
     scene.patch.setattr(detokenizer, "push", push)
 
@@ -254,7 +256,7 @@ def ending(stage: str, kind: str) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(model: fastgen.Generator) -> list[Request]:
     """The two that run, the one that waits, the victim."""
-    [prompt] = model.job_maker._codec.token_ids([TEXT])
+    [prompt] = codec_of(model).token_ids([TEXT])
     requests = [
         add(model, p, o) for p, o in zip([*PROMPTS, prompt], [*PARAMS, VICTIMS], strict=True)
     ]
@@ -269,7 +271,7 @@ def assert_exact(found: Request, wanted: Request) -> None:
     assert_rows_agree(
         found.prompt_token_ids, expected.params, row.new_token_ids, expected.new_token_ids
     )
-    assert row.sink is not None and expected.sink is not None
+    assert isinstance(row.sink, TextSink) and isinstance(expected.sink, TextSink)
     assert row.sink.text == expected.sink.text or row.new_token_ids != expected.new_token_ids
 
 

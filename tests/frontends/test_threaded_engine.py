@@ -15,6 +15,15 @@ import pytest
 
 import fastgen
 from engine_harness import assert_idle, greedy, random_prompt, running_rows
+from engine_threads import (
+    Clock,
+    handle_of,
+    handles_of,
+    has_stopped,
+    held_until_cancelled,
+    is_alive,
+    listeners_of,
+)
 from fastgen import EngineError, SamplingParams
 from fastgen.engine.inbox import Inbox, Pending
 from fastgen.frontends.engine_thread import EngineThread, QueueConfig, RequestHandle, estimate_size
@@ -37,23 +46,6 @@ def left_idle(model: fastgen.Generator) -> Iterator[None]:
     wait_until(lambda: model.engine.num_unfinished == 0)
     assert len(model.generate("And", max_new_tokens=2)) == 1
     assert_idle(model.engine)
-
-
-class Clock:
-    """Time, as an engine's thread is told it; it stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = time.monotonic()
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr("fastgen.frontends.engine_thread.time", made)
-    return made
 
 
 def test_sizes_are_counted_no_further_than_until_it_is_certain_that_they_are_large() -> None:
@@ -96,7 +88,7 @@ def test_sixteen_threads_at_once_are_exact(model: fastgen.Generator) -> None:
         whole = [facts(generation) for generation in plain.result(WITHIN)]
         assert [facts(future.result(WITHIN)) for future in beside] == whole
         assert engine.ready
-        assert not engine._futures and not engine._streams
+        assert not listeners_of(engine)
     assert found == expected
 
 
@@ -133,8 +125,8 @@ def test_cancelling_a_future_ends_its_request_and_no_other(model: fastgen.Genera
         for future in (futures[0], futures[4]):
             assert facts(future.result(WITHIN)) == facts(expected)
         assert not futures[0].cancel()
-        wait_until(lambda: not engine.thread._handles)
-        assert not engine._futures
+        wait_until(lambda: not handles_of(engine))
+        assert not listeners_of(engine)
         assert_idle(model.engine)
 
 
@@ -150,7 +142,7 @@ def test_leaving_a_stream_ends_its_request_and_no_other(model: fastgen.Generator
         stream: ThreadedStream | None = engine.stream(TEXTS[1], LONG)
         other = engine.submit(TEXTS[0], LONG)
         assert stream is not None and next(stream).token_ids
-        request = stream._handle.request
+        request = handle_of(stream).request
         assert request is not None
         if how == "close":
             stream.close()
@@ -163,7 +155,7 @@ def test_leaving_a_stream_ends_its_request_and_no_other(model: fastgen.Generator
         wait_until(lambda: request.done)
         assert request.rows[0].finish_reason == "cancelled"
         assert facts(other.result(WITHIN)) == facts(expected)
-        assert not engine._streams
+        assert not listeners_of(engine)
 
 
 def test_a_reader_that_stalls_is_cut_off_and_others_go_on(model: fastgen.Generator) -> None:
@@ -174,7 +166,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_go_on(model: fastgen.Generat
         assert facts(other.result(WITHIN)) == facts(expected)
         with pytest.raises(EngineError, match="more than 8 tokens of a row waited to be read"):
             list(stream)
-        request = stream._handle.request
+        request = handle_of(stream).request
         assert request is not None
         [row] = request.rows
         assert row.finish_reason == "cancelled" and 8 < len(row.new_token_ids) <= 11
@@ -182,12 +174,7 @@ def test_a_reader_that_stalls_is_cut_off_and_others_go_on(model: fastgen.Generat
 
 def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Generator) -> None:
     engine = ThreadedEngine(model)
-
-    def wait_for_closing() -> None:
-        wait_until(lambda: engine.thread._refusal is not None)
-        time.sleep(0.005)
-
-    with stepping(model, wait_for_closing), ThreadPoolExecutor(1) as thread:
+    with held_until_cancelled(model, engine), ThreadPoolExecutor(1) as thread:
         futures = [engine.submit(text, LONG) for text in TEXTS * 2]
         reading = thread.submit(list, engine.stream(TEXTS[0], LONG))
         engine.close()
@@ -195,7 +182,7 @@ def test_closing_ends_what_is_under_way_with_cancelled(model: fastgen.Generator)
         assert reading.result(WITHIN)[-1].finish_reason == "cancelled"
     for future in futures:
         assert future.result(WITHIN).completions[0].finish_reason == "cancelled"
-    assert not engine.ready and not engine.thread._thread.is_alive()
+    assert not engine.ready and not is_alive(engine)
     with pytest.raises(EngineError, match="has been closed"):
         engine.submit("And")
 
@@ -312,7 +299,7 @@ def test_a_request_that_comes_while_the_engine_breaks_is_told(model: fastgen.Gen
         if last.is_set():
             taking.set()
             end = time.monotonic() + 1  # a chance to break meanwhile, which is not to be taken
-            while not thread._stopped and time.monotonic() < end:
+            while not has_stopped(thread) and time.monotonic() < end:
                 time.sleep(0.001)
         return original(*args, **options)
 

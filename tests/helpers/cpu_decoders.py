@@ -55,7 +55,7 @@ def plan_of(
 ) -> tuple[Checkpoint, DecoderPlan]:
     """As `fastgen.load` plans it, but any arithmetic for any file, and threads beyond the cores."""
     checkpoint = open_model(model)
-    chosen = {"decoder": "cpu", "max_batch_size": 8} | options
+    chosen: dict[str, Any] = {"decoder": "cpu", "max_batch_size": 8} | options
     plan = plan_decoder(checkpoint, LoadOptions(**chosen))
     limits = replace(plan.limits, max_logits=max_logits or plan.limits.max_logits)
     dtype, weights = ARITHMETICS[arithmetic]
@@ -75,3 +75,13 @@ def cpu_decoder(
         yield decoder
     finally:
         decoder.close()
+
+
+def native_of(decoder: Any) -> Any:
+    """The C++ decoder in a CPU decoder, to be called with what Python would never hand it."""
+    return decoder._native
+
+
+def native_sampler_of(decoder: Any) -> Any:
+    """The C++ sampler that a CPU decoder draws with."""
+    return decoder._sampler.native

@@ -8,6 +8,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def make_engine(
     return Engine(recorder, checkpoint.config.vocab_size, checkpoint.config.eos_token_ids)
 
 
+def recorder_of(engine: Engine) -> Recorder:
+    """The decoder of an engine that `make_engine` has made."""
+    decoder: Any = engine.decoder
+    assert isinstance(decoder, Recorder)
+    return decoder
+
+
 class CountingDecoder:
     """The next token follows from the last one and its place; nothing is computed or kept.
 
@@ -140,6 +148,12 @@ def make_counting_engine(seats: int = 4, num_blocks: int = 32) -> Engine:
     return Engine(decoder, CountingDecoder.vocab_size)
 
 
+def counting_decoder_of(engine: Engine) -> CountingDecoder:
+    decoder: Any = engine.decoder
+    assert isinstance(decoder, CountingDecoder)
+    return decoder
+
+
 def run_all(engine: Engine, requests: Sequence[Request], *, may_fail: bool = False) -> None:
     engine.run(lambda: all(request.done for request in requests))
     for request in requests:
@@ -195,7 +209,8 @@ def eos_ids_of(engine: Engine) -> frozenset[int]:
 
 
 def random_prompt(rng: np.random.Generator, length: int) -> list[int]:
-    return rng.integers(1, 4096, length).tolist()
+    token_ids: list[int] = rng.integers(1, 4096, length).tolist()
+    return token_ids
 
 
 def greedy(**options: Any) -> fastgen.SamplingParams:
@@ -215,9 +230,7 @@ def cpu_seconds(work: Callable[[], Any]) -> float:
 
 def assert_linear(work: Callable[[int], Any], size: int) -> None:
     """Four times the size takes four times as long, and not sixteen times."""
-    small, large = (
-        min(cpu_seconds(lambda n=n: work(n)) for _ in range(2)) for n in (size // 4, size)
-    )
+    small, large = (min(cpu_seconds(partial(work, n)) for _ in range(2)) for n in (size // 4, size))
     assert large < 10 * small, (small, large)
 
 

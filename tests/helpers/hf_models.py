@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import fastgen
@@ -38,14 +37,15 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def pair(name: str = "plain") -> tuple[transformers.GPT2LMHeadModel, fastgen.GPT2LMHeadModel]:
+def pair(name: str = "plain") -> tuple[Any, Any]:
     """Shared: a test that changes weights takes `fresh_pair`."""
     return fresh_pair(name)
 
 
-def fresh_pair(
-    name: str = "plain",
-) -> tuple[transformers.GPT2LMHeadModel, fastgen.GPT2LMHeadModel]:
+def fresh_pair(name: str = "plain") -> tuple[Any, Any]:
+    """A variant as transformers' model and as fastgen's; what types transformers has for its own
+    methods do not fit how they are called.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = random_model(seed=sum(map(ord, name)), **CHECKPOINTS[name])
@@ -55,7 +55,8 @@ def fresh_pair(
 def tolerance(logits: torch.Tensor) -> float:
     """How far fastgen's float32 logits may be from transformers': each is off by as much."""
     finite = logits[logits.isfinite()]
-    return TOLERANCES["drop_in"] * max(1.0, float(finite.abs().max()))
+    share: float = TOLERANCES["drop_in"]
+    return share * max(1.0, float(finite.abs().max()))
 
 
 def random_ids(
@@ -66,7 +67,7 @@ def random_ids(
     return torch.from_numpy(ids)
 
 
-def left_padded(ids: torch.Tensor, pads: list[int], pad_id: int) -> dict[str, torch.Tensor]:
+def left_padded(ids: torch.Tensor, pads: list[int], pad_id: int) -> dict[str, Any]:
     """input_ids and attention_mask of rows whose first `pads` tokens are padding."""
     mask = torch.ones_like(ids)
     ids = ids.clone()
@@ -76,7 +77,7 @@ def left_padded(ids: torch.Tensor, pads: list[int], pad_id: int) -> dict[str, to
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def generated(model: Any, seed: int = 0, **arguments: Any) -> Any:
+def generated(model: Any, seed: Any = 0, **arguments: Any) -> Any:
     """What `generate` returns, or the exception that it raises; without transformers' warnings."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from decoder_names import DECODERS, INTERPRETED
+from decoder_names import DECODERS
+from decoder_names import INTERPRETED as INTERPRETED
 from tolerances import TOLERANCES
 
 if "cuda" not in DECODERS:

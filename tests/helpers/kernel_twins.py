@@ -64,6 +64,7 @@ def dequantized(cache: Tensor, scales: Tensor) -> Tensor:
 def tile_maxima(logits: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """Of each `tile` logits, float32 (L, V): the highest, NaN if one is, and its lowest id."""
     padding = -logits.shape[1] % tile
-    tiles = F.pad(logits, (0, padding), value=float("-inf")).unflatten(1, (-1, tile))
+    padded = F.pad(logits, (0, padding), value=float("-inf"))
+    tiles = padded.view(len(padded), -1, tile)
     ids = tiles.argmax(2) + torch.arange(tiles.shape[1], device=logits.device) * tile
     return tiles.amax(2), ids

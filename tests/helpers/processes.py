@@ -16,11 +16,11 @@ from typing import Any
 
 
 @contextmanager
-def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """`options` are Popen's; what comes out is text."""
+def started(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """`options` are Popen's; what comes out is text, or bytes with `text=False`."""
     words = [str(word) for word in command]
     options = {"stdin": subprocess.DEVNULL, "text": True, **options}
-    process: subprocess.Popen[str] = subprocess.Popen(words, start_new_session=True, **options)
+    process: subprocess.Popen[Any] = subprocess.Popen(words, start_new_session=True, **options)
     try:
         yield process
     finally:

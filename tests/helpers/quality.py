@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from data_files import HELD_OUT
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.tokenizer import Tokenizer
 from reference import Array, ReferenceGPT2
 
 HARD_COPIES = ("values", "residual", "both")
 
-_HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.txt"
 _NUM_VALUES = 4  # large value channels of a layer
 _VALUE_FACTOR = 50.0
 _RESIDUAL_PEAKS = (30.0, -20.0, -10.0)  # their sum is 0: the mean of a token stays what it was
@@ -48,7 +48,7 @@ def held_out(num_tokens: int, window: int = 1024) -> HeldOut:
     """The first tokens of the held-out text, in rows of up to `window`."""
     tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
     assert tokenizer is not None
-    [token_ids] = tokenizer.encode([_HELD_OUT.read_text(encoding="utf-8")])
+    [token_ids] = tokenizer.encode([HELD_OUT.read_text(encoding="utf-8")])
     assert len(token_ids) > num_tokens
     starts = range(0, num_tokens, window)
     windows = [token_ids[start : min(start + window, num_tokens) + 1] for start in starts]

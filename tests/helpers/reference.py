@@ -19,7 +19,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def gelu_tanh(x: Array) -> Array:
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    result: Array = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return result
 
 
 ACTIVATIONS = {
@@ -78,7 +79,8 @@ class ReferenceGPT2:
         centred = x - x.mean(-1, keepdims=True)
         variance = (centred**2).mean(-1, keepdims=True)
         normed = centred / np.sqrt(variance + self.config["layer_norm_epsilon"])
-        return normed * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+        scaled: Array = normed * self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]
+        return scaled
 
     def _project(self, x: Array, name: str) -> Array:
         return x @ self.tensors[f"{name}.weight"] + self.tensors[f"{name}.bias"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,10 +44,11 @@ def torch_on_host(num_seats: int, vocab_size: int, eos_ids: frozenset[int]) -> S
 
 
 EOS = frozenset({0, 3})
+Options = dict[str, Any]  # SamplingParams' fields by name
 Make = Callable[[int, int, frozenset[int]], Sampler]  # of num_seats, vocab_size, eos_ids
 SAMPLERS: dict[str, Make] = {"torch": torch_on_host}
 if native is not None:
-    SAMPLERS["native"] = lambda *sizes: NativeSampler(*sizes, max_seq_len=512, num_threads=2)
+    SAMPLERS["native"] = partial(NativeSampler, max_seq_len=512, num_threads=2)
 
 
 class DefinedRow:
@@ -125,14 +127,15 @@ def draw_each(
     return [(one.token_id, one.ok) for one in draws]
 
 
-def maybe(rng: np.random.Generator, options: dict[str, Callable[[], Any]], share: float) -> dict:
+def maybe(rng: np.random.Generator, options: dict[str, Callable[[], Any]], share: float) -> Options:
     """Some of the options, each with a value of its own."""
     return {name: value() for name, value in options.items() if rng.random() < share}
 
 
-def random_processors(rng: np.random.Generator, vocab_size: int, share: float = 0.3) -> dict:
+def random_processors(rng: np.random.Generator, vocab_size: int, share: float = 0.3) -> Options:
     def ids(most: int = 6) -> list[int]:
-        return rng.integers(0, vocab_size, rng.integers(1, most)).tolist()
+        found: list[int] = rng.integers(0, vocab_size, rng.integers(1, most)).tolist()
+        return found
 
     options = maybe(
         rng,

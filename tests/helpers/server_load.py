@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import fastgen
 from engine_harness import assert_idle
+from engine_threads import listeners_of
 from fastgen import SamplingParams
 from server_harness import MODEL, RunningServer, serving
 from waits import wait_until
@@ -79,8 +80,8 @@ def _leaving(rng: random.Random) -> Call:
     options = {"prompt": _prompt(rng), "seed": rng.getrandbits(64), **LONG}
     if rng.random() < 0.5:
         options["stream"] = rng.random() < 0.5
-        return _call(options, leaves_after=rng.random() ** 2)
-    return _call({**options, "stream": True}, leaves_at=rng.randrange(1, 60))
+        return call_of(options, leaves_after=rng.random() ** 2)
+    return call_of({**options, "stream": True}, leaves_at=rng.randrange(1, 60))
 
 
 def _staying(rng: random.Random, at: int) -> Call:
@@ -100,10 +101,10 @@ def _staying(rng: random.Random, at: int) -> Call:
         options["logprobs"] = rng.randrange(3)
     if rng.random() < 0.2:
         options["stop"] = rng.choice([",", ["the", "LORD"]])
-    return _call(options)
+    return call_of(options)
 
 
-def _call(options: dict[str, Any], **fate: Any) -> Call:
+def call_of(options: dict[str, Any], **fate: Any) -> Call:
     return Call(json.dumps(options).encode(), options, **fate)
 
 
@@ -200,7 +201,7 @@ def settle(server: RunningServer, model: fastgen.Generator) -> tuple[int, int, f
     assert_idle(model.engine)
     wait_until(lambda: not server.server.server_state.connections)
     wait_until(lambda: not server.server.server_state.tasks)
-    assert not server.service.models[MODEL].engine._waiters
+    assert not listeners_of(server.service.models[MODEL].engine)
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1])
     files = len(os.listdir("/proc/self/fd"))

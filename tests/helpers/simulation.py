@@ -63,7 +63,7 @@ class Simulation:
         self.scheduler.pool = self.pool = FailingPool(limits.num_blocks)
         self.limits = limits
         self.rows: list[Row] = []
-        self.given: dict[Row, tuple[int, int]] = {}  # the turn each row came with
+        self.given: dict[Row, tuple[int, int]] = {}  # the key each row came with
         self.passed_by: dict[Row, list[Row]] = {}  # waiting rows, and who was admitted before them
 
     def add(

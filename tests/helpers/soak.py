@@ -35,7 +35,7 @@ def main() -> None:
     counts = {
         "requests": 0,
         "wrong": 0,
-        "queue_config": 0,
+        "terms": 0,
         "kills": 0,
         "cut_off": 0,
         "bad_exits": 0,
@@ -81,7 +81,7 @@ def _end_a_process(counts: dict[str, int], *, kill: bool) -> None:
             with closing(client):
                 counts["cut_off"] += not (kill or b"data: [DONE]" in everything(client))
         counts["bad_exits"] += server.wait() != (-signal.SIGKILL if kill else 0)
-    counts["kills" if kill else "queue_config"] += 1
+    counts["kills" if kill else "terms"] += 1
     if kill:
         with ServerProcess("--port", str(port)) as server:
             server.wait_until_ready()

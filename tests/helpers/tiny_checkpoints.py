@@ -51,7 +51,7 @@ TOKENIZER: dict[str, Any] = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
 }
 MESSAGE_CHARS = 2000  # that a refusal may be long, whatever the files hold
-_OPTIONS = {"device": "cpu", "max_batch_size": 2}
+_OPTIONS: dict[str, Any] = {"device": "cpu", "max_batch_size": 2}
 _DTYPE_NAMES = {
     "float64": "F64",
     "float32": "F32",

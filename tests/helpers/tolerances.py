@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # How far results may be from the reference. "ratio": times transformers' own error at the same
 # dtype; "slack": times the largest |logit|, for where that error happens to be near zero.
-TOLERANCES = {
+TOLERANCES: dict[str, Any] = {
     "float32": {"ratio": 2.0, "slack": 1e-6},
     "bfloat16": {"ratio": 2.0, "slack": 1e-3},
     "float16": {"ratio": 2.0, "slack": 1e-4},

@@ -79,7 +79,8 @@ class Case(NamedTuple):
         largest = max(float(np.abs(logits).max()) for logits in self.expected)
         assert largest > 1, "logits are flat: the comparison would mean nothing"
         rule = TOLERANCES[dtype]
-        return rule["ratio"] * self.peer_error + rule["slack"] * largest
+        allowed: float = rule["ratio"] * self.peer_error + rule["slack"] * largest
+        return allowed
 
     def assert_close(self, found: list[Any], dtype: str) -> None:
         error, allowed = worst_error(found, self.expected), self.allowed(dtype)

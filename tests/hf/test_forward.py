@@ -327,7 +327,7 @@ def test_a_model_that_cannot_be_run_is_left_to_transformers() -> None:
 def test_autocast_traces_and_models_without_memory() -> None:
     theirs, ours = fresh_pair()
     ids = random_ids(theirs, np.random.default_rng(12), 2, 6)
-    compiled = torch.compile(ours, backend="eager")  # before anything has been packed
+    compiled: Any = torch.compile(ours, backend="eager")  # before anything has been packed
     assert_near(compiled(ids).logits, theirs(ids).logits)
     assert_near(ours(ids).logits, theirs(ids).logits)
     with torch.autocast("cpu", torch.bfloat16):
@@ -338,7 +338,9 @@ def test_autocast_traces_and_models_without_memory() -> None:
     assert copy.deepcopy(ours).to("meta")(ids.to("meta")).logits.shape == (2, 6, 211)
 
 
-def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was() -> None:
+def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     theirs, ours = fresh_pair()
     rng = np.random.default_rng(13)
     ids, more = random_ids(theirs, rng, 3, 40), random_ids(theirs, rng, 3, 50)
@@ -352,10 +354,10 @@ def test_a_forward_that_is_broken_off_leaves_the_cache_as_it_was() -> None:
             raise KeyboardInterrupt
         return forward(batch)
 
-    decoder.forward = interrupted
+    monkeypatch.setattr(decoder, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ours(more, past_key_values=cache)
-    decoder.forward = forward
+    monkeypatch.undo()
     assert cache.get_seq_length() == 40 and num_used_blocks(ours) == 6
     expected = theirs(torch.cat([ids, more], 1)).logits[:, -50:]
     assert_near(ours(more, past_key_values=copy.deepcopy(cache)).logits, expected)

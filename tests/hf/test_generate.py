@@ -17,7 +17,8 @@ Rng = np.random.Generator
 
 
 def _some_ids(rng: Rng, vocab_size: int, count: int) -> list[int]:
-    return rng.integers(0, vocab_size, count).tolist()
+    found: list[int] = rng.integers(0, vocab_size, count).tolist()
+    return found
 
 
 def _random_options(rng: Rng, vocab_size: int) -> Options:

@@ -214,7 +214,8 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
     """Turn by turn with the returned cache, and without: the same tokens; most is found cached."""
     theirs, ours = pair()
     rng = np.random.default_rng(9)
-    ids, cache = random_ids(theirs, rng, 1, 5), None
+    ids = random_ids(theirs, rng, 1, 5)
+    cache: Any = None
     options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 7}
     for _ in range(4):
         call = {"input_ids": ids, **options}

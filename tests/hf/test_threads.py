@@ -55,7 +55,7 @@ def test_native_calls_join_each_others_steps() -> None:
     before = stats.steps
     start = threading.Barrier(8)
 
-    def run(row: int) -> torch.Tensor:
+    def run(row: int) -> Any:
         start.wait()
         return generated(ours, input_ids=ids[row : row + 1], **call)
 
@@ -76,7 +76,8 @@ def test_a_loop_of_forwards_is_not_starved_by_generation() -> None:
     for thread in threads:
         thread.start()
     try:
-        ids, cache = torch.tensor([[20, 21]]), None
+        ids: Any = torch.tensor([[20, 21]])
+        cache: Any = None
         with torch.no_grad():
             for _ in range(40):
                 output = ours(ids, past_key_values=cache)

@@ -95,7 +95,8 @@ class Step:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        scale: float = self.head_dim**-0.5
+        return scale
 
     def _tiles(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         row_starts = np.array(self.row_starts, np.int32)
@@ -148,9 +149,9 @@ def test_what_later_tokens_hold_hurts_no_earlier_one(tile: int, spans: int, bad:
     step = Step([40, 3], [20, 30], 2, 8, torch.float32)
     expected = step.expected()
     at = 20 + 11  # the first row's 12th new token
-    step.cache[step.tables[0, at // 32].item(), 1, 0, at % 32, 3] = bad
+    step.cache[int(step.tables[0, at // 32]), 1, 0, at % 32, 3] = bad
     behind = step.lengths[1]
-    step.cache[step.tables[1, behind // 32].item(), :, :, behind % 32] = bad
+    step.cache[int(step.tables[1, behind // 32]), :, :, behind % 32] = bad
     found = step.attend(tile, spans)
     assert not found[11:40, 0].isfinite().all(1).any()
     hurt = torch.zeros(43, 2, 8, dtype=torch.bool)

@@ -31,7 +31,8 @@ def _seed() -> None:
 
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
+    found: torch.dtype = request.param
+    return found
 
 
 def random_weight(outputs: int, inputs: int, dtype: torch.dtype, *, int8: bool) -> Any:
@@ -86,6 +87,7 @@ def test_embedding(size: int, quantized: bool) -> None:
     embed(settings, hidden, slots, batch, last_drawn, steps, (wte, scales, factors), wpe, 4)
     rows = wte[torch.tensor([7, 49, 31, 0])].double()
     if quantized:
+        assert factors is not None
         rows = rows * scales[torch.tensor([7, 49, 31, 0])].double()[:, None] * factors.double()
     assert_near(hidden, rows + wpe[torch.tensor(positions)].double(), torch.float32)
     # tokens 40 and 41 of the first row, 63 and 64 of the second

@@ -69,7 +69,9 @@ def device_params(rng: np.random.Generator, vocab_size: int) -> SamplingParams:
     """Of the options that kernels know."""
     params = random_params(rng, vocab_size)
     defaults = {f.name: getattr(SamplingParams, f.name, None) for f in fields(SamplingParams)}
-    others = {name: value for name, value in defaults.items() if name not in CudaSampler.on_device}
+    others: dict[str, Any] = {
+        name: value for name, value in defaults.items() if name not in CudaSampler.on_device
+    }
     return replace(params, **others)
 
 
@@ -124,7 +126,7 @@ def test_adversarial_logits_draw_the_defined_ids(vocab_size: int) -> None:
 def test_gpt2_vocabulary(options: dict[str, Any]) -> None:
     """A row with a clear nucleus, and one whose nucleus is most of the vocabulary."""
     rng = np.random.default_rng(1)
-    check_each(rng.normal(0, [[4], [0.01]], (2, 50257)).astype(np.float32), options)
+    check_each(rng.normal(0, np.array([[4], [0.01]]), (2, 50257)).astype(np.float32), options)
 
 
 def test_tritons_own_sort(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,9 @@ class Venv:
         return run(*command, cwd=self.folder, fails=True).stderr
 
     def tokens(self, options: tuple[str, ...]) -> list[int]:
-        command = (self.folder / "bin" / "fastgen", "generate", *options)
+        command: tuple[str | Path, ...] = (
+            self.folder / "bin" / "fastgen", "generate", *options
+        )  # fmt: skip
         return token_ids(run(*command, cwd=self.folder).stdout)
 
     def fastgen_folder(self) -> Path:
@@ -162,7 +164,8 @@ def venv(tmp_path: Path, packages: Path) -> Venv:
 
 def token_ids(record: str) -> list[int]:
     [completion] = json.loads(record)["completions"]
-    return completion["token_ids"]
+    found: list[int] = completion["token_ids"]
+    return found
 
 
 def pins() -> set[str]:
@@ -181,7 +184,7 @@ def required(text: str, seen: set[str]) -> set[str]:
     if text in seen or (marker and not marker.evaluate({"extra": ""})):
         return set()
     seen.add(text)
-    names = {canonicalize_name(requirement.name)}
+    names: set[str] = {canonicalize_name(requirement.name)}
     try:
         inner = importlib.metadata.requires(requirement.name) or []
     except importlib.metadata.PackageNotFoundError:

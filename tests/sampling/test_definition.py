@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ VECTORS = [
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
 @pytest.mark.parametrize("kind", ["int", "numpy", "torch"])
 def test_philox_gives_random123s_vectors(
-    counter: tuple, key: tuple, expected: tuple, kind: str
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...], kind: str
 ) -> None:
-    wrap = {
+    wrap: dict[str, Callable[[int], Any]] = {
         "int": int,
         "numpy": lambda w: np.array([w, w]),
         "torch": lambda w: torch.tensor([w, w]),
@@ -250,7 +251,7 @@ def test_a_bad_draw_among_drafts_is_the_seats_last(make: Any) -> None:
         {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
     ],
 )
-def test_frequencies_match_exact_probabilities(make: Any, options: dict[str, float]) -> None:
+def test_frequencies_match_exact_probabilities(make: Any, options: dict[str, Any]) -> None:
     """Chi-square over 10,000 uniforms; with fixed seeds it either always passes or never."""
     logits = np.random.default_rng(5).normal(0, 1.5, 40).astype(np.float32)
     count, seats = 10_000, 2_000
@@ -287,7 +288,12 @@ def test_draws_bring_logprobs_of_the_raw_logits(make: Any, vocab_size: int) -> N
     sampler = make(8, vocab_size, EOS)
     wanted = [None, 0, 1, 5, 40, None, vocab_size + 3, 5]
     for seat, count in enumerate(wanted):
-        options = {"logprobs": count, "seed": seat, "suppress_tokens": [4], "temperature": 0.5}
+        options: dict[str, Any] = {
+            "logprobs": count,
+            "seed": seat,
+            "suppress_tokens": [4],
+            "temperature": 0.5,
+        }
         sampler.bind(seat, SamplingParams(**options), [1])
     draws = sampler.draw(logits, np.arange(8, dtype=np.int32), [-1] * 8)
     for drawn, count, row in zip(draws, wanted, logits, strict=True):

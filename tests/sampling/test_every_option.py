@@ -51,7 +51,7 @@ def test_samplers_know_options_of_the_table_only(sampler: str) -> None:
 
 
 def test_an_option_that_is_not_known_is_named() -> None:
-    params = SamplingParams(temperature=0.5, top_k=3, min_p=0.1, stop="a", n=2, seed=1)
+    params = SamplingParams(temperature=0.5, top_k=3, min_p=0.1, stop=("a",), n=2, seed=1)
     known = frozenset({"temperature", "seed"})
     assert unknown_to(known, params) == ["top_k", "min_p"]
     assert unknown_to(known, SamplingParams(temperature=0, seed=2, max_new_tokens=4)) == []

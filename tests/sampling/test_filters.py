@@ -59,7 +59,8 @@ def by_transformers(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
         if getattr(params, name) != getattr(SamplingParams, name)
     )
     scores = chain(torch.zeros((1, 1), dtype=torch.int64), torch.from_numpy(logits.copy())[None])
-    return np.isfinite(scores[0].numpy())
+    kept_by_them: np.ndarray = np.isfinite(scores[0].numpy())
+    return kept_by_them
 
 
 def kept(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -187,13 +188,14 @@ def test_torch_keeps_the_same_ids(few: bool, vocab_size: int) -> None:
 
 def test_the_lowest_ids_of_equals_stay() -> None:
     logits = np.array([1, 3, 1, 3, 1, 3, 1], np.float32)
-    for options, wanted in [
+    cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"top_k": 4}, [0, 1, 2, 3, 4, 5, 6]),  # all equals of the 4th
         ({"top_k": 2}, [1, 3, 5]),
         ({"top_p": 0.5}, [1, 3]),
         ({"top_p": 0.85}, [0, 1, 3, 5]),
         ({"top_h": 0.6}, [1, 3]),
-    ]:
+    ]
+    for options, wanted in cases:
         params = SamplingParams(**options)
         assert np.flatnonzero(kept_weights(logits, params)).tolist() == wanted, options
         assert np.flatnonzero(torch_kept(logits[None], [params])[0]).tolist() == wanted, options
@@ -222,13 +224,14 @@ def test_top_n_sigma_looks_at_all_logits_before_the_other_filters() -> None:
     logits = np.array([6, 5, 4, 3, 0, 0, 0, 0], np.float32)
     alone = kept(logits, SamplingParams(top_n_sigma=1))
     assert np.flatnonzero(alone).tolist() == [0, 1, 2][: round(logits.std() // 1) + 1]
-    for options, wanted in [
+    cases: list[tuple[dict[str, Any], list[int]]] = [
         ({"top_k": 2}, [0, 1]),
         ({"top_k": 7}, [0, 1, 2]),
         ({"top_h": 1.0}, [0, 1, 2]),
         ({"top_h": 1.0, "top_k": 1}, [0]),
         ({"min_p": 0.2}, [0, 1]),
-    ]:
+    ]
+    for options, wanted in cases:
         params = SamplingParams(top_n_sigma=1, **options)
         assert np.flatnonzero(kept(logits, params)).tolist() == wanted, options
         assert np.flatnonzero(torch_kept(logits[None], [params])[0]).tolist() == wanted, options

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +178,11 @@ def test_ids_outside_the_vocabulary_are_refused(name: str, token_id: int) -> Non
     for other, value in (("bad_words", [[token_id, 1]]), ("logit_bias", [(token_id, 1.0)])):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             sampler.bind(0, [1], {**native_options(), other: value})
-    for call in (lambda: sampler.bind(0, [token_id], native_options()),
-                 lambda: sampler.observe(0, token_id)):  # fmt: skip
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: sampler.bind(0, [token_id], native_options()),
+        lambda: sampler.observe(0, token_id),
+    )
+    for call in calls:
         with pytest.raises(ValueError, match="outside the vocabulary"):
             call()
 
@@ -199,11 +203,12 @@ def test_every_option_is_handed_over_by_its_name() -> None:
 @pytest.mark.parametrize("seat", [-1, 2, 2**31 - 1])
 def test_seats_that_are_not_there_are_refused(seat: int) -> None:
     sampler = native.Sampler(2, 9, 20, 1)
-    for call in (
+    calls: tuple[Callable[[], Any], ...] = (
         lambda: sampler.bind(seat, [1], native_options()),
         lambda: sampler.observe(seat, 1),
         lambda: sampler.set_mask(seat, None),
-    ):
+    )
+    for call in calls:
         with pytest.raises(IndexError, match="seat"):
             call()
     with pytest.raises(ValueError, match="vocab_size"):

@@ -19,7 +19,7 @@ NOT_COUNTS = [-1, 1.5, "2", True, [1], {}, 2**70, math.nan, math.inf, b"1", obje
 NOT_IDS = [
     [-1], [1.0], ["1"], [True], "12", b"12", 3, [[1]], [[[1]]], [2**40], [None], [math.nan], {1: 2},
 ]  # fmt: skip
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "n max_new_tokens min_new_tokens top_k no_repeat_ngram_size": [*NOT_COUNTS, None],
     "best_of seed logprobs prompt_logprobs": NOT_COUNTS,
     "n best_of": [0, 2**17],
@@ -71,6 +71,7 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert len(str(caught.value)) < 200
     assert type(caught.value) in (OptionTypeError, OptionError)
+    assert isinstance(caught.value, (OptionError, OptionTypeError))
     assert caught.value.option == name
 
 
@@ -153,7 +154,7 @@ def test_a_copy_with_another_seed_is_equal_but_for_it() -> None:
 
 
 def test_every_field_has_bad_values_here() -> None:
-    """What ids may be is for the engine to say: test_validation.py."""
+    """What ids may be is for the engine to say: test_request_checks.py."""
     assert {name for name, _ in BAD} == {field.name for field in dataclasses.fields(SamplingParams)}
 
 

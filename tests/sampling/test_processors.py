@@ -36,7 +36,9 @@ class OpenAIPenalties(hf.LogitsProcessor):
 def biases(row: DefinedRow) -> hf.LogitsProcessor:
     """transformers has one option for biases of tokens and of sequences."""
     params = row.params
-    single = {(token_id,): bias for token_id, bias in params.logit_bias}
+    single: dict[tuple[int, ...], float] = {
+        (token_id,): bias for token_id, bias in params.logit_bias
+    }
     return hf.SequenceBiasLogitsProcessor({**single, **dict(params.sequence_bias)})
 
 
@@ -83,7 +85,8 @@ def by_transformers(row: DefinedRow, logits: np.ndarray) -> np.ndarray:
         if value != getattr(SamplingParams, name) and (processor := make(row, value)) is not None:
             chain.append(processor)
     token_ids = torch.tensor(row.token_ids, dtype=torch.int64)[None]
-    return chain(token_ids, torch.from_numpy(logits.copy())[None])[0].numpy()
+    processed: np.ndarray = chain(token_ids, torch.from_numpy(logits.copy())[None])[0].numpy()
+    return processed
 
 
 def random_row(rng: np.random.Generator, vocab_size: int, options: dict[str, Any]) -> DefinedRow:

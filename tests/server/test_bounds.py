@@ -9,7 +9,7 @@ import concurrent.futures
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +25,10 @@ import fastgen
 from engine_harness import greedy, make_engine, num_deadlines, random_prompt, run_all
 from fastgen.server import bodies, endpoints
 from fastgen.server.app import make_app
+from fastgen.server.completions import completion_request
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys, Service
+from json_client import refusal
 from raw_client import LONG, answer, begun, everything, get, memory, post, replies
 from server_harness import MODEL, RunningServer, ServerProcess, serving
 from server_load import metrics
@@ -35,22 +37,9 @@ from waits import WITHIN, wait_in_loop_until, wait_until
 PART = 1 << 16  # bytes that a slow reader takes at a time
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
 def refused(server: RunningServer, body: Any, path: str = "/v1/completions") -> str:
-    reply = answer(server.port, post(body, path=path))
-    assert reply.status == 400
-    return reply.message
+    message: str = refusal(server, body, path)["message"]
+    return message
 
 
 MANY = [str(token_id) for token_id in range(19_000)]
@@ -77,7 +66,7 @@ def test_options_of_any_size_keep_nobody_waiting(
         return work
 
     monkeypatch.setattr(bodies, "parsed", held(bodies.parsed))
-    monkeypatch.setattr(endpoints, "completion_request", held(endpoints.completion_request))
+    monkeypatch.setattr(endpoints, "completion_request", held(completion_request))
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(refused, server, {"prompt": "And", name: LARGE[name]})
         wait_until(lambda: threads)

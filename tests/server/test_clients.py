@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -21,10 +20,8 @@ from raw_client import (
     CANARY,
     LONG,
     answer,
-    assert_unharmed,
     begun,
     canary,
-    canary_of,
     connected,
     everything,
     get,
@@ -33,7 +30,7 @@ from raw_client import (
     post,
     text_of,
 )
-from server_harness import MODEL, RunningServer, serving
+from server_harness import RunningServer
 from tiny_checkpoints import cases
 from waits import WITHIN, wait_until
 
@@ -41,39 +38,17 @@ SIZES = {"body_bytes": 100_000, "header_bytes": 8192}
 HASTY = ServerLimits(**SIZES, header_timeout=1, keep_alive=2, body_timeout=1.5, send_timeout=2)
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
+pytestmark = pytest.mark.usefixtures("unharmed")
 
 
 @pytest.fixture(scope="module")
-def canary_text(model: fastgen.Generator) -> str:
-    return canary_of(model)
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
-    with serving({MODEL: model}, limits=ServerLimits(**SIZES)) as running:
-        yield running
+def limits() -> ServerLimits:
+    return ServerLimits(**SIZES)
 
 
 @pytest.fixture
-def hasty(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
-    """One that cuts slow clients off. Others use `server`, however slow this machine is."""
-    with serving({MODEL: model}, limits=HASTY) as running:
-        yield running
-        assert_unharmed(running, canary_text)
-
-
-@pytest.fixture(autouse=True)
-def unharmed(
-    server: RunningServer, canary_text: str, caplog: pytest.LogCaptureFixture
-) -> Iterator[None]:
-    """Whatever clients do is no fault of the server, and no error in its log."""
-    yield
-    assert_unharmed(server, canary_text)
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+def hasty_limits() -> ServerLimits:
+    return HASTY
 
 
 def test_slow_bodies_are_cut_off(hasty: RunningServer) -> None:

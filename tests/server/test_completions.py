@@ -7,9 +7,8 @@ import asyncio
 import inspect
 import json
 import math
-import urllib.request
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import openai
@@ -17,12 +16,12 @@ import pytest
 from openai.resources import Completions
 
 import fastgen
-from engine_harness import assert_idle
 from fastgen import SamplingParams
 from fastgen.results import Completion, Generation, TokenLogprobs
 from fastgen.server.completions import OTHERS, SAMPLING
-from server_harness import MODEL, RunningServer, serving
-from waits import WITHIN, wait_until
+from json_client import call, opened
+from server_harness import MODEL, RunningServer
+from text_parts import tokenizer_of
 
 TEXT = "And it came to pass in those days, that"
 BESIDE = "In the beginning"
@@ -54,26 +53,6 @@ CASES: list[dict[str, Any]] = [
     {"timeout": 60.5, "priority": 3, "cache_salt": "mine"}, {"return_token_ids": True, "n": 2},
 ]  # fmt: skip
 INERT = {*OTHERS, "n"}  # without these the model is not asked for other tokens
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
-        wait_until(lambda: not loaded.engine.num_unfinished)
-        assert_idle(loaded.engine)
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: RunningServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as made:
-        yield made
 
 
 def arguments(prompt: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +87,7 @@ def choices_of(
     for prompt, generation in zip(
         prompts, model.generate(prompts, params_of(options)), strict=True
     ):
-        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+        text = prompt if isinstance(prompt, str) else tokenizer_of(model).decode(prompt)
         for completion in generation.completions:
             echoed = options.get("echo", False)
             expected.append({
@@ -127,7 +106,7 @@ def choices_of(
 def logprobs_of(
     model: fastgen.Generator, echoed: Generation | None, completion: Completion
 ) -> dict[str, Any]:
-    name = model.tokenizer.token_text
+    name = tokenizer_of(model).token_text
     own: list[tuple[int, TokenLogprobs | None]] = []
     if echoed is not None and echoed.prompt_logprobs is not None:
         own += zip(echoed.prompt_token_ids, echoed.prompt_logprobs, strict=True)
@@ -248,7 +227,7 @@ def test_prompts_in_every_form(
 
 
 def test_usage_counts_every_prompt_once_and_every_completion(client: openai.OpenAI) -> None:
-    options = {"n": 3, "max_tokens": 7, "ignore_eos": True}
+    options: dict[str, Any] = {"n": 3, "max_tokens": 7, "ignore_eos": True}
     prompts = [[1, 2, 3], [4, 5]]
     wanted = {"prompt_tokens": 5, "completion_tokens": 42, "total_tokens": 47}
     answer = client.completions.create(**arguments(prompts, options))
@@ -268,6 +247,7 @@ def test_an_answer_has_what_openais_has_and_says_how_to_repeat_it(
     [choice] = answer.choices
     assert answer.object == "text_completion" and answer.model == MODEL
     assert answer.id.startswith("cmpl-") and answer.created > 1_700_000_000
+    assert answer.usage is not None and choice.model_extra is not None
     assert answer.model_extra == {} and answer.usage.model_extra == {}
     assert set(choice.model_extra) == {"stop_reason", "seed"}
     [again] = model.generate(TEXT, seed=choice.model_extra["seed"], max_new_tokens=16)
@@ -278,7 +258,7 @@ def test_an_answer_has_what_openais_has_and_says_how_to_repeat_it(
 
 def test_a_stream_is_events_of_json_and_ends_with_done(server: RunningServer) -> None:
     body = {"model": MODEL, "prompt": TEXT, "stream": True, "max_tokens": 4, "ignore_eos": True}
-    with post(server, "/v1/completions", body) as response:
+    with opened(server, "/v1/completions", body) as response:
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
         lines = response.read().decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
@@ -352,8 +332,8 @@ def test_scores_of_labels_stand_behind_the_prompt(
     labels = [" pass", " the sea of Galilee", " zebra"]
     found = call(server, "/v1/score", {"prompt": "And it came to", "labels": labels})
     assert found["best"] == 0 and [item["label"] for item in found["data"]] == labels
-    start = model.tokenizer.encode(["And it came to"])[0]
-    for item, own in zip(found["data"], model.tokenizer.encode(labels), strict=True):
+    start = tokenizer_of(model).encode(["And it came to"])[0]
+    for item, own in zip(found["data"], tokenizer_of(model).encode(labels), strict=True):
         [score] = model.score([start + own])
         assert item["token_ids"] == own and item["logprobs"] == list(score.logprobs[len(start) :])
         assert item["total_logprob"] == math.fsum(item["logprobs"])
@@ -363,7 +343,7 @@ def test_tokenize_and_detokenize_are_each_others_inverse(
     model: fastgen.Generator, server: RunningServer
 ) -> None:
     for text in (TEXT, "", "é😀 \n", TEXT * 100):
-        [ids] = model.tokenizer.encode([text])
+        [ids] = tokenizer_of(model).encode([text])
         found = call(server, "/tokenize", {"model": MODEL, "prompt": text})
         assert found == {"tokens": ids, "count": len(ids), "max_model_len": 1024}
         assert call(server, "/detokenize", {"tokens": ids}) == {"prompt": text}
@@ -388,13 +368,3 @@ def schema(document: dict[str, Any], path: str) -> dict[str, Any]:
     content = document["paths"][path]["post"]["requestBody"]["content"]
     properties: dict[str, Any] = content["application/json"]["schema"]["properties"]
     return properties
-
-
-def post(server: RunningServer, path: str, body: Any) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    return urllib.request.urlopen(urllib.request.Request(server.url + path, data), timeout=WITHIN)
-
-
-def call(server: RunningServer, path: str, body: Any = None) -> Any:
-    with post(server, path, body) as response:
-        return json.load(response)

@@ -5,9 +5,7 @@ never what is inside, nor what others asked. Whatever came before, the next requ
 from __future__ import annotations
 
 import asyncio
-import http.client
 import json
-import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +18,9 @@ from engine_harness import assert_idle
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
+from json_client import checked, exchange, refusal
 from server_harness import MODEL, RunningServer, serving
+from text_parts import detokenizer_of, tokenizer_of
 from waits import WITHIN, wait_until
 
 HUGE = 10**400
@@ -120,18 +120,6 @@ ELSEWHERE: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
-
-
 @pytest.fixture(autouse=True)
 def canary(model: fastgen.Generator, server: RunningServer) -> Iterator[None]:
     """Afterwards the same request has the same answer, and nothing is left of what was refused."""
@@ -146,45 +134,6 @@ def canary(model: fastgen.Generator, server: RunningServer) -> Iterator[None]:
 
 def body(**options: Any) -> dict[str, Any]:
     return {"prompt": "And", "max_tokens": 3, "temperature": 0, **options}
-
-
-def exchange(
-    server: RunningServer, sent: Any, path: str = "/v1/completions", method: str = "POST"
-) -> tuple[int, Any, http.client.HTTPMessage]:
-    """Send an object, or bytes as they are; status, object and headers come back."""
-    data = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WITHIN)
-    try:
-        connection.request(method, path, data)
-        response = connection.getresponse()
-        assert response.headers["content-type"] == "application/json"
-        return response.status, json.loads(response.read()), response.headers
-    finally:
-        connection.close()
-
-
-def refusal(
-    server: RunningServer, sent: Any, path: str = "/v1/completions", status: int = 400
-) -> dict[str, Any]:
-    """The error of a request that is refused, which has OpenAI's form."""
-    found, answer, _ = exchange(server, sent, path)
-    assert found == status, answer
-    return checked(answer)
-
-
-def checked(answer: dict[str, Any]) -> dict[str, Any]:
-    [error] = answer.values()
-    assert set(answer) == {"error"} and set(error) == {"message", "type", "param", "code"}
-    assert error["type"].endswith("_error") and 5 < len(error["message"]) < 1100
-    assert_tells_nothing(error["message"])
-    return error  # type: ignore[no-any-return]
-
-
-def assert_tells_nothing(message: str) -> None:
-    """Neither of files nor of code."""
-    for word in ("Traceback", "File ", ".py", "site-packages", "object at 0x", "object has no"):
-        assert word not in message
-    assert not re.search(r"/(?!v1/)\w+/", message)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -318,7 +267,7 @@ def test_a_full_queue_says_when_to_come_again(model: fastgen.Generator, failing:
         serving({MODEL: model}, queue_config=QueueConfig(max_waiting=0)) as full,
         openai.OpenAI(base_url=f"{full.url}/v1", api_key="key", max_retries=0) as client,
     ):
-        long = {"n": 8, "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+        long: dict[str, Any] = {"n": 8, "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
         with client.completions.create(model=MODEL, prompt="A", stream=True, **long) as stream:
             next(iter(stream))
             for options in ({}, {"stream": True}, {"n": 8}, {"prompt": ["a", "b"]}):
@@ -353,7 +302,7 @@ def test_a_failure_tells_nothing_of_the_inside(
             assert type(error) is openai.InternalServerError and error.status_code == 500
             assert "secret" not in error.response.text and "secret" not in str(error)
     with monkeypatch.context() as patch:
-        patch.setattr(type(model.tokenizer.sink()._detokenizer), "push", broken)
+        patch.setattr(type(detokenizer_of(tokenizer_of(model).sink())), "push", broken)
         error = failing(server)
         assert error.status_code == 500 and "secret" not in error.response.text
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="key", max_retries=0) as client:

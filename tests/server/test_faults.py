@@ -29,6 +29,7 @@ from fastgen.sampling.draw import Draw
 from fastgen.server.completions import Answer
 from poisoned import POISON, save_poisoned
 from server_harness import MODEL, RunningServer, serving
+from text_parts import detokenizer_of, tokenizer_of
 from waits import WITHIN, wait_until
 
 STAGES = ("tokenize", "admit", "allocate", "prefill", "decode", "detokenize", "emit", "answer")
@@ -60,12 +61,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fastgen.Generato
     folder = save_poisoned(tmp_path_factory.mktemp("poisoned"))
     with fastgen.load(folder, decoder="cpu", max_batch_size=3, max_seq_len=256) as loaded:
         yield loaded
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator) -> Iterator[RunningServer]:
-    with serving({MODEL: model}) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +186,7 @@ class Scene:
 
 
 def tokenize(scene: Scene) -> None:
-    tokenizer = scene.model.tokenizer
+    tokenizer = tokenizer_of(scene.model)
     encode = scene.faulty(
         tokenizer.encode, lambda texts, longest: [[math.nan]], lambda texts, *rest: VICTIM in texts
     )
@@ -220,8 +215,10 @@ def step(scene: Scene, num_new: int) -> None:
 
     def at(batch: StepBatch) -> list[int]:
         """Which rows of logits are the victim's."""
-        mine = -1 if scene.victim is None else scene.victim.rows[0].schedule.seat
-        return [i for i, seat in enumerate(batch.seats.tolist()) if seat == mine >= 0]
+        if scene.victim is None:
+            return []
+        victim, seats = scene.victim.rows[0].schedule.seat, batch.seats.tolist()
+        return [i for i, seat in enumerate(seats) if seat == victim >= 0]
 
     def with_nan(batch: StepBatch) -> Any:
         token_ids = batch.token_ids.copy()
@@ -229,14 +226,16 @@ def step(scene: Scene, num_new: int) -> None:
         return original(replace(batch, token_ids=token_ids))
 
     def is_victims(batch: StepBatch) -> bool:
-        return bool(at(batch)) and len(scene.victim.rows[0].new_token_ids) == num_new
+        if scene.victim is None or not at(batch):
+            return False
+        return len(scene.victim.rows[0].new_token_ids) == num_new
 
     scene.patch.setattr(decoder, "step", scene.faulty(original, with_nan, is_victims))
 
 
 def detokenize(scene: Scene) -> None:
     def wrap(sinks: Any) -> None:
-        detokenizer = sinks[0]._detokenizer
+        detokenizer = detokenizer_of(sinks[0])
         push = scene.faulty(detokenizer.push, lambda token_id: math.nan, lambda token_id: True)
         detokenizer.push = push
 
@@ -302,7 +301,7 @@ def test_a_fault_hurts_its_own_request(
 ) -> None:
     beside = [pool.submit(Client(server).ask, asked) for asked in BESIDE]
     wait_until(lambda: len(running_rows(model.engine)) == 2)
-    [prompt] = model.tokenizer.encode([VICTIM])
+    [prompt] = tokenizer_of(model).encode([VICTIM])
     scene = Scene(model, monkeypatch, kind, Client(server), tuple(prompt))
     scene.remember()
     INJECT[stage](scene)

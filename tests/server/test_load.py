@@ -5,7 +5,7 @@ what the same request has alone, all of it is counted, and nothing is left behin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,22 +14,21 @@ from server_harness import MODEL, serving
 from server_load import (
     WRONG,
     Call,
-    _call,
     all_of,
+    call_of,
     load,
     metrics,
 )
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8, max_seq_len=512) as loaded:
-        yield loaded
+def load_options() -> dict[str, Any]:
+    return {"max_batch_size": 8, "max_seq_len": 512}
 
 
 def test_metrics_count_what_was_asked(model: fastgen.Generator) -> None:
     def call(stream: bool) -> Call:
-        return _call({"prompt": [1, 2, 3], "n": 2, "max_tokens": 6, "stream": stream,
+        return call_of({"prompt": [1, 2, 3], "n": 2, "max_tokens": 6, "stream": stream,
                       "ignore_eos": True})  # fmt: skip
 
     with serving({MODEL: model}) as server:

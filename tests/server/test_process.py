@@ -27,7 +27,6 @@ from raw_client import (
     answer,
     begun,
     canary,
-    canary_of,
     everything,
     exchange,
     get,
@@ -42,21 +41,16 @@ from waits import wait_until
 
 MANY = {**LONG, "n": 32, "stream": True}  # it takes long
 HUNG = """
-import time
+import threading
 import fastgen
 from fastgen.server.limits import ServerLimits
 from fastgen.server.run import Address, serve
 from fastgen.server.service import Service
 
 model = fastgen.load(max_batch_size=2)
-model.engine.decoder.step = lambda batch: time.sleep(1000)
+model.engine.decoder.step = lambda batch: threading.Event().wait()
 serve(Service({"m": model}, limits=ServerLimits(drain_timeout=0.5)), Address(port=0))
 """
-
-
-@pytest.fixture(scope="module")
-def canary_text(model: fastgen.Generator) -> str:
-    return canary_of(model)
 
 
 def port_of(url: str) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import random
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,9 +19,7 @@ from fastgen.server.service import Keys
 from raw_client import (
     CANARY,
     answer,
-    assert_unharmed,
     canary,
-    canary_of,
     chunked,
     connected,
     everything,
@@ -39,31 +36,12 @@ from tiny_checkpoints import cases
 LIMITS = ServerLimits(body_bytes=100_000, header_bytes=8192)
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=8) as loaded:
-        yield loaded
+pytestmark = pytest.mark.usefixtures("unharmed")
 
 
 @pytest.fixture(scope="module")
-def canary_text(model: fastgen.Generator) -> str:
-    return canary_of(model)
-
-
-@pytest.fixture(scope="module")
-def server(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
-    with serving({MODEL: model}, limits=LIMITS) as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def unharmed(
-    server: RunningServer, canary_text: str, caplog: pytest.LogCaptureFixture
-) -> Iterator[None]:
-    """Whatever clients do is no fault of the server, and no error in its log."""
-    yield
-    assert_unharmed(server, canary_text)
-    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+def limits() -> ServerLimits:
+    return LIMITS
 
 
 BAD_BYTES = {
@@ -282,7 +260,8 @@ def test_path_tricks_open_no_locked_door(server: RunningServer, model: fastgen.G
                 assert reply.status == 401, path
                 assert reply.headers["www-authenticate"] == "Bearer"
                 assert "key" not in reply.headers.values() and reply.message
-        routes = {route.path for route in other.server.config.app.routes}
+        app: Any = other.server.config.app
+        routes = {route.path for route in app.routes}
         assert len(routes) > 10
         shut = {path for path in routes if answer(other.port, get(path)).status == 401}
         assert routes - shut == {"/health", "/health/live", "/health/ready"}
@@ -299,12 +278,8 @@ def test_paths_of_a_pattern_do_not_fill_the_metrics(server: RunningServer) -> No
 
 
 @pytest.fixture
-def hasty(model: fastgen.Generator, canary_text: str) -> Iterator[RunningServer]:
-    """One that does not wait long for what is missing of a request."""
-    limits = replace(LIMITS, header_timeout=3, keep_alive=3, body_timeout=3)
-    with serving({MODEL: model}, limits=limits) as running:
-        yield running
-        assert_unharmed(running, canary_text)
+def hasty_limits() -> ServerLimits:
+    return replace(LIMITS, header_timeout=3, keep_alive=3, body_timeout=3)
 
 
 def test_random_mutations_of_valid_requests(

@@ -5,13 +5,11 @@ The files are made on the spot: from the bundled tokenizer, from a few words, or
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
 
+from data_files import HELD_OUT
 from engine_harness import assert_linear
 from fastgen.errors import CheckpointError
 from fastgen.frontends.generator import BUNDLED_MODEL
 from fastgen.text.tokenizer import Tokenizer
+from text_parts import library_of, tokenizer_at
+from tokenizer_folders import (
+    BUNDLED_JSON,
+    EOS,
+    KINDS,
+    library,
+    reopened,
+    write_bert,
+    write_json,
+    write_sentencepiece,
+    write_vocab_and_merges,
+)
 from waits import WITHIN
 
-HELD_OUT = Path(__file__).parents[1] / "data" / "held_out.txt"
-BUNDLED = Tokenizer.from_folder(BUNDLED_MODEL)
-BUNDLED_JSON = json.loads((BUNDLED_MODEL / "tokenizer.json").read_text("utf-8"))
+BUNDLED = tokenizer_at(BUNDLED_MODEL)
 LONGEST = max(map(len, BUNDLED_JSON["model"]["vocab"]))
-EOS = "<|endoftext|>"
 TEXTS = [
     "",
     "Hello, world!",
@@ -48,85 +56,6 @@ TEXTS = [
 ]
 
 
-def write_vocab_and_merges(folder: Path) -> None:
-    model = BUNDLED_JSON["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
-    merges = ["#version: 0.2", *map(" ".join, model["merges"])]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n", "utf-8")
-
-
-def write_json(folder: Path, name: str, value: Any) -> None:
-    (folder / name).write_text(json.dumps(value), "utf-8")
-
-
-def write_added_tokens(folder: Path) -> None:
-    """As transformers 4 saved a GPT-2 with tokens of one's own."""
-    write_vocab_and_merges(folder)
-    write_json(folder, "added_tokens.json", {"<sp>": 4096, "[PAD]": 4097})
-    write_json(folder, "special_tokens_map.json", {"pad_token": "[PAD]", "eos_token": EOS})
-
-
-def write_added_tokens_decoder(folder: Path) -> None:
-    """The same in its later form."""
-    write_vocab_and_merges(folder)
-    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    tokens = {"4096": ("<sp>", False), "4097": ("[PAD]", True), "4098": ("<note>", False)}
-    listed = {
-        i: {"content": text, "special": special} | flags for i, (text, special) in tokens.items()
-    }
-    write_json(folder, "tokenizer_config.json", {"added_tokens_decoder": listed})
-
-
-def write_bert(folder: Path, **config: Any) -> None:
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s", "a", "b", "##b"]
-    vocab = dict.fromkeys([*words, *"你好世界今天气很，！,.!'", "don", "t", "n", "s"])
-    (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", "utf-8")
-    if config:
-        write_json(folder, "tokenizer_config.json", config)
-
-
-def write_sentencepiece(folder: Path, name: str = "spiece.model", **config: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its generated bindings warn on newer Pythons
-        import sentencepiece
-    lines = [line for line in HELD_OUT.read_text("utf-8").splitlines() if line.strip()][:800]
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*lines, "你好，世界！今天天气很好"]),
-        model_writer=trained,
-        vocab_size=300,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=5,
-    )
-    (folder / name).write_bytes(trained.getvalue())
-    if config:
-        write_json(folder, "tokenizer_config.json", config)
-
-
-def write_bert_japanese(folder: Path) -> None:
-    """One that transformers has in Python only."""
-    kind = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
-    write_bert(folder, tokenizer_class="BertJapaneseTokenizer", **kind)
-
-
-# What is in the folder, and the class of transformers that reads it.
-KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "tokenizer.json": (lambda f: write_json(f, "tokenizer.json", BUNDLED_JSON), "GPT2Tokenizer"),
-    "vocab and merges": (write_vocab_and_merges, "GPT2Tokenizer"),
-    "added tokens": (write_added_tokens, "GPT2Tokenizer"),
-    "added_tokens_decoder": (write_added_tokens_decoder, "GPT2Tokenizer"),
-    "bert": (write_bert, "BertTokenizer"),
-    "bert cased": (lambda f: write_bert(f, do_lower_case=False), "BertTokenizer"),
-    "bert japanese": (write_bert_japanese, "BertJapaneseTokenizer"),
-    "t5": (write_sentencepiece, "T5Tokenizer"),
-    "xlnet": (lambda f: write_sentencepiece(f, tokenizer_class="XLNetTokenizer"), "XLNetTokenizer"),
-    "xlm-r": (lambda f: write_sentencepiece(f, "sentencepiece.bpe.model"), "XLMRobertaTokenizer"),
-}
-
-
 def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     sink = tokenizer.sink()
     pieces = []
@@ -137,15 +66,6 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return "".join([*pieces, sink.take()])
 
 
-def reopened(folder: Path, tokenizer: tokenizers.Tokenizer) -> Tokenizer:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return Tokenizer.from_folder(folder)
-
-
-def library() -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_str(json.dumps(BUNDLED_JSON))
-
-
 # Files
 
 
@@ -153,7 +73,7 @@ def library() -> tokenizers.Tokenizer:
 def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
     write, class_name = KINDS[kind]
     write(tmp_path)
-    ours = Tokenizer.from_folder(tmp_path)
+    ours = tokenizer_at(tmp_path)
     theirs = getattr(transformers, class_name).from_pretrained(tmp_path)
     ids = [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
     assert ours.encode(TEXTS) == ids
@@ -168,7 +88,7 @@ def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
 
 def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
     write_vocab_and_merges(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     texts = [*TEXTS, HELD_OUT.read_text("utf-8")[:50_000]]
     assert opened.encode(texts) == BUNDLED.encode(texts)
     eos = BUNDLED_JSON["model"]["vocab"][EOS]
@@ -179,12 +99,12 @@ def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
 def test_add_prefix_space_is_followed(tmp_path: Path) -> None:
     write_vocab_and_merges(tmp_path)
     write_json(tmp_path, "tokenizer_config.json", {"add_prefix_space": True})
-    assert Tokenizer.from_folder(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
+    assert tokenizer_at(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
 
 
 def test_chinese_characters_of_bert(tmp_path: Path) -> None:
     write_bert(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     vocab = (tmp_path / "vocab.txt").read_text("utf-8").split()
     [ids] = opened.encode(["你好龘Hellos"])
     assert [vocab[i] for i in ids] == ["你", "好", "[UNK]", "hello", "##s"]
@@ -194,7 +114,7 @@ def test_chinese_characters_of_bert(tmp_path: Path) -> None:
 
 def test_sentencepiece_words_come_back(tmp_path: Path) -> None:
     write_sentencepiece(tmp_path)
-    opened = Tokenizer.from_folder(tmp_path)
+    opened = tokenizer_at(tmp_path)
     [ids] = opened.encode(["In the beginning was the word"])
     assert len(ids) > 6
     assert opened.decode(ids) == streamed(opened, ids) == "In the beginning was the word"
@@ -274,7 +194,7 @@ def test_cleaning_up_spaces_does_not_part_stream_and_decode(tmp_path: Path) -> N
     for kind in ("BertTokenizer", "BertJapaneseTokenizer"):
         settings = {"word_tokenizer_type": "basic", "clean_up_tokenization_spaces": True}
         write_bert(tmp_path, tokenizer_class=kind, **settings)
-        opened = Tokenizer.from_folder(tmp_path)
+        opened = tokenizer_at(tmp_path)
         [ids] = opened.encode(["don't a 's b, a ."])
         assert streamed(opened, ids) == opened.decode(ids)
 
@@ -309,13 +229,13 @@ def test_lone_surrogates_are_refused(text: str) -> None:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The texts that reach the tokenizer library."""
     calls: list[list[str]] = []
-    encode = BUNDLED._backend.encode
+    encode: Callable[[list[str]], list[list[int]]] = library_of(BUNDLED).encode
 
     def count(texts: list[str]) -> list[list[int]]:
         calls.append(texts)
         return encode(texts)
 
-    monkeypatch.setattr(BUNDLED._backend, "encode", count)
+    monkeypatch.setattr(library_of(BUNDLED), "encode", count)
     return calls
 
 
@@ -357,7 +277,7 @@ def test_a_text_that_shrinks_is_not_refused(
 def test_a_text_of_unknown_characters_is_not_refused(tmp_path: Path) -> None:
     write_json(tmp_path, "vocab.json", {EOS: 0, "a": 1, "b": 2, "ab": 3})
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    assert Tokenizer.from_folder(tmp_path).encode(["z" * 1000 + "ab"], 10) == [[3]]
+    assert tokenizer_at(tmp_path).encode(["z" * 1000 + "ab"], 10) == [[3]]
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "你", "e\u0301", "9", "'"])

@@ -39,7 +39,7 @@ class Life:
 
     began: int
     ended: int = 0
-    lowest_turn: tuple[int, int] = (0, 0)
+    lowest_key: tuple[int, int] = (0, 0)
     running_before: list[Row] = field(default_factory=list)
 
 
@@ -62,7 +62,7 @@ def run_through(arrivals: Sequence[Arrival]) -> tuple[Simulation, dict[Row, Life
         plan = simulation.step()
         step += 1
         for row in scheduler.running:
-            lives[row].lowest_turn = row.schedule.queue_key
+            lives[row].lowest_key = row.schedule.queue_key
         if plan is not None:
             simulation.advance(plan)
         for row, life in lives.items():
@@ -76,12 +76,12 @@ def run_through(arrivals: Sequence[Arrival]) -> tuple[Simulation, dict[Row, Life
 @example([Arrival(0, 0, 150, 40, 3, False)] + [Arrival(s, 1, 150, 40, -3, True) for s in range(30)])
 def test_every_row_ends_within_a_computed_bound(arrivals: list[Arrival]) -> None:
     """While a row is there, each step serves somebody whom it has to let go first, or itself: rows
-    of earlier turns, their own or taken over; rows that ran when it came; rows that passed it.
+    of earlier keys, their own or taken over; rows that ran when it came; rows that passed it.
     """
     simulation, lives = run_through(arrivals)
     for row, life in lives.items():
         mine = simulation.given[row]
-        first = {other for other in lives if lives[other].lowest_turn <= mine}
+        first = {other for other in lives if lives[other].lowest_key <= mine}
         first |= {row, *life.running_before, *simulation.passed_by[row]}
         assert life.ended - life.began <= sum(units(other) for other in first)
     assert simulation.pool.num_free == LIMITS.num_blocks
@@ -121,7 +121,7 @@ def test_in_short_queues_priorities_are_strict_and_equals_keep_their_order() -> 
     assert [simulation.rows.index(row) for row in admitted] == expected
 
 
-def test_prompts_share_the_budget_in_the_order_of_their_turns() -> None:
+def test_prompts_share_the_budget_in_the_order_of_their_keys() -> None:
     simulation = Simulation()
     rng = np.random.default_rng(2)
     [slow] = simulation.add(rng.integers(0, 50, 150).tolist(), 1, priority=1)
@@ -138,7 +138,7 @@ def test_prompts_share_the_budget_in_the_order_of_their_turns() -> None:
     assert slow.schedule.lease.num_tokens == before + LIMITS.max_tokens - 20
 
 
-def test_who_computes_an_urgent_rows_beginning_takes_over_its_turn() -> None:
+def test_who_computes_an_urgent_rows_beginning_takes_over_its_key() -> None:
     simulation = Simulation()
     rng = np.random.default_rng(3)
     others = [simulation.add(rng.integers(0, 50, 60).tolist(), 1)[0] for _ in range(3)]

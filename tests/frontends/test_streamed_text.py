@@ -33,7 +33,7 @@ def naive(text: str, stops: list[str], include_stop: bool) -> tuple[str, str | N
 
 @pytest.mark.parametrize("temperature", [0.8, 4.0])
 def test_stream_is_what_generate_returns(idle_model: fastgen.Generator, temperature: float) -> None:
-    options = {"temperature": temperature, "max_new_tokens": 24, "n": 2}
+    options: dict[str, Any] = {"temperature": temperature, "max_new_tokens": 24, "n": 2}
     texts = []
     for seed in range(2):
         completions = idle_model.generate(PROMPT, seed=seed, **options)[0].completions
@@ -50,7 +50,7 @@ def test_stop_strings_that_occur(
 ) -> None:
     rng = random.Random(7)
     for seed in range(2):
-        options = {"seed": seed, "temperature": temperature, "max_new_tokens": 24}
+        options: dict[str, Any] = {"seed": seed, "temperature": temperature, "max_new_tokens": 24}
         [whole] = idle_model.generate(PROMPT, **options)
         starts = rng.sample(range(len(whole.text) - 8), 2)
         stops = [whole.text[start : start + rng.randint(1, 6)] for start in starts]
@@ -64,7 +64,7 @@ def test_stop_strings_that_occur(
 
 
 def test_stop_strings_that_do_not_occur_change_nothing(idle_model: fastgen.Generator) -> None:
-    options = {"seed": 3, "temperature": 0.8, "max_new_tokens": 24}
+    options: dict[str, Any] = {"seed": 3, "temperature": 0.8, "max_new_tokens": 24}
     [whole] = idle_model.generate(PROMPT, **options)
     never = [whole.text[-3:] + "!?", whole.text + "!", "你好", whole.text[5:9] + "\0"]
     [(text, last)] = streamed(idle_model, stop=never, **options)

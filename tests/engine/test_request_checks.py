@@ -6,19 +6,26 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastgen
-from engine_harness import assert_idle, assert_inbox_empty, greedy, make_counting_engine, run_all
+from data_files import GREEDY_100
+from engine_harness import (
+    CountingDecoder,
+    assert_idle,
+    assert_inbox_empty,
+    counting_decoder_of,
+    greedy,
+    make_counting_engine,
+    run_all,
+)
 from fastgen import SamplingParams
 from fastgen.engine.engine import Engine
 from fastgen.errors import OptionError, OptionTypeError
 
-GREEDY_100 = Path(__file__).parents[1] / "data" / "greedy_100.txt"
 NOT_INTEGERS: list[Any] = [1.5, "2", True, [1], {}, math.nan, math.inf, b"1", object()]
 NOT_NUMBERS: list[Any] = ["1", True, None, [0.5], 1j, math.nan, math.inf, -math.inf, 10**400]
 NOT_IDS: list[Any] = [[-1], [1.0], ["1"], [True], "12", 3, [[1]], [2**40], b"12", {1: 2}]
@@ -98,7 +105,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
     assert_idle(shared_engine)
     assert shared_engine.stats.steps == steps, "something was run"
     assert_inbox_empty(shared_engine)
-    assert shared_engine.decoder.params == {}
+    assert counting_decoder_of(shared_engine).params == {}
     canary = shared_engine.add_request([5, 6], greedy(max_new_tokens=3))
     run_all(shared_engine, [canary])
     first = (31 * 6 + 7 + 11) % 97
@@ -108,7 +115,7 @@ def engine(shared_engine: Engine) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_options_are_refused_by_the_engine(engine: Engine, name: str) -> None:
-    for value in [*BAD[name], *beyond(engine.decoder.vocab_size).get(name, ())]:
+    for value in [*BAD[name], *beyond(CountingDecoder.vocab_size).get(name, ())]:
         with pytest.raises((TypeError, ValueError), match=name) as caught:
             engine.add_request([1, 2], SamplingParams(**{name: value}))
         assert type(caught.value) in (OptionTypeError, OptionError), value
@@ -239,7 +246,7 @@ def test_all_65536_samples_run() -> None:
 
 
 def test_the_edges_are_taken(engine: Engine) -> None:
-    last = engine.decoder.vocab_size - 1
+    last = CountingDecoder.vocab_size - 1
     options: dict[str, Any] = {
         "logprobs": last + 1,
         "stop_token_ids": [last],

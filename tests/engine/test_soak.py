@@ -11,7 +11,7 @@ import pytest
 
 import fastgen
 from agreement import assert_rows_agree
-from engine_harness import assert_idle, make_engine, random_prompt, run_all
+from engine_harness import assert_idle, make_engine, random_prompt, recorder_of, run_all
 from fastgen.engine.engine import Engine
 from fastgen.engine.requests import Request
 
@@ -87,7 +87,7 @@ def test_two_thousand_mixed_requests() -> None:
     peaks = []
     for _ in range(5):
         requests = run_mixed(engine, 400, seed=3)
-        engine.decoder.batches.clear()
+        recorder_of(engine).batches.clear()
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert_idle(engine)
     assert peaks[4] - peaks[2] < 40_000, f"peak memory after each round, kB: {peaks}"

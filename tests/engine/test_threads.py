@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -16,15 +17,17 @@ from waits import WITHIN
 
 CALLS = 150  # of each thread
 EXITS = """
-import threading, time, fastgen
-model = fastgen.load()
+import threading, fastgen
+model, generated = fastgen.load(), threading.Semaphore(0)
 def work():
     while True:
         model.generate("And", max_new_tokens=20)
+        generated.release()
 threading.excepthook = lambda info: None  # the model is closed when Python ends
 for _ in range(2):
     threading.Thread(target=work, daemon=True).start()
-time.sleep(0.7)
+for _ in range(6):
+    generated.acquire()
 """
 
 
@@ -50,7 +53,7 @@ def test_what_has_ended_stays_as_it_is() -> None:
                 request = engine.add_request([5, 6], greedy(max_new_tokens=40), deadline=deadline)
                 if deadline is None:
                     engine.cancel(request)
-                engine.run(lambda request=request: request.done)
+                engine.run(partial(getattr, request, "done"))
                 row = request.rows[0]
                 ended.append((request, row.finish_reason, len(row.token_ids)))
         except BaseException as error:
