@@ -57,6 +57,7 @@ BAD: dict[str, list[Any]] = {
     "temperature": [*NOT_NUMBERS, -0.1, 1e-9, 1e30],
     "top_h": [v for v in NOT_NUMBERS if v is not None] + [0, 1.01, -1],
     "top_k": [*NOT_INTEGERS, None, -1, 2**31],
+    "top_n_sigma": [*NOT_NUMBERS, -1, 1e7],
     "top_p": [*NOT_NUMBERS, 0, 1.01, -1],
     "min_p": [*NOT_NUMBERS, -0.01, 1.01],
     "typical_p": [*NOT_NUMBERS, 0, 1.01],

@@ -43,18 +43,9 @@ PRIVATE = {
     "decoders/test_cuda_decoder.py": (
         "_attended _hidden _inner _model _normed _query _sampler _slots", "bytes held, counted",
     ),
-    "decoders/test_run_ahead.py": ("_scheduler _under_way", "steps that have begun"),
     "decoders/test_select.py": ("_has_gpu", "a machine with a GPU"),
-    "engine/test_admission.py": ("_scheduler", "the pool, to be broken"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
-    "engine/test_scheduler.py": ("_free_seats _pending", "nothing is kept"),
-    "engine/test_request_checks.py": ("_deadlines _inbox", "nothing has been noted"),
-    "frontends/test_faults.py": ("_scheduler", "the pool, to be broken"),
-    "frontends/test_threaded_engine.py": ("_scheduler", "the pool, to be broken"),
-    "hf/test_forward.py": ("_packed", "the engine below the drop-in"),
-    "hf/test_sampling.py": ("_packed", "the engine below the drop-in"),
-    "hf/test_streamers.py": ("_packed", "the engine below the drop-in"),
-    "hf/test_threads.py": ("_packed", "the engine below the drop-in"),
+    "hf/test_options.py": ("_PROCESSORS", "the classes that are read, and their order"),
     "hf/test_weights.py": (
         "_attn_implementation _fastgen _init_weights _packed",
         "names of transformers', and a twin's own weights",
@@ -62,8 +53,6 @@ PRIVATE = {
     "project/test_cli.py": ("_parser", "flags without a process for each"),
     "project/test_imports.py": ("_MODULES", "the table of exports"),
     "sampling/test_definition.py": ("_pick _tensor _uniforms", "the torch sampler's parts"),
-    "server/test_bounds.py": ("_deadlines _inbox", "what is kept of deadlines"),
-    "server/test_faults.py": ("_scheduler", "the pool, to be broken"),
 }  # fmt: skip
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of their names
 
