@@ -76,12 +76,12 @@ def machine() -> str:
 
 
 def speed() -> str:
-    """README's table: against the fastest other engine and against the machine."""
+    """README's table: against the fastest other engine, and against transformers."""
     head = ("", "batch", "tokens/s", "fastest other engine", "its tokens/s",
-            "times as fast", "share of the limit")  # fmt: skip
+            "times as fast", "times transformers")  # fmt: skip
     rows = [
         (each.precision, each.batch, f"{each.fastgen:,.0f}", each.best_name, f"{each.best:,.0f}",
-         f"{each.times_best:.2f}", f"{each.decode_share} %")
+         f"{each.times_best:.2f}", "" if each.times_plain is None else f"{each.times_plain:.2f}")
         for each in speeds()
     ]  # fmt: skip
     return f"{setting()}:\n\n{markdown(head, rows)}"
@@ -101,7 +101,8 @@ def speeds() -> list[Speed]:
             found.append(Speed(
                 name, batch, own["tokens_per_s"], PEERS[peer], engines[peer]["tokens_per_s"],
                 engines[peer]["fastgen_is_faster"]["median"],
-                None if plain is None else plain["tokens_per_s"], percent(row["decode_share"]),
+                None if plain is None else plain["tokens_per_s"],
+                None if plain is None else plain["fastgen_is_faster"]["median"],
             ))  # fmt: skip
     return found
 

@@ -30,7 +30,7 @@ class Speed(NamedTuple):
     best: float
     times_best: float
     transformers: float | None
-    decode_share: int  # percent of the limit
+    times_plain: float | None  # over transformers
 
 
 def save(speeds: Sequence[Speed], title: str, path: Path) -> None:
