@@ -40,7 +40,7 @@ class CheckpointError(Exception):
 
 
 class EngineError(Exception):
-    """The engine could not do what was asked, through no fault in the request itself.
+    """What went wrong while a request ran or waited, other than a wrong option.
 
     `code` names the kind of error. Programs may rely on it; messages may change.
     """

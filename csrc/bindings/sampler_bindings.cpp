@@ -249,7 +249,7 @@ void bind_sampler(py::module_& module) {
            py::arg("seats").noconvert(), py::arg("drafts").noconvert(), py::arg("max_top"),
            "logits float32 (n, V), seats and drafts int32 (n,) -> ids int32 (n,), statuses uint8 "
            "(n,): 0 drawn, 1 failed, 2 skipped; logprobs float64 (n,), top_ids int32 and "
-           "top_logprobs float64 (n, max_top), -1 behind the last. Releases the GIL.");
+           "top_logprobs float64 (n, max_top), -1 after the last. Releases the GIL.");
   module.def("sampler_bytes", &Sampler::bytes, py::arg("num_seats"), py::arg("vocab_size"),
              py::arg("max_tokens"), py::arg("num_threads"),
              "Bytes that a Sampler allocates when it is made.");

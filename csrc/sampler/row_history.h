@@ -67,7 +67,7 @@ class RowHistory {
   std::vector<std::int32_t> tokens_;
   // open addressing: index into seen_ids_, or -1
   std::vector<std::int32_t> slots_, seen_ids_, generated_counts_;
-  // positions of tokens behind equal-hashed (n-1)-grams, as chains
+  // positions of tokens after equal-hashed (n-1)-grams, as chains
   std::vector<std::int32_t> heads_, previous_;
   std::uint64_t prefix_hash_ = 0;  // of the last n - 1 tokens
   std::uint64_t leaving_ = 1;      // kBase^(n - 1): the weight of the token that leaves the hash

@@ -16,7 +16,7 @@ namespace fastgen {
 enum class DrawStatus : std::uint8_t {
   kDrawn = 0,
   kFailed = 1,   // NaN or infinite logits, or nothing left to draw; the id is 0
-  kSkipped = 2,  // behind a draw that was not what its draft took for granted
+  kSkipped = 2,  // after a draw that differs from its draft
 };
 
 // Draws of one step and where their results go; every array belongs to the caller.
@@ -29,7 +29,7 @@ struct DrawBatch {
   DrawStatus* statuses;   // (count)
   double* logprobs;       // (count) of the drawn ids, where the seat wants logprobs
   int max_top;            // columns of the next two
-  std::int32_t* top_ids;  // (count, max_top) best first, -1 behind the last
+  std::int32_t* top_ids;  // (count, max_top) best first, -1 after the last
   double* top_logprobs;   // (count, max_top)
 };
 

@@ -32,7 +32,7 @@ class StepBatch:
         token_ids: (N,) row after row; -1 - s stands for the token that seat s drew last.
         positions: (N,) indices into the position embedding.
         row_starts: (R + 1,) row r is token_ids[row_starts[r]:row_starts[r + 1]].
-        cache_lens: (R,) tokens of the row already in the cache; the new ones go behind them.
+        cache_lens: (R,) tokens of the row already in the cache; the new ones follow.
         block_tables: (R, M) the row's KV blocks, in order.
         logits_at: (L,) packed indices of the tokens whose next-token logits are wanted.
         seats: (L,) the sampler seat that draws there; -1 for no draw: PendingStep.logits has it.
@@ -84,7 +84,7 @@ class StepBatch:
     def decode(
         cls, token_ids: Sequence[int], cache_lens: Sequence[int], block_tables: Ints, seats: Ints
     ) -> StepBatch:
-        """One new token for each row (R,), and a draw behind it; nearly all steps are such."""
+        """One new token for each row (R,), and a draw after it; nearly all steps are such."""
         cached, numbers = np.array(cache_lens, np.int32), _numbers_to(len(cache_lens))
         return cls(
             token_ids=np.array(token_ids, np.int32),
@@ -96,8 +96,8 @@ class StepBatch:
             seats=seats,
         )
 
-    def drafts_behind(self, logits_at: Ints) -> Ints:
-        """The token that is fed behind each of these, where a draft would stand; -1 at the end."""
+    def drafts_after(self, logits_at: Ints) -> Ints:
+        """The token that is fed after each of these, where a draft would stand; -1 at the end."""
         return np.append(self.token_ids, np.int32(-1))[logits_at + 1]
 
 
@@ -134,7 +134,7 @@ class PendingStep(Protocol):
         ...
 
     def wait(self) -> list[Draw]:
-        """The draws, in the order of `logits_at`; drafts behind a rejected one are left out."""
+        """The draws, in the order of `logits_at`; drafts after a rejected one are left out."""
         ...
 
     @property

@@ -39,13 +39,13 @@ def root_key(cache_salt: str | None) -> Key:
 
 
 def chain_key(parent: Key, token_ids: Sequence[int], start: int) -> Key:
-    """The key of the block behind `parent` whose tokens stand at positions start, start + 1, ..."""
+    """The key of the block after `parent`, with these tokens at positions start, start + 1, ..."""
     content = np.array([start, *token_ids], dtype="<i8").tobytes()
     return hashlib.sha256(parent + content).digest()
 
 
 def next_key(keys: Sequence[Key], token_ids: Sequence[int], cache_salt: str | None) -> Key:
-    """The key of a row's block behind those that have `keys`; the row has filled it."""
+    """The key of a row's next block after those with `keys`; the row has filled it."""
     start = len(keys) * BLOCK_SIZE
     parent = keys[-1] if keys else root_key(cache_salt)
     return chain_key(parent, token_ids[start : start + BLOCK_SIZE], start)

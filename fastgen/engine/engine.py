@@ -111,7 +111,7 @@ class Engine:
             priority: -1000 to 1000; rows with a lower one go before those with a higher one that
                 came up to 1000 rows earlier, a level.
             keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
-            listener: is told of the request's tokens and of its end.
+            listener: called at each of the request's tokens, and at its end.
             is_checked: check_request has returned these ids, for these params.
 
         Raises:
@@ -142,9 +142,9 @@ class Engine:
         return request
 
     def cancel(self, request: Request, *, if_idle: bool = True) -> None:
-        """End those of the request's rows that run with "cancelled", before the next step.
+        """End all unfinished rows of the request with "cancelled", before the next step.
 
-        `if_idle`: now, if nobody drives; False leaves that to whoever drives next.
+        `if_idle`: at once, if no thread drives; False leaves it to the next driver.
         """
         with self._progress:
             self._inbox.cancelled.append(request)
@@ -174,7 +174,7 @@ class Engine:
         """
         with self._progress:
             self._step_lock.refuse_in_own_step()
-            self._closed = True  # the next step of whoever drives ends every row
+            self._closed = True  # the driver's next step ends every row
             if not self._progress.wait_for(lambda: self._step_lock.driver is None, timeout):
                 return
         with self._step_lock.held(wait=True):
@@ -220,7 +220,7 @@ class Engine:
             self._drain_steps()
 
     def _launch_next(self) -> bool:
-        """Start the next step, if there is one; whether the one behind it can be started, too."""
+        """Start the next step, if any; returns whether another may be started before it ends."""
         rows: Sequence[Row] = ()
         admissions: Sequence[Admission] = ()
         with self._failing_together(lambda: rows or self._running_and(admissions)):
@@ -238,7 +238,7 @@ class Engine:
                 self._under_way.append((plan, step))
                 return step.is_async and not needs_logits(plan)
             if not admissions and not self._under_way:
-                # whoever runs the engine waits for something that cannot come
+                # the caller of `run` waits for something that cannot come
                 rows = list(self._scheduler.waiting)
                 raise NothingToRunError("there is no row that could run")
         return False

@@ -3,11 +3,11 @@
 A lease holds the blocks of one sequence: of a row of the engine, or of a sequence that a caller
 computes between the engine's steps. It begins with whatever the cache has of the sequence, grows,
 shrinks when tokens are taken back, and can be shared. Its holder never writes into a block that
-somebody else holds: such a block is replaced first by one of the lease's own (copy on write), and
-what could be found in a block of its own is forgotten. The caller makes the copies that `acquire`
-and `extend` return before the next step writes.
+somebody else holds: such a block is replaced first by one of the lease's own (copy on write). A
+block's content key is dropped before the block is overwritten. The caller makes the copies that
+`acquire` and `extend` return before the next step writes.
 
-What fails, fails whole: after an exception a lease holds what it held before, or nothing.
+After an exception in `acquire` a lease holds nothing; after one in `extend`, what it held before.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class Lease:
         self._num_registered = 0  # of the keys, those that this lease has registered or found
         self._tail_key: Key | None = None  # of the partly filled block that ends at _tail_end,
         self._tail_end = 0  # until it is registered
-        self._num_reserved = 0  # blocks that are kept whatever is taken back
-        self._may_write = True  # the blocks from num_tokens on: nobody else holds or finds them
+        self._num_reserved = 0  # blocks that `rewind` never frees
+        self._may_write = True  # no one else holds or finds the blocks from num_tokens on
         self.register_at = BLOCK_SIZE
 
     def acquire(
@@ -90,7 +90,7 @@ class Lease:
             reuse: at most so many tokens are taken over from the cache; None looks nothing up.
             announce: the holder computes the tokens before this one at once: others who look for
                 the same content may wait for it.
-            num_blocks: that the lease keeps until it is released, whatever it holds in them.
+            num_blocks: blocks reserved until the lease is released; `rewind` never frees them.
             wait: take nothing while another holder computes a part of the beginning.
 
         Raises:
@@ -118,7 +118,7 @@ class Lease:
         return Acquired(copies)
 
     def extend(self, count: int) -> Copies:
-        """Have room for so many more tokens behind those there are, and count them as there.
+        """Make room for `count` more tokens after the present ones, and count them as present.
 
         Returns:
             the copies to be made before the tokens are written.

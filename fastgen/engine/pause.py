@@ -11,7 +11,7 @@ from fastgen.engine.scheduler import Scheduler
 
 
 class Pause:
-    """Nobody steps meanwhile, and every row that is not running waits.
+    """No step runs during a pause. Rows that have not been admitted stay in the queue.
 
     A caller runs forwards of its own, in blocks that it leases, and may make the decoder grow. The
     leases outlive the pause, and are touched in pauses only.

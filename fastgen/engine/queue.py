@@ -1,4 +1,4 @@
-"""Rows that wait for a seat and blocks, in the order of their turns."""
+"""Rows that wait for a seat and blocks, in the order of their queue keys."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ BYPASS = 1000  # a level of priority is worth as many places in the queue
 
 
 class WaitingQueue:
-    """A row of priority p has the turn of one that came 1000 * p rows later.
+    """A row of priority p has the queue key of one that came 1000 * p rows later.
 
     So in queues shorter than that a more urgent row always goes first, and none starves: rows that
-    come 1000 * (p + 1000) or more after it all go behind it, since -1000 is the most urgent. Every
+    come 1000 * (p + 1000) or more after it all go after it, since -1000 is the most urgent. Every
     operation is O(log n) a row; rows that end while they wait are dropped when they come up, or
     when they are most of the queue.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Row]] = []  # no two turns are equal
+        self._heap: list[tuple[tuple[int, int], Row]] = []  # no two queue keys are equal
         self._num_arrived = 0
         self._num_ended = 0  # rows in the heap that wait no longer
 
@@ -43,7 +43,7 @@ class WaitingQueue:
             heapq.heappush(self._heap, (row.schedule.queue_key, row))
 
     def pop(self) -> Row:
-        """Take the row whose turn it is.
+        """Take the row with the lowest queue key.
 
         Raises:
             IndexError: none waits.

@@ -20,7 +20,7 @@ class RequestLimits:
         n, best_of, max_new_tokens, logprobs, prompt_logprobs, temperature: of these options.
         prompt_tokens: length of the prompt.
         stop, stop_token_ids, logit_bias, allowed_token_ids: entries of these options.
-        bad_words: token ids of all of them together (a string's once more behind a space).
+        bad_words: token ids of all of them together (a string's also with a leading space).
         suppress_tokens: entries of suppress_tokens, and of begin_suppress_tokens.
         stop_bytes: length of a stop string in UTF-8.
         logit_bias_value: absolute value of a bias.

@@ -107,7 +107,7 @@ class Row:
 
 
 class Listener(Protocol):
-    """Is told on the step's thread, within the step: it must be quick, and must not raise."""
+    """Called on the step's thread, within the step: it must be quick, and must not raise."""
 
     def row_drew(self, row: Row) -> None:
         """A row has got a token; it may have ended with it."""

@@ -1,16 +1,17 @@
 """Which rows run in a step: continuous batching over KV blocks, chunked prefill, prefix reuse.
 
 Every step gives each decoding row its token first; what is left of the token budget goes to
-prompts, in the order of the rows' turns. A row is admitted when it can have all the blocks that it
-may ever need, so nothing admitted is ever preempted.
+prompts, in the order of the rows' queue keys. A row is admitted when it can have all the blocks
+that it may ever need, so nothing admitted is ever preempted.
 
-Why every row gets its turn:
+Why every row is admitted in the end:
 
-1. Only finitely many rows go before a waiting one (waiting.py).
-2. A row whose beginning a running row computes just now lets those behind it pass. They cannot
-   prolong its wait: whoever would compute more of its beginning begins alike, and so waits itself.
-   (Rows that score do not look; but a block is announced once, and the row has few.) The running
-   row takes over its turn, and prompts get at least max_tokens - num_seats tokens of each step.
+1. Only finitely many rows go before a waiting one (queue.py).
+2. A row waits while a running row computes its prefix, and later rows may pass it. They cannot
+   prolong its wait: any row that would extend the same prefix has that prefix, so it waits as well.
+   (Rows that score their prompt do not wait; but each announces a block at most once, and a prompt
+   has few.) The running row takes over the waiting row's queue key, and prompts get at least
+   max_tokens - num_seats tokens of each step.
 3. A row that only lacks blocks or a seat lets nobody pass, so what it lacks comes as soon as those
    that run have ended, each after at most max_seq_len tokens.
 """
@@ -117,7 +118,7 @@ class Scheduler:
         self.limits = limits
 
     def admit(self) -> list[Admission]:
-        """Let waiting rows run, in the order of their turns, as far as seats and blocks go.
+        """Let waiting rows run, in the order of their queue keys, as far as seats and blocks go.
 
         At most as many are passed over as there are seats, so that a step's work is bounded.
         """
@@ -211,7 +212,7 @@ class Scheduler:
             return Admission(row, error=error)
 
     def _lend_queue_key(self, row: Row, pending: int) -> None:
-        """Whoever fills the block that a row waits for does so in that row's turn, if earlier."""
+        """The row that fills the block takes over the waiting row's queue key, if that is lower."""
         for other in self.running:
             state = other.schedule
             if pending in state.lease.blocks and is_prefilling(other):

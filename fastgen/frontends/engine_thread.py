@@ -152,7 +152,7 @@ class EngineThread:
         self.model, self.queue_config = model, queue_config
         self.pending: deque[RequestHandle] = deque()
         self.failure: str | None = None  # why the engine cannot go on
-        # Is told of each request that has ended, on the step's thread: it must be quick.
+        # Called with each request that has ended, on the step's thread: it must be quick.
         self.observe: Callable[[Request], None] = lambda request: None
         self._engine = model.engine
         self._handles: set[RequestHandle] = set()  # those that have not ended
@@ -326,7 +326,7 @@ class EngineThread:
 
     def _break(self, error: BaseException | None) -> None:
         """The decoder cannot go on: say so, and end everything."""
-        with self._changed:  # whoever submits has put in all, or finds this
+        with self._changed:  # a caller of `submit` has put in all, or finds this
             self.failure = "no reason was given" if error is None else message_of(error)
         logger.critical("%d steps failed in a row; the engine cannot go on: %s",
                         _FAILURES, self.failure, exc_info=error)  # fmt: skip

@@ -1,7 +1,7 @@
 """FairLock: a lock that is handed on in the order in which it was asked for.
 
-Models that share a processor take turns step by step, so that none waits for another's requests to
-end. `threading.Lock` would let whoever leaves it take it again at once.
+Models that share a processor run their steps alternately, so that none waits for another's requests
+to end. `threading.Lock` would let the thread that leaves it take it again at once.
 """
 
 from __future__ import annotations

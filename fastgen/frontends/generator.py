@@ -64,7 +64,7 @@ def load(
         kv_dtype: "int8" keeps keys and values in 8 bits (CUDA decoder only); "auto" keeps them as
             activations are.
         decoder: "auto", "cpu" (C++), "cuda" (Triton, for NVIDIA GPUs) or "torch".
-        max_batch_size: rows that run at the same time; more wait their turn.
+        max_batch_size: rows that run at the same time; more wait in the queue.
         max_seq_len: tokens a row may have, prompt included; None is the model's own context.
         max_memory: MB that weights, KV cache and scratch may take together.
         num_threads: CPU threads of a step; None takes as many as the machine grants.

@@ -67,7 +67,7 @@ class KvRows:
 
     def __init__(self, engine: Engine, vocab_size: int) -> None:
         self.engine, self.vocab_size = engine, vocab_size
-        # (lease, tokens to keep): by whoever, in any thread, at any time
+        # (lease, tokens to keep), from any thread, at any time
         self._cuts: deque[tuple[Lease, int]] = deque()
 
     @property

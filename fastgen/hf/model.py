@@ -55,7 +55,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
     @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(_Own.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # whoever traces this wants transformers' operations
+        if torch.compiler.is_compiling():  # a trace is to hold transformers' operations
             return super().forward(*args, **kwargs)
         arguments = {**dict(zip(_FORWARD, args, strict=False)), **kwargs}
         try:

@@ -79,7 +79,7 @@ class NativeSampler:
             drafts: (n,) the id that the next draw of the same seat takes for granted; -1 for none.
 
         Returns:
-            The draws in order, without those behind a draw that differs from its draft.
+            The draws in order, without those after a draw that differs from its draft.
         """
         found = self.native.draw(
             np.asarray(logits), seats, np.asarray(drafts, np.int32), self.max_top(seats)

@@ -38,7 +38,7 @@ class SamplingParams:
             it was generated, and once if it was generated at all (OpenAI's formula).
         no_repeat_ngram_size: no sequence of so many tokens occurs twice in the row; 0 is off.
         bad_words: strings or lists of token ids that are never completed. A string stands for the
-            tokens of its text as it is and behind a space; other ways to cut it are not covered.
+            tokens of its text with and without a leading space; other cuts are not covered.
         min_new_tokens: until there are so many, ending ids are not drawn. Stop strings still end.
         allowed_token_ids: only these are drawn; if all of them were ruled out, any of them.
         exponential_decay_length_penalty: (start, factor): after `start` new tokens the logits of

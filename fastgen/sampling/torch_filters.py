@@ -183,14 +183,14 @@ def _search(keys: Tensor, weights: Tensor, share: Tensor) -> tuple[Tensor, Tenso
 
 
 def _behind(values: Tensor, best: Tensor, last: Tensor) -> Tensor:
-    """What stands behind best[last], bool (n, K); of its equals, the lowest ids stand before it."""
+    """What comes after best[last], bool (n, K); of its equals, the lowest ids come before it."""
     edge = best.gather(1, last)  # (n, 1)
     num_equal = last + 1 - (best > edge).sum(1, keepdim=True)
     equal = values == edge
-    behind = values < edge
+    after = values < edge
     if bool((equal.sum(1, keepdim=True) > num_equal).any()):
-        behind |= equal & (equal.cumsum(1) > num_equal)
-    return behind
+        after |= equal & (equal.cumsum(1) > num_equal)
+    return after
 
 
 def _at_least(values: Tensor, weights: Tensor, least: Tensor) -> None:

@@ -121,7 +121,7 @@ class TorchSampler:
             drafts: (n,) the id that the next draw of the same seat takes for granted; -1 for none.
 
         Returns:
-            The draws in order, without those behind a draw that differs from its draft.
+            The draws in order, without those after a draw that differs from its draft.
         """
         drawn: dict[int, Draw] = {}
         follows = np.zeros(len(seats) + 1, bool)  # the draw before is of the same seat

@@ -65,7 +65,7 @@ class EventStream:
             try:
                 async for event in events:
                     await send(_body(_data(event)))
-                    await asyncio.sleep(0)  # others' turn: there may be many events at once
+                    await asyncio.sleep(0)  # let others run: there may be many events at once
             except Exception as error:
                 told = api_error(error)
                 if told.status == 500:

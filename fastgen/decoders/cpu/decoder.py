@@ -83,7 +83,7 @@ class CpuDecoder:
         if len(batch.token_ids) == len(batch.cache_lens):  # one a row: none can be a draft
             drafts = self._no_drafts[: len(seats)]
         else:
-            drafts = batch.drafts_behind(logits_at[: len(seats)])
+            drafts = batch.drafts_after(logits_at[: len(seats)])
         max_top = self._sampler.max_top(seats)
         found, logits = self._native.step(
             *self._rows(batch), logits_at, self._sampler.native, seats, drafts, max_top

@@ -320,7 +320,7 @@ class CudaDecoder:
         self, step: CudaStep, seats: Ints, draw_index: Ints, on_device: Tensor | None
     ) -> list[Draw]:
         """What the device draws: first each seat once, then again where its draft was right."""
-        drafts = step.batch.drafts_behind(step.batch.logits_at)
+        drafts = step.batch.drafts_after(step.batch.logits_at)
         draws: list[Draw] = []
         at = np.flatnonzero((seats >= 0) & (draw_index == 0))
         while len(at):
@@ -342,7 +342,7 @@ class CudaDecoder:
         """Of rows whose options the kernels do not know."""
         if not len(at):
             return []
-        drafts = batch.drafts_behind(batch.logits_at[at])
+        drafts = batch.drafts_after(batch.logits_at[at])
         draws = self._sampler.draw_on_host(self.logits_of(at), batch.seats[at], drafts)
         self._interrupt()
         for draw in draws:

@@ -170,7 +170,7 @@ class TorchDecoder:
         return torch.where(ids < 0, drawn[(-1 - ids).clamp_min(0)], ids)
 
     def _draw(self, logits: Tensor, batch: StepBatch, draws: NDArray[np.bool_]) -> list[Draw]:
-        drafts = batch.drafts_behind(batch.logits_at[draws])
+        drafts = batch.drafts_after(batch.logits_at[draws])
         if isinstance(self._sampler, TorchSampler):
             logits = logits.to(self._sampler.device)
         return self._sampler.draw(logits, batch.seats[draws], drafts.tolist())
