@@ -93,7 +93,7 @@ class Option:
 
 def unknown_to(known: Collection[str], params: Any) -> list[str]:
     """The options that are set in SamplingParams, that draws depend on, and that a sampler which
-    knows `known` would ignore. Another sampler draws a row with such an option, or it is refused."""
+    knows `known` would ignore. Another sampler draws a row with one, or it is refused."""
     return [one.name for one in DRAWN if one.name not in known and one.is_set(params)]
 
 
