@@ -37,7 +37,7 @@ def backends() -> list[BackendInfo]:
         BackendInfo("native", native is not None, features or "no compiler when it was installed"),
         _package("torch", _INSTALL_TORCH),
         _package("triton", "for NVIDIA GPUs: pip install 'fastgen[gpu]'"),
-        _package("transformers", "for BERT and sentencepiece vocabularies: 'fastgen[hf]'"),
+        _package("transformers", "for sentencepiece vocabularies: 'fastgen[hf]'"),
     ]
 
 

@@ -1,17 +1,20 @@
 """TextSink: the text of one row while its tokens arrive, and its stop strings.
 
 Shown text is final. Bytes of an unfinished character wait for the rest; text that may begin a stop
-string waits until that is decided.
+string waits until that is decided. Stop strings are looked for in the text with special tokens
+written out, though these are not shown: a row can end at one, or at a string that holds one.
 """
 
 from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 _REPLACEMENT = "\ufffd"
+_NONE: Mapping[int, str] = MappingProxyType({})
 _MAX_HELD_TOKENS = 8  # a UTF-8 character has at most 4 bytes: more held tokens will never decode
 
 
@@ -35,20 +38,34 @@ class Sink(Protocol):
 class Detokenizer(Protocol):
     """Turns ids into text one by one; text comes as soon as its characters are complete."""
 
+    def special_text(self, token_id: int) -> str:
+        """What a special token, which `push` leaves out, would add to the text so far."""
+        ...
+
     def push(self, token_id: int) -> str: ...
     def finish(self) -> str: ...
 
 
 class Decoding(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """With special tokens written out."""
+        ...
 
 
 class ByteLevelDecoder:
     """For vocabularies whose tokens are byte strings (GPT-2's): an incremental UTF-8 decoder."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
-        self._token_bytes = token_bytes
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        special_text: Callable[[int], str] = lambda token_id: "",
+    ) -> None:
+        self._token_bytes, self._special_text = token_bytes, special_text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def special_text(self, token_id: int) -> str:
+        return self._special_text(token_id)
 
     def push(self, token_id: int) -> str:
         return self._decoder.decode(self._token_bytes(token_id))
@@ -61,14 +78,26 @@ class WindowDecoder:
     """For every other tokenizer: decodes the last few tokens with and without the new one.
 
     The window begins at the token before the last text was shown, so that rules between neighbours
-    (spaces between words, byte fallback) apply; its length does not grow with the row.
+    (spaces between words, byte fallback) apply; its length does not grow with the row. Before mere
+    spaces the last word is kept, since a text's first spaces may be left out. `special`: texts by
+    id.
     """
 
-    def __init__(self, tokenizer: Decoding) -> None:
-        self._decode = tokenizer.decode
+    def __init__(self, tokenizer: Decoding, special: Mapping[int, str] = _NONE) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._window: list[int] = []
         self._shown = 0  # how many of the window's tokens have been shown
+        self._word = 0  # how many of those, from the first on, are the last with more than spaces
         self._unfinished = 0  # how many characters at the end of those were not
+
+    def special_text(self, token_id: int) -> str:
+        """With the space that the tokenizer may put before it."""
+        text = self._special.get(token_id, "")
+        if not text or not self._window:
+            return text
+        before = self._tokenizer.decode_all(self._window)
+        after = self._tokenizer.decode_all([*self._window, token_id])
+        return after[len(before) :] if after.startswith(before) else text
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -85,12 +114,15 @@ class WindowDecoder:
         return self._show(self._new_text())
 
     def _new_text(self) -> str:
-        before = len(self._decode(self._window[: self._shown])) if self._shown else 0
-        return self._decode(self._window)[before - self._unfinished :]
+        decode = self._tokenizer.decode
+        before = len(decode(self._window[: self._shown])) if self._shown else 0
+        return decode(self._window)[before - self._unfinished :]
 
     def _show(self, text: str, unfinished: int = 0) -> str:
         if text:  # a token without text (a special one) leaves the window as it is
-            self._window = self._window[self._shown :]
+            word, new = self._window[: self._word], self._window[self._shown :]
+            self._window = [*word, *new] if text.isspace() else new
+            self._word = len(word) if text.isspace() else len(new)
             self._shown, self._unfinished = len(self._window), unfinished
         return text
 
@@ -148,7 +180,7 @@ class TextSink:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._include_stop = include_stop
-        self._held: deque[str] = deque()  # what may be the beginning of a stop string
+        self._held: deque[tuple[str, bool]] = deque()  # may begin a stop string; whether it shows
         self._num_held = 0  # its characters
         self._pieces: list[str] = []  # appended to by the step thread only
         self._taken = 0
@@ -161,6 +193,10 @@ class TextSink:
 
     def push(self, token_id: int) -> bool:
         """Add a token; true when that completes a stop string. O(1) amortised."""
+        if self._matcher is not None:
+            special = self._detokenizer.special_text(token_id)
+            if special and self._match(self._matcher, special, shows=False):
+                return True
         return self._show(self._detokenizer.push(token_id))
 
     def finish(self) -> None:
@@ -176,34 +212,37 @@ class TextSink:
         return "".join(new)
 
     def _show(self, text: str) -> bool:
-        if self._matcher is None:
-            if text:
-                self._pieces.append(text)
-            return False
-        if not text:
-            return False
-        match = self._matcher.feed(text)
-        self._held.append(text)
+        if text and self._matcher is not None:
+            return self._match(self._matcher, text, shows=True)
+        if text:
+            self._pieces.append(text)
+        return False
+
+    def _match(self, matcher: StopMatcher, text: str, *, shows: bool) -> bool:
+        match = matcher.feed(text)
+        self._held.append((text, shows))
         self._num_held += len(text)
         if match is None:
-            self._release(self._num_held - self._matcher.num_held)
+            self._release(self._num_held - matcher.num_held)
             return False
         end, self.stop_reason = match
-        dropped = len(text) - end + (0 if self._include_stop else len(self.stop_reason))
-        self._release(self._num_held - dropped)
+        self._release(self._num_held - len(text) + end - len(self.stop_reason))
+        if self._include_stop:
+            self._pieces.append(self.stop_reason)
         self._held.clear()
         self._num_held = 0
         return True
 
     def _release(self, count: int) -> None:
-        """Show the first `count` of the characters held."""
+        """Decide of the first `count` of the characters held that they belong to no stop string."""
         self._num_held -= count
         while count:
-            piece = self._held.popleft()
+            piece, shows = self._held.popleft()
             if len(piece) > count:
-                self._held.appendleft(piece[count:])
+                self._held.appendleft((piece[count:], shows))
                 piece = piece[:count]
-            self._pieces.append(piece)
+            if shows:
+                self._pieces.append(piece)
             count -= len(piece)
 
 

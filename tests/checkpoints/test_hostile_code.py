@@ -117,31 +117,55 @@ _CODE = {
 }
 
 
-def add_code(folder: Path, canary: Path) -> None:
+def add_code(folder: Path, canary: Path, tokenizer_class: str) -> None:
     """Python files in the folder, each of which tells if it is run, and settings that name them."""
     write_config(folder, **_CODE)
-    tokenizer = {"tokenizer_class": "Evil", "chat_template": "{{ cycler.__init__ }}", **_CODE}
+    tokenizer = {
+        "tokenizer_class": tokenizer_class,
+        "chat_template": "{{ cycler.__init__ }}",
+        **_CODE,
+    }
     write_json(folder / "tokenizer_config.json", tokenizer)
     write_json(folder / "generation_config.json", _CODE)
     for name in ("evil", "__init__", "configuration_gpt2", "modeling_gpt2", "tokenization_gpt2"):
         (folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')")
 
 
-@pytest.mark.parametrize("tokenizer", ["tokenizer.json", "vocab.json", "vocab.txt"])
+_CLASS_OF = {"tokenizer.json": "Evil", "vocab.json": "GPT2Tokenizer", "vocab.txt": "BertTokenizer"}
+
+
+@pytest.mark.parametrize("tokenizer", _CLASS_OF)
 def test_code_beside_the_weights_is_never_run(tmp_path: Path, tokenizer: str) -> None:
     """It loads as data; the .py files are not even opened, and nothing is asked of a network."""
-    if tokenizer == "vocab.txt":
-        pytest.importorskip("transformers")
+    if tokenizer == "tokenizer.json":
+        pytest.importorskip("transformers")  # which says that it has no such class
     good, hostile, canary = tmp_path / "good", tmp_path / "hostile", tmp_path / "canary"
     for folder in (good, hostile):
         write_checkpoint(folder)
         write_vocabulary(folder)
         write_json(folder / "tokenizer.json", TOKENIZER)
         (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nab\n")
-        order = ["tokenizer.json", "vocab.json", "vocab.txt"]
-        for earlier in order[: order.index(tokenizer)]:
-            (folder / earlier).unlink()
-    add_code(hostile, canary)
+        for other in _CLASS_OF:
+            if other != tokenizer:
+                (folder / other).unlink()
+        if tokenizer != "vocab.json":
+            (folder / "merges.txt").unlink()
+        name = {"tokenizer_class": _CLASS_OF[tokenizer].replace("Evil", "Unknown")}
+        write_json(folder / "tokenizer_config.json", name)
+    add_code(hostile, canary, _CLASS_OF[tokenizer])
     output = run_python(_WATCHED_LOAD, good, hostile, HF_HUB_OFFLINE="1")
     assert output.splitlines() == ["[]", "['open']"]
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["vocab.json", "vocab.txt"])
+def test_a_tokenizer_that_is_code_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    """A vocabulary says nothing of how text is cut up; what the class would do is not known."""
+    folder, canary = write_checkpoint(tmp_path / "model"), tmp_path / "canary"
+    if tokenizer == "vocab.json":
+        write_vocabulary(folder)
+    else:
+        (folder / tokenizer).write_text("[UNK]\nab\n")
+    add_code(folder, canary, "Evil")
+    assert_refused(folder, f"{tokenizer}: tokenizer_class 'Evil' is not supported")
     assert not canary.exists()

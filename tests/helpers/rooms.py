@@ -33,7 +33,16 @@ ROOMS = (
         ),
     ),
     Room("checkpoints", "words", ("config files", "checkpoint", "in_memory")),
-    Room("text", "words checkpoints", ("detokenizer", "tokenizer")),
+    Room(
+        "text",
+        "words checkpoints",
+        (
+            "detokenizer tokenizer_files",
+            "backends special_tokens",
+            "tokenizer_classes",
+            "tokenizer",
+        ),
+    ),
     Room(
         "decoders",
         "words sampling checkpoints kernels",

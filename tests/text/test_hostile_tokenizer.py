@@ -139,9 +139,11 @@ FAILS_LATER = {
 @pytest.mark.parametrize("content", cases(FAILS_LATER))
 def test_tokenizer_that_fails_on_a_text(tmp_path: Path, content: Any) -> None:
     """Found at load or at the text, it is told as an error of ours: nothing else escapes."""
+    write_tokenizer(tmp_path, content)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     with (
         pytest.raises((CheckpointError, EngineError, ValueError)),
-        load(write_tokenizer(tmp_path, content)) as model,
+        load(tmp_path) as model,
     ):
         model.generate("xyz", max_new_tokens=1)
 
@@ -232,10 +234,19 @@ def test_settings_of_odd_types(tmp_path: Path) -> None:
     assert_loads(tmp_path)
 
 
-@pytest.mark.parametrize("file", ["spiece.model", "sentencepiece.bpe.model", "vocab.txt"])
-def test_vocabulary_only_transformers_reads(tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "class_name", "cause"),
+    [
+        ("spiece.model", "T5Tokenizer", "cannot read it"),
+        ("sentencepiece.bpe.model", "XLMRobertaTokenizer", "cannot read it"),
+        ("vocab.txt", "BertJapaneseTokenizer", "cannot read it"),
+        ("vocab.txt", "BertTokenizer", USABLE),
+    ],
+)
+def test_broken_vocabulary(tmp_path: Path, file: str, class_name: str, cause: str) -> None:
     pytest.importorskip("transformers")
     (write_checkpoint(tmp_path) / file).write_bytes(b"\xff\xfe\x00" * 9)
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": class_name})
     with pytest.raises(CheckpointError):
         load(tmp_path)  # imports what transformers reads it with
-    assert_refused(tmp_path, file, "cannot read it")
+    assert_refused(tmp_path, file, cause)

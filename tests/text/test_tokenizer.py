@@ -10,13 +10,12 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, pre_tokenizers
@@ -30,9 +29,10 @@ from text_parts import library_of, tokenizer_at
 from tokenizer_folders import (
     BUNDLED_JSON,
     EOS,
-    KINDS,
+    TEXTS,
     library,
     reopened,
+    streamed,
     write_bert,
     write_json,
     write_sentencepiece,
@@ -42,48 +42,9 @@ from waits import WITHIN
 
 BUNDLED = tokenizer_at(BUNDLED_MODEL)
 LONGEST = max(map(len, BUNDLED_JSON["model"]["vocab"]))
-TEXTS = [
-    "",
-    "Hello, world!",
-    "  In the beginning\twas the word.\n\n\n  ",
-    "don't we'll I'm 12345 n't 's .",
-    "你好，世界！今天天气很好龘",
-    "👩‍👩‍👧‍👦 e\u0301 naïve Ωμέγα",
-    f"{EOS}a{EOS} b",
-    "[SEP]你[MASK] </s> <extra_id_0>",
-    "a <sp> b[PAD]<note>c",
-    "\0\x7f\u2028",
-]
-
-
-def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    sink = tokenizer.sink()
-    pieces = []
-    for token_id in ids:
-        assert not sink.push(token_id)
-        pieces.append(sink.take())
-    sink.finish()
-    return "".join([*pieces, sink.take()])
 
 
 # Files
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_agrees_with_transformers(kind: str, tmp_path: Path) -> None:
-    write, class_name = KINDS[kind]
-    write(tmp_path)
-    ours = tokenizer_at(tmp_path)
-    theirs = getattr(transformers, class_name).from_pretrained(tmp_path)
-    ids = [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
-    assert ours.encode(TEXTS) == ids
-    rng = random.Random(kind)
-    ids += [rng.choices(range(len(theirs)), k=rng.randrange(12)) for _ in range(100)]
-    for row in ids:
-        text = theirs.decode(row, skip_special_tokens=True)
-        assert ours.decode(row) == streamed(ours, row) == text
-    for token_id in range(0, len(theirs), 7):
-        assert ours.token_text(token_id) == theirs.decode([token_id])
 
 
 def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
@@ -94,12 +55,6 @@ def test_vocab_and_merges_are_the_tokenizer_json(tmp_path: Path) -> None:
     eos = BUNDLED_JSON["model"]["vocab"][EOS]
     assert opened.encode([f"{EOS}{EOS}"]) == [[eos, eos]]
     assert opened.decode([eos]) == streamed(opened, [eos]) == ""
-
-
-def test_add_prefix_space_is_followed(tmp_path: Path) -> None:
-    write_vocab_and_merges(tmp_path)
-    write_json(tmp_path, "tokenizer_config.json", {"add_prefix_space": True})
-    assert tokenizer_at(tmp_path).encode(["the"]) == BUNDLED.encode([" the"])
 
 
 def test_chinese_characters_of_bert(tmp_path: Path) -> None:
@@ -120,7 +75,7 @@ def test_sentencepiece_words_come_back(tmp_path: Path) -> None:
     assert opened.decode(ids) == streamed(opened, ids) == "In the beginning was the word"
 
 
-@pytest.mark.parametrize("files", [[], ["vocab.json"], ["merges.txt"], ["tokenizer_config.json"]])
+@pytest.mark.parametrize("files", [[], ["tokenizer_config.json"], ["config.json"]])
 def test_no_tokenizer_in_the_folder(files: list[str], tmp_path: Path) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
@@ -165,16 +120,16 @@ def test_files_elsewhere_are_not_opened(tmp_path: Path) -> None:
 def test_without_transformers_the_way_to_get_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_bert(tmp_path)
+    write_sentencepiece(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match=r"BertTokenizer.*pip install 'fastgen\[hf\]'"):
+    with pytest.raises(CheckpointError, match=r"T5Tokenizer.*pip install 'fastgen\[hf\]'"):
         Tokenizer.from_folder(tmp_path)
 
 
 def test_stored_truncation_and_padding_have_no_effect(tmp_path: Path) -> None:
     stored = library()
     stored.enable_truncation(3)
-    stored.enable_padding(length=50)
+    stored.enable_padding(length=50, pad_token=EOS)
     opened = reopened(tmp_path, stored)
     assert '"truncation": {' in (tmp_path / "tokenizer.json").read_text("utf-8")
     assert opened.encode(TEXTS) == BUNDLED.encode(TEXTS)
@@ -193,7 +148,7 @@ def test_cleaning_up_spaces_does_not_part_stream_and_decode(tmp_path: Path) -> N
     """transformers would clean the whole text, which takes back what a stream has shown."""
     for kind in ("BertTokenizer", "BertJapaneseTokenizer"):
         settings = {"word_tokenizer_type": "basic", "clean_up_tokenization_spaces": True}
-        write_bert(tmp_path, tokenizer_class=kind, **settings)
+        write_bert(tmp_path, kind, **settings)
         opened = tokenizer_at(tmp_path)
         [ids] = opened.encode(["don't a 's b, a ."])
         assert streamed(opened, ids) == opened.decode(ids)
