@@ -30,7 +30,7 @@ ROOMS = (
             "torch_sampler",
         ),
     ),
-    Room("checkpoints", "words", ("config files", "checkpoint", "in_memory")),
+    Room("checkpoints", "words", ("config files", "tensor_names", "checkpoint", "in_memory")),
     Room("text", "words checkpoints", ("detokenizer", "tokenizer")),
     Room(
         "decoders",

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.files import NUMPY_DTYPES
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.interface import Capacity, StepBatch, check_batch, with_capacity
 from fastgen.decoders.memory import MemoryPlan
 from fastgen.decoders.quantization import norm_smoothing, value_smoothing
