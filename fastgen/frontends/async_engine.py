@@ -150,6 +150,8 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
+        if self.thread.origin.is_parent:
+            return
         await asyncio.get_running_loop().run_in_executor(None, self.thread.stop)
         pool, self._pool = self._pool, None
         if pool is not None:
@@ -168,6 +170,7 @@ class AsyncEngine:
 
     async def wait_for_pending(self, handle: RequestHandle) -> None:
         """Wait until there is something new for it, or it has ended."""
+        self.thread.origin.refuse_in_child()
         handle.acknowledge()
         if handle.has_pending:
             return
@@ -201,6 +204,7 @@ class AsyncEngine:
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         """Do it at once if it is quick, else on another thread."""
+        self.thread.origin.refuse_in_child()
         if size <= _QUICK_SIZE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fastgen.checks import integer, real
+from fastgen.engine.forks import Origin
 from fastgen.engine.requests import Request, Row
 from fastgen.errors import EngineError, QueueFull, message_of
 from fastgen.frontends.fair_lock import FairLock
@@ -148,6 +149,7 @@ class EngineThread:
         # Is told of each request that has ended, on the step's thread: it must be quick.
         self.observe: Callable[[Request], None] = lambda request: None
         self._engine = model.engine
+        self.origin = Origin()  # of the thread
         self._handles: set[RequestHandle] = set()  # those that have not ended
         self._changed = threading.Condition()  # guards what follows, and its waiters
         self._refusal: str | None = None
@@ -161,6 +163,8 @@ class EngineThread:
     @property
     def ready(self) -> bool:
         """Whether requests are taken and, if there are any, steps make progress."""
+        if self.origin.is_parent:
+            return False
         takes = self._refusal is None and self.failure is None and not self._engine.closed
         return takes and not self.stalled
 
@@ -191,6 +195,7 @@ class EngineThread:
             EngineError: no requests are taken any more.
             TypeError, ValueError: deadline, priority or cache_salt is wrong.
         """
+        self.origin.refuse_in_child()
         handles: list[RequestHandle] = []
         with self._changed:
             self._refuse(sum(job.params.num_rows for job in jobs))
@@ -219,6 +224,8 @@ class EngineThread:
 
     def cancel(self, handle: RequestHandle) -> None:
         """End a request before the next step; it does not wait for that."""
+        if self.origin.is_parent:
+            return  # it has ended
         if handle.request is not None and not handle.request.done:
             self._engine.cancel(handle.request, if_idle=False)
 
@@ -230,12 +237,16 @@ class EngineThread:
 
     def refuse(self, why: str) -> None:
         """Take no more requests; those under way go on."""
+        if self.origin.is_parent:
+            return  # it takes none
         with self._changed:
             self._refusal = self._refusal or why
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""
         self.refuse("is shutting down")
+        if self.origin.is_parent:
+            return True
         with self._changed:
             return self._changed.wait_for(lambda: not self._handles, timeout)
 
@@ -244,6 +255,8 @@ class EngineThread:
 
         A step that does not end is waited for no longer than `timeout` seconds.
         """
+        if self.origin.is_parent:
+            return
         self.refuse("has been closed")
         for handle in list(self._handles):
             self.cancel(handle)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from fastgen.engine.forks import NO_THREAD
 from fastgen.engine.inbox import deadline_in
+from fastgen.errors import EngineError
 from fastgen.frontends.engine_thread import EngineThread, QueueConfig, RequestHandle
 from fastgen.frontends.generator import Generator
 from fastgen.frontends.jobs import Job
@@ -17,6 +21,20 @@ from fastgen.results import Generation, Piece, Score
 from fastgen.sampling.params import SamplingParams
 
 _POLL = 0.1  # seconds: a word that came before anybody listened is not said again
+
+_returned: weakref.WeakSet[Future[Any]] = weakref.WeakSet()  # all that somebody still has
+
+
+def _fail_in_child() -> None:
+    """Nobody settles in a forked child what its parent waits for."""
+    for future in list(_returned):
+        future._condition = threading.Condition()  # the old one may be taken
+        if not future.done():
+            future.set_exception(EngineError(NO_THREAD))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fail_in_child)
 
 
 class ThreadedEngine:
@@ -60,6 +78,7 @@ class ThreadedEngine:
         handle = self._put(job, timeout, priority, cache_salt, streams=False)
         future: Future[Generation] = Future()
         self._futures[handle] = future
+        _returned.add(future)
 
         def ended(future: Future[Generation]) -> None:
             if future.cancelled():
@@ -127,6 +146,8 @@ class ThreadedEngine:
 
     def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
+        if self.thread.origin.is_parent:
+            return
         self.thread.stop()
         self._pool.shutdown(wait=False)  # it may be the one that calls this
 
@@ -199,6 +220,7 @@ class ThreadedStream:
         assert reader is not None
         try:
             while True:
+                self._engine.thread.origin.refuse_in_child()
                 self._updated.clear()
                 self._handle.acknowledge()
                 if (piece := self._handle.piece()) is not None:

@@ -151,6 +151,126 @@ for thread in threads:
     thread.join()
 assert text(model) == sys.argv[2]
 """,
+    "while other threads use the same model": """
+model = load()
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        model.generate("The king", n=2, max_new_tokens=100, ignore_eos=True)
+def alone():
+    texts = [text(model), text(model)]
+    assert model.engine.num_unfinished == 0, "what the parent's threads wait for has ended"
+    model.close()
+    return texts[0] if texts[0] == texts[1] else None
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    steps = model.engine.stats.steps
+    model.engine.run(lambda: model.engine.stats.steps > steps)
+    in_child(alone)
+pieces = model.stream("And it came to pass", temperature=0, max_new_tokens=20)
+begun = str(next(pieces))
+in_child(lambda: begun + "".join(map(str, pieces)))
+assert begun + "".join(map(str, pieces)) == sys.argv[2]
+stop.set()
+for thread in threads:
+    thread.join()
+assert text(model) == sys.argv[2]
+""",
+    "of several threads at once, with several models": """
+models = [load(), load()]
+failed = []
+def work(mine, other):
+    try:
+        for _ in range(5):
+            text(mine)
+            in_child(lambda: text(other))
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=work, args=pair) for pair in (models, models[::-1]) * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+""",
+    "from within a step": """
+model = load()
+def forks(ids, scores):
+    in_child(lambda: sys.argv[2])
+    return scores
+[generation] = model.generate("a", max_new_tokens=3, ignore_eos=True, logits_processor=forks)
+assert generation.completions[0].finish_reason == "length", generation
+assert text(model) == sys.argv[2]
+""",
+    "while a step does not end": """
+from fastgen import EngineError
+from fastgen.engine import forks
+forks.longest_wait = 0.05
+model, other = load(), load()
+entered, done = threading.Event(), threading.Event()
+def waits(ids, scores):
+    entered.set()
+    done.wait()
+    return scores
+def refused(call):
+    try:
+        call()
+    except EngineError as error:
+        assert "forked process" in str(error), error
+        return True
+def all_refused():
+    mine = [refused(lambda: text(model)), refused(lambda: list(pieces)), refused(model.warmup),
+            refused(lambda: model.score("And it came"))]
+    pieces.close()
+    model.close()
+    return text(other) if all(mine) else mine
+pieces = model.stream("a")
+next(pieces)
+thread = threading.Thread(daemon=True, target=lambda: model.generate("a", logits_processor=waits))
+thread.start()
+entered.wait()
+in_child(all_refused)
+done.set()
+thread.join()
+in_child(lambda: text(model))
+""",
+    "with an engine on a thread": """
+import asyncio
+import fastgen
+from fastgen.frontends.fair_lock import FairLock
+GREEDY = {"temperature": 0, "max_new_tokens": 20}
+config = fastgen.QueueConfig(fair_lock=FairLock())
+model = load()
+def refused(call, *given, **options):
+    try:
+        call(*given, **options)
+    except fastgen.EngineError as error:
+        assert "the process that this one was forked from" in str(error), error
+        return True
+def all_refused():
+    mine = [refused(engine.submit, "a"), refused(next, pieces), refused(future.result),
+            refused(engine.score, "a"), refused(late.generate("a" * 9999).send, None),
+            refused(late.stream("a").__anext__().send, None)]
+    assert not engine.ready and engine.drain()
+    pieces.close()
+    engine.close()
+    with fastgen.ThreadedEngine(model, config) as own:
+        told = own.submit("And it came to pass", **GREEDY).result().text
+    return told if all(mine) else mine
+engine, late = fastgen.ThreadedEngine(model, config), fastgen.AsyncEngine(model, config)
+for _ in range(5):
+    future = engine.submit("The king", max_new_tokens=200, ignore_eos=True)
+    pieces = engine.stream("The king", max_new_tokens=200, ignore_eos=True)
+    num_read = len(next(pieces).token_ids)
+    in_child(all_refused)
+    assert len(future.result().completions[0].token_ids) == 200
+    assert num_read + sum(len(piece.token_ids) for piece in pieces) == 200
+assert engine.submit("And it came to pass", **GREEDY).result().text == sys.argv[2]
+engine.close()
+asyncio.run(late.close())
+""",
 }
 
 

@@ -54,7 +54,7 @@ ROOMS = (
         (
             "blocks interrupts request_limits step_lock",
             "request_checks requests",
-            "inbox queue",
+            "forks inbox queue",
             "scheduler",
             "outputs stats",
             "engine",
