@@ -125,6 +125,12 @@ class ReentrantCallError(EngineError):
     code = "reentrant_call"
 
 
+class ForkedEngineError(EngineError):
+    """This is a forked child, and what was asked for works in its parent only."""
+
+    code = "forked"
+
+
 def code_of(error: BaseException) -> str:
     """The code of what ended a row: an EngineError's own; all else is the row's own failure."""
     return error.code if isinstance(error, EngineError) else RowFailedError.code

@@ -27,9 +27,10 @@ class Completion:
     """One continuation of a prompt.
 
     `token_ids` includes the eos or stop id that ended the row; `text` leaves special tokens and the
-    stop out (`include_stop` keeps the stop, be it special or not). `stop_reason` is the stop string or stop id that ended it, None for eos and the rest.
-    `seed` with n=1 repeats this very completion. `error` says why it ended with "error",
-    and `error_code` which kind of EngineError that is, for programs.
+    stop out (`include_stop` keeps the stop, be it special or not). `stop_reason` is the stop string
+    or stop id that ended it, None for eos and the rest. `seed` with n=1 repeats this very
+    completion. `error` says why it ended with "error", and `error_code` which kind of EngineError
+    that is, for programs.
     """
 
     index: int

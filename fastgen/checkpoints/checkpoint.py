@@ -1,6 +1,6 @@
 """A checkpoint: GPT-2's tensors by their canonical names, checked before anything is built.
 
-A canonical name is GPT-2's own without the `transformer.` prefix, e.g. `h.0.attn.c_attn.weight`.
+tensor_names.py says what a canonical name is.
 Projection weights keep Conv1D's layout, (in, out).
 """
 
@@ -27,16 +27,18 @@ from fastgen.checkpoints.files import (
     holds,
     read_json,
 )
+from fastgen.checkpoints.tensor_names import (
+    EMBEDDING,
+    HEAD,
+    canonical_name,
+    expected_shapes,
+    find_prefix,
+    is_harmless,
+    refused_part,
+)
 from fastgen.errors import CheckpointError, shown_name
 
-HEAD = "lm_head.weight"
-EMBEDDING = "wte.weight"
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants of old checkpoints
-_REFUSED_TENSORS = {
-    "cross-attention": re.compile(r"\.(crossattention|ln_cross_attn)\."),
-    "an unmerged adapter": re.compile(r"\.(lora_\w+|base_layer|adapters?|prompt_encoder)(\.|$)"),
-}
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -100,10 +102,16 @@ class Checkpoint:
         return CheckpointError(f"{where}: tensor {shown_name(key or name)} {cause}")
 
     def _check_refused(self) -> None:
-        for meaning, pattern in _REFUSED_TENSORS.items():
-            for name in self._keys:
-                if pattern.search(f".{name}"):
-                    raise self._error(name, f"belongs to {meaning}, which cannot be run exactly")
+        for name in self._keys:
+            if (part := refused_part(name)) is not None:
+                raise self._error(name, f"belongs to {part}, which cannot be run exactly")
+        if (found := find_prefix(self._keys)) is not None:
+            name, prefix = found
+            raise self._error(
+                name,
+                f"has the prefix {prefix}, which GPT-2's names have not; "
+                "save the model without what was put around it",
+            )
 
     def _decide_head(self) -> bool:
         """Whether the head is tied, by transformers' rules.
@@ -152,34 +160,18 @@ class Checkpoint:
                 raise self._error(
                     name, f"has dtype {info.dtype}; float32, float16 and bfloat16 can be run"
                 )
-        extra = sorted(self._keys.keys() - shapes.keys() - {HEAD})
+        self._check_extra(sorted(self._keys.keys() - shapes.keys() - {HEAD}))
+
+    def _check_extra(self, extra: list[str]) -> None:
+        """Refuse what may change the model; warn of what is left out."""
+        for name in extra:
+            if not is_harmless(name):
+                raise self._error(
+                    name, "is of no part that GPT-2 has: the model cannot be run exactly"
+                )
         if extra:
             listed = ", ".join(map(shown_name, extra[:5])) + (", ..." if len(extra) > 5 else "")
-            warnings.warn(f"{self.name}: {len(extra)} tensors are not used: {listed}", stacklevel=6)
-
-
-def expected_shapes(config: GPT2Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor of this model; projections are (in, out)."""
-    c, i = config.hidden_size, config.inner_size
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (config.vocab_size, c),
-        "wpe.weight": (config.max_positions, c),
-    }
-    for layer in range(config.num_layers):
-        for norm in ("ln_1", "ln_2"):
-            shapes |= {f"h.{layer}.{norm}.weight": (c,), f"h.{layer}.{norm}.bias": (c,)}
-        for projection, size_in, size_out in (
-            ("attn.c_attn", c, 3 * c),
-            ("attn.c_proj", c, c),
-            ("mlp.c_fc", c, i),
-            ("mlp.c_proj", i, c),
-        ):
-            shapes[f"h.{layer}.{projection}.weight"] = (size_in, size_out)
-            shapes[f"h.{layer}.{projection}.bias"] = (size_out,)
-    shapes |= {"ln_f.weight": (c,), "ln_f.bias": (c,)}
-    if not tied:
-        shapes[HEAD] = (config.vocab_size, c)
-    return shapes
+            warnings.warn(f"{self.name}: {len(extra)} tensors are not used: {listed}", stacklevel=7)
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
@@ -272,8 +264,8 @@ def _canonical_keys(infos: Mapping[str, TensorInfo], name: str) -> dict[str, str
     """Canonical name -> stored name, without the mask buffers of old checkpoints."""
     keys: dict[str, str] = {}
     for key in infos:
-        canonical = key.removeprefix("transformer.")
-        if _MASK_BUFFER.fullmatch(canonical):
+        canonical = canonical_name(key)
+        if canonical is None:
             continue
         if canonical in keys:
             raise CheckpointError(

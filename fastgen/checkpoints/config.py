@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen.errors import CheckpointError, shown
+from fastgen.errors import CheckpointError, shown, shown_name
 
 ACTIVATIONS = (
     "gelu",
@@ -42,6 +42,16 @@ _REFUSED = {
     "quantization_config": "weights quantized by another tool",
     "adapters": "adapters; merge them into the weights first",
 }
+# What auto_map may name as the code of a checkpoint: copies of transformers' own.
+_GPT2_CLASSES = (
+    "GPT2Config",
+    "GPT2Model",
+    "GPT2LMHeadModel",
+    "GPT2DoubleHeadsModel",
+    "GPT2ForSequenceClassification",
+    "GPT2ForTokenClassification",
+    "GPT2ForQuestionAnswering",
+)
 _MAX_SIZE = 2**24  # of any one dimension: keeps products far from 64-bit overflow
 
 
@@ -138,6 +148,20 @@ class _Reader:
         for key, meaning in _REFUSED.items():
             if self.data.get(key):
                 raise self.error(f"{key} is set: {meaning} cannot be run exactly")
+        self._check_auto_map()
+
+    def _check_auto_map(self) -> None:
+        """Refuse a model of the checkpoint's own code. AutoTokenizer is left to the tokenizer."""
+        auto_map = self.data.get("auto_map") or {}
+        if not isinstance(auto_map, Mapping):
+            raise self.error(f"auto_map must be an object, not {shown(auto_map)}")
+        for key, value in auto_map.items():
+            name = value.rpartition(".")[2] if isinstance(value, str) else value
+            if key != "AutoTokenizer" and name not in _GPT2_CLASSES:
+                raise self.error(
+                    f"auto_map names {shown(value)} as its {shown_name(str(key))}; "
+                    "a checkpoint's own code is never run, and only GPT-2 can be run exactly"
+                )
 
     def size(self, key: str, default: int) -> int:
         """Of `key`, or of its general name in transformers; both are allowed if they agree."""

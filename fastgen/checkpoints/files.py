@@ -1,13 +1,14 @@
 """The weight files of one folder, opened without trusting them.
 
 The safetensors library parses and checks the headers; this module decides which files may be opened
-at all: regular files inside the folder (or the hub cache the folder belongs to), by bare name.
+at all: regular files inside the folder (or blobs of a hub cache), by bare name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ NUMPY_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _MAX_JSON_BYTES = 64 * 2**20
+_REPOSITORY = re.compile(r"models--.+")  # its folder in a hub cache
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a small file: Git's SHA-1; else SHA-256
 
 
 class TensorInfo(NamedTuple):
@@ -108,10 +111,17 @@ def read_weight_map(folder: Path) -> dict[str, str]:
 
 
 def checked_file(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`, if that is a regular file that lies there.
+    """The path of `name` in `folder`, if that is a regular file that may be read.
 
-    A symbolic link may lead out of the folder only into the blobs of the hub cache that the folder
-    is a snapshot of.
+    Where a symbolic link may lead, on the way and in the end; everything else is refused:
+
+    1. to a file that lies directly in the folder;
+    2. to a file in a subfolder, by links that never leave the folder (Kubernetes' volumes: each
+       name is a link into `..data`, itself a link to a subfolder with a date);
+    3. from a snapshot in a hub cache (`snapshots/REVISION`) to a blob of the same repository
+       (`blobs/`);
+    4. from a folder outside of all hub caches to a blob of a model's repository in one
+       (`models--NAME/blobs/HASH`), by one link, as the hub's older tools made them in `local_dir`.
 
     Raises:
         CheckpointError: the name leaves the folder, or the file is missing, a directory, a device.
@@ -122,17 +132,49 @@ def checked_file(folder: Path, name: str) -> Path:
     where = folder / shown_name(name)
     try:
         target = path.resolve(strict=True)
-        mode = target.stat().st_mode
+        mode = path.stat().st_mode  # not the target's: the system gives up on long chains of links
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where}: cannot be opened: {_cause(error)}") from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: is not a regular file")
     home = folder.resolve()
-    blobs = home.parent.parent / "blobs"
-    inside_cache = home.parent.name == "snapshots" and target.parent == blobs
-    if target.parent != home and not inside_cache:
-        raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}")
-    return path
+    if target.parent == home or _stays_inside(home, name) or _is_blob_of(home, name, target):
+        return path
+    raise CheckpointError(f"{path}: is a link that leads out of the folder, to {target}")
+
+
+def _stays_inside(home: Path, name: str) -> bool:
+    """Whether no link on the way from `name` to its file leaves `home`.
+
+    It is followed step by step, and ends: the file has been found before.
+    """
+    place, ahead = home, [name]  # what is ahead is in reverse
+    while ahead:
+        part = ahead.pop()
+        place = place.parent if part == ".." else place / part
+        if not place.is_relative_to(home):
+            return False
+        if place.is_symlink():
+            link, place = place.readlink(), place.parent
+            if link.is_absolute():
+                if not link.is_relative_to(home):
+                    return False
+                link, place = link.relative_to(home), home
+            ahead.extend(reversed(link.parts))
+    return True
+
+
+def _is_blob_of(home: Path, name: str, target: Path) -> bool:
+    """Whether `target` is a hub cache's blob that a link in `home` may lead to."""
+    if home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs":
+        return True
+    if any(_REPOSITORY.fullmatch(part) for part in home.parts):
+        return False  # this is a hub cache itself: no other repository is open to it
+    link = home / name
+    first = home / link.readlink() if link.is_symlink() else link
+    is_direct = first.parent.resolve() / first.name == target
+    is_blob = target.parent.name == "blobs" and _BLOB.fullmatch(target.name) is not None
+    return is_direct and is_blob and _REPOSITORY.fullmatch(target.parent.parent.name) is not None
 
 
 def holds(folder: Path, name: str) -> bool:

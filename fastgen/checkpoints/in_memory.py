@@ -6,9 +6,10 @@ from typing import Any, cast
 
 from numpy.typing import NDArray
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.files import NUMPY_DTYPES, TensorInfo
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,8 +154,11 @@ class Decoder(Protocol):
     Attributes:
         known_options: names of the options that its sampler draws with. Rows with others are drawn
             on the host, from their logits.
+        survives_fork: whether it can be used in a forked child, where only the thread that forked
+            and the host's memory are left.
     """
 
+    survives_fork: ClassVar[bool]
     limits: Capacity
     known_options: frozenset[str]
 

@@ -8,16 +8,15 @@ brings a TextSink for each row.
 
 from __future__ import annotations
 
-import atexit
-import os
 import secrets
+import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from fastgen.decoders.interface import Decoder, PendingStep
+from fastgen.engine import forks
 from fastgen.engine.inbox import Inbox
 from fastgen.engine.interrupts import deferred_interrupts
 from fastgen.engine.outputs import StepOutput, needs_logits, step_outputs
@@ -39,8 +38,6 @@ from fastgen.results import FinishReason
 from fastgen.sampling.draw import Draw
 from fastgen.sampling.params import SamplingParams
 from fastgen.text.detokenizer import Sink
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
@@ -66,8 +63,7 @@ class Engine:
         self._step_lock = StepLock()
         self._progress = self._step_lock.changed  # guards the inbox
         self._closed = False
-        self.pid = os.getpid()
-        _engines.add(self)
+        forks.watch(self, self._step_lock)
 
     @property
     def closed(self) -> bool:
@@ -119,6 +115,7 @@ class Engine:
                 is untouched.
             EngineClosedError: the engine is closed.
         """
+        self._step_lock.refuse_if_lost()
         prompt = tuple(token_ids) if is_checked else self.check_request(token_ids, params)
         check_options(params, sinks, deadline, cache_salt, priority)
         request = Request(prompt, params, deadline, cache_salt, priority, listener)
@@ -146,6 +143,8 @@ class Engine:
 
         `if_idle`: at once, if no thread drives; False leaves it to the next driver.
         """
+        if self._step_lock.lost:
+            return  # nobody runs it
         with self._progress:
             self._inbox.cancelled.append(request)
         if if_idle:
@@ -172,6 +171,8 @@ class Engine:
 
         A step under way is waited for; if that takes `timeout` seconds, nothing is freed.
         """
+        if self._step_lock.lost:
+            return  # the step that was torn off may hold what would be freed
         with self._progress:
             self._step_lock.refuse_in_own_step()
             self._closed = True  # the driver's next step ends every row
@@ -181,6 +182,18 @@ class Engine:
             self._process_inbox()
             self._drain_steps()
             self.decoder.close()
+
+    @property
+    def survives_fork(self) -> bool:
+        return self.decoder.survives_fork
+
+    def inherit(self) -> None:
+        """In a forked child: end what the parent's other threads wait for; see forks.py."""
+        rows = (*self._scheduler.running, *self._scheduler.waiting, *self._inbox.arrived)
+        for request in dict.fromkeys(row.request for row in rows):
+            if request.listener is not None or request.thread != threading.get_ident():
+                request.listener = None
+                self._inbox.cancelled.append(request)
 
     @contextmanager
     def between_steps(self) -> Iterator[Pause]:
@@ -380,11 +393,3 @@ class Engine:
         prompt = checked_prompt(token_ids, params, self._vocab_size, self.decoder.limits)
         self.limits.check(len(prompt), params)
         return prompt
-
-
-@atexit.register
-def _close_all() -> None:
-    """Python must not end while some daemon thread runs a step in C++."""
-    for engine in list(_engines):
-        if engine.pid == os.getpid():  # a forked child has none of its parent's threads
-            engine.close(timeout=5)  # a row's function may never return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -131,6 +132,7 @@ class Request:
     cache_salt: str | None = None
     priority: int = 0  # lower is sooner
     listener: Listener | None = None
+    thread: int = field(default_factory=threading.get_ident)  # that made it
     rows: list[Row] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: BaseException | None = None

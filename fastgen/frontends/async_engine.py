@@ -136,6 +136,8 @@ class AsyncEngine(EngineFacade):
 
     async def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
+        if self.thread.origin.in_child:
+            return
         await asyncio.get_running_loop().run_in_executor(None, self.thread.stop)
         pool, self._pool = self._pool, None
         if pool is not None:
@@ -154,6 +156,7 @@ class AsyncEngine(EngineFacade):
 
     async def wait_for_pending(self, handle: RequestHandle) -> None:
         """Wait until there is something new for it, or it has ended."""
+        self.thread.origin.refuse_in_child()
         handle.acknowledge()
         if handle.has_pending:
             return
@@ -179,6 +182,7 @@ class AsyncEngine(EngineFacade):
 
     async def _off_loop(self, size: int, work: Callable[[], T]) -> T:
         """Do short work at once, long work on another thread."""
+        self.thread.origin.refuse_in_child()
         if size <= _QUICK_SIZE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)

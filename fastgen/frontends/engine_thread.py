@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from fastgen.checks import integer, real
+from fastgen.engine.forks import Origin
 from fastgen.engine.requests import Request, Row
 from fastgen.errors import (
     EngineClosedError,
@@ -155,6 +156,7 @@ class EngineThread:
         # Called with each request that has ended, on the step's thread: it must be quick.
         self.observe: Callable[[Request], None] = lambda request: None
         self._engine = model.engine
+        self.origin = Origin()  # of the thread
         self._handles: set[RequestHandle] = set()  # those that have not ended
         self._changed = threading.Condition()  # guards what follows, and its waiters
         self._refusal: str | None = None
@@ -168,6 +170,8 @@ class EngineThread:
     @property
     def ready(self) -> bool:
         """Whether requests are taken and, if there are any, steps make progress."""
+        if self.origin.in_child:
+            return False
         takes = self._refusal is None and self.failure is None and not self._engine.closed
         return takes and not self.stalled
 
@@ -198,6 +202,7 @@ class EngineThread:
             EngineClosedError, EngineDeadError: no requests are taken any more.
             TypeError, ValueError: deadline, priority or cache_salt is wrong.
         """
+        self.origin.refuse_in_child()
         handles: list[RequestHandle] = []
         with self._changed:
             self._refuse(sum(job.params.num_rows for job in jobs))
@@ -226,6 +231,8 @@ class EngineThread:
 
     def cancel(self, handle: RequestHandle) -> None:
         """Have a request ended before the next step, without waiting for it."""
+        if self.origin.in_child:
+            return  # it has ended
         if handle.request is not None and not handle.request.done:
             self._engine.cancel(handle.request, if_idle=False)
 
@@ -237,12 +244,16 @@ class EngineThread:
 
     def refuse(self, why: str) -> None:
         """Take no more requests; those under way go on."""
+        if self.origin.in_child:
+            return  # it takes none
         with self._changed:
             self._refusal = self._refusal or why
 
     def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""
         self.refuse("is shutting down")
+        if self.origin.in_child:
+            return True
         with self._changed:
             return self._changed.wait_for(lambda: not self._handles, timeout)
 
@@ -251,6 +262,8 @@ class EngineThread:
 
         A step that does not end is waited for no longer than `timeout` seconds.
         """
+        if self.origin.in_child:
+            return
         self.refuse("has been closed")
         for handle in list(self._handles):
             self.cancel(handle)

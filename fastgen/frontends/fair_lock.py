@@ -6,6 +6,7 @@ to end. `threading.Lock` would let the thread that leaves it take it again at on
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from types import TracebackType
@@ -15,11 +16,21 @@ class FairLock:
     """A fair lock, as a context manager."""
 
     def __init__(self) -> None:
+        self._make()
+
+    def _make(self) -> None:
+        self._pid = os.getpid()
         self._guard = threading.Lock()
         self._waiting: deque[threading.Lock] = deque()
         self._taken = False
 
+    def _forget_parent(self) -> None:
+        """In a forked child nobody has it but, perhaps, the thread that forked."""
+        if self._pid != os.getpid():
+            self._make()
+
     def __enter__(self) -> None:
+        self._forget_parent()
         with self._guard:
             if not self._taken:
                 self._taken = True
@@ -35,6 +46,7 @@ class FairLock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._forget_parent()
         with self._guard:
             if self._waiting:
                 self._waiting.popleft().release()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from fastgen.errors import OptionTypeError
+from fastgen.engine.forks import NO_THREAD
+from fastgen.errors import ForkedEngineError, OptionTypeError
 from fastgen.frontends.closing import Closing
 from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
 from fastgen.frontends.facade import EngineFacade, SubmitOptions, requests_of
@@ -18,6 +21,20 @@ from fastgen.results import Generation, Piece, Score
 from fastgen.sampling.params import SamplingParams
 
 _POLL = 0.1  # seconds: a notification that came before anybody waited is not repeated
+
+_returned: weakref.WeakSet[Future[Any]] = weakref.WeakSet()  # all that somebody still has
+
+
+def _fail_in_child() -> None:
+    """Nobody settles in a forked child what its parent waits for."""
+    for future in list(_returned):
+        future._condition = threading.Condition()  # the old one may be taken
+        if not future.done():
+            future.set_exception(ForkedEngineError(NO_THREAD))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_fail_in_child)
 
 
 class ThreadedEngine(EngineFacade, Closing):
@@ -58,6 +75,7 @@ class ThreadedEngine(EngineFacade, Closing):
         [handle] = self._submit([job], self._notify, queued)
         future: Future[Generation] = Future()
         self._futures[handle] = future
+        _returned.add(future)
 
         def ended(future: Future[Generation]) -> None:
             if future.cancelled():
@@ -124,6 +142,8 @@ class ThreadedEngine(EngineFacade, Closing):
 
     def close(self) -> None:
         """End all requests with "cancelled". Safe to call twice."""
+        if self.thread.origin.in_child:
+            return
         self.thread.stop()
         self._pool.shutdown(wait=False)  # it may be the one that calls this
 
@@ -161,6 +181,7 @@ class ThreadedStream(PieceStream):
         reader = self._handle.reader
         assert reader is not None
         while True:
+            self._engine.thread.origin.refuse_in_child()
             self._updated.clear()
             self._handle.acknowledge()
             if (piece := self._handle.piece()) is not None:

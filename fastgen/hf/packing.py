@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from fastgen.checkpoints.in_memory import checkpoint_of_model
 from fastgen.decoders.plan import LoadOptions
 from fastgen.decoders.select import build_decoder, plan_decoder
 from fastgen.engine.engine import Engine
+from fastgen.engine.forks import ForkLock
 from fastgen.errors import CheckpointError
 from fastgen.hf.kv_rows import KvRows
 from fastgen.hf.not_native import NotNative
@@ -50,7 +50,7 @@ class PackedModel:
 
     def __init__(self) -> None:
         self.last_path, self.last_reason = "", ""
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._state: _State | None = None
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run

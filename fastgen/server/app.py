@@ -7,12 +7,13 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -52,12 +53,30 @@ def make_app(service: Service) -> Starlette:
     ]
     app = Starlette(
         routes=routes,
-        middleware=[Middleware(_Calls, service=service)],
+        middleware=[
+            Middleware(_Calls, service=service),
+            *_cors(service.allow_origins),
+            Middleware(_Door, service=service),
+        ],
         exception_handlers={HTTPException: _refused},
     )
     app.router.redirect_slashes = False  # it would name the host that the caller says this is
     app.state.service = service
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """For pages of these origins. It stands before the keys: a browser asks first, without one,
+    and a page may read what an error says. Cookies are never let through: keys come in a header.
+    """
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["*"], expose_headers=["x-request-id"],
+        )
+    ]  # fmt: skip
 
 
 def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
@@ -111,7 +130,7 @@ async def _no_embeddings(request: Request) -> None:
 
 
 class _Calls:
-    """Around every call: its id, whether its key is known, a line in the log, a count."""
+    """Around every call: its id, a line in the log, a count."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -134,14 +153,24 @@ class _Calls:
             await send(message)
 
         try:
-            await self._let_in(scope, receive, send_with_id)
+            await self._app(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")  # not the path: there are many
             self._service.metrics.requests.labels(route, str(status)).inc()
             logger.info("%s %s %r %d %.1f ms", name, scope["method"], scope["path"][:100], status,
                         1e3 * (time.perf_counter() - began))  # fmt: skip
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+
+class _Door:
+    """Lets in who has a key that is known, and headers of a size that is allowed."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         try:
             scope["state"]["salt"] = None
             self._check_headers(scope)

@@ -32,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="serve this folder or hub id under this name; may be repeated; without NAME= it has "
         "the folder's (default: the bundled model)")  # fmt: skip
     add("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, one a line")
+    add("--allow-origin", dest="allow_origins", action="append", default=[], metavar="ORIGIN",
+        help="let web pages of this origin, such as https://example.com, call the server from a "
+        "browser; may be repeated; * is every page")  # fmt: skip
     add("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     group = parser.add_argument_group("limits of the server").add_argument
     texts = _described(ServerLimits) | _described(QueueConfig)
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
     """Load the models, and serve them until the process is told to end."""
     try:
         from fastgen.server.run import Address, serve
-        from fastgen.server.service import Keys, Service
+        from fastgen.server.service import Keys, Service, checked_origins
     except ModuleNotFoundError as error:
         message = f"fastgen serve needs {error.name}: pip install 'fastgen[server]'"
         raise ModuleNotFoundError(message, name=error.name) from error
@@ -76,6 +79,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
                         format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # fmt: skip
     given = vars(arguments)
     keys = Keys() if arguments.api_key_file is None else Keys.from_file(arguments.api_key_file)
+    allow_origins = checked_origins(arguments.allow_origins)
     limits = ServerLimits(**{field.name: given[field.name] for field in fields(ServerLimits)})
     request_limits = RequestLimits(
         **{f.name: given[f"limit_{f.name}"] for f in fields(RequestLimits)}
@@ -95,6 +99,7 @@ def run(arguments: argparse.Namespace, load: Callable[[str | None], Generator]) 
             request_limits=request_limits,
             queue_config=queue_config,
             keys=keys,
+            allow_origins=allow_origins,
         )
         serve(service, address)
     return 0

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from fastgen.engine.request_limits import RequestLimits
+from fastgen.errors import OptionError
 from fastgen.frontends.async_engine import AsyncEngine
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.frontends.fair_lock import FairLock
@@ -23,6 +25,9 @@ from fastgen.server.metrics import Metrics
 
 logger = logging.getLogger("fastgen.server")
 _LONGEST_KEY = 4096
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>[1-9][0-9]{0,4}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,32 @@ class Keys:
         return found.hex()
 
 
+def checked_origins(origins: Sequence[str]) -> list[str]:
+    """Origins as browsers write them, or "*" for all.
+
+    Raises:
+        OptionError: one is such that no browser would ever send it.
+    """
+    for origin in origins:
+        default_ports = {"http": ("80",), "https": ("443",)}.get(origin.partition(":")[0], ())
+        found = _ORIGIN.fullmatch(origin)
+        if origin != "*" and (found is None or found["port"] in default_ports):
+            raise OptionError(
+                f"{origin[:100]!r} is no origin such as https://example.com or "
+                "http://localhost:3000 (lower case, no path, no default port), nor *",
+                "allow_origins",
+            )
+    return list(origins)
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 class Service:
     """Models that share one processor. They stay the caller's; `close` ends what they generate.
+
+    `allow_origins`: of the web pages that may call this server from a browser; "*" is all.
 
     It is made where no event loop runs yet, and belongs to the one that first asks it something.
     """
@@ -97,9 +122,11 @@ class Service:
         request_limits: RequestLimits | None = None,
         queue_config: QueueConfig | None = None,
         keys: Keys | None = None,
+        allow_origins: Sequence[str] = (),
     ) -> None:
         if not models:
             raise ValueError("a server needs a model")
+        self.allow_origins = checked_origins(allow_origins)
         self.limits, self.keys = limits or ServerLimits(), keys or Keys()
         queue_config = queue_config or QueueConfig()
         if len(models) > 1:

@@ -105,9 +105,8 @@ print(seen)
 open(sys.argv[2] + "/evil.py").close()
 print(seen)
 """
-_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
 _CODE = {
-    "auto_map": dict.fromkeys(_CLASSES, "evil.Evil"),
+    "auto_map": {"AutoTokenizer": "evil.Evil", "AutoModelForCausalLM": "evil.GPT2LMHeadModel"},
     "custom_pipelines": {"text-generation": {"impl": "evil.Evil"}},
     "_attn_implementation_internal": "someone/evil",
     "_attn_implementation": "someone/evil",

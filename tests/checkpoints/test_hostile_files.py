@@ -251,6 +251,98 @@ def test_links_within_the_folder_load(tmp_path: Path) -> None:
     assert_loads(tmp_path / "link")
 
 
+def write_volume(folder: Path) -> Path:
+    """A checkpoint as Kubernetes mounts it: each file is a link into `..data`, which is a link to
+    the subfolder of the newest version. Returns that."""
+    version = write_checkpoint(folder / "..2026_01_01_00_00_00.1")
+    write_json(version / "tokenizer.json", TOKENIZER)
+    (folder / "..data").symlink_to(version.name)
+    for file in version.iterdir():
+        (folder / file.name).symlink_to(Path("..data") / file.name)
+    return version
+
+
+def test_links_into_a_subfolder_load(tmp_path: Path) -> None:
+    version = write_volume(tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    assert_loads(tmp_path / "model")
+    assert_loads(tmp_path / "link")
+    weights = tmp_path / "model" / "model.safetensors"
+    for target in ("./..data/../..data/" + weights.name, version / weights.name):
+        weights.unlink()
+        weights.symlink_to(target)
+        assert_loads(tmp_path / "model")
+
+
+def move(path: Path, place: Path) -> Path:
+    path.rename(place)
+    return place
+
+
+def send_out_and_back(model: Path, outside: Path) -> None:
+    (outside / "back").symlink_to(model / "..data" / "model.safetensors")
+    (model / "model.safetensors").symlink_to(outside / "back")
+
+
+def send_up_and_down(model: Path, outside: Path) -> None:
+    (model / "model.safetensors").symlink_to(f"../{model.name}/..data/model.safetensors")
+
+
+def send_the_subfolder_out_and_back(model: Path, outside: Path) -> None:
+    (outside / "back").symlink_to((model / "..data").resolve())
+    (model / "..data").unlink()
+    (model / "..data").symlink_to(outside / "back")
+    (model / "model.safetensors").symlink_to("..data/model.safetensors")
+
+
+def send_the_subfolder_out(model: Path, outside: Path) -> None:
+    version = move((model / "..data").resolve(), outside / "version")
+    (model / "..data").unlink()
+    (model / "..data").symlink_to(version)
+    (model / "model.safetensors").symlink_to("..data/model.safetensors")
+
+
+def send_out_from_the_subfolder(model: Path, outside: Path) -> None:
+    inner = model / "..data" / "model.safetensors"
+    inner.symlink_to(move(inner, outside / "weights"))
+    (model / "model.safetensors").symlink_to("..data/model.safetensors")
+
+
+def send_to_a_namesake(model: Path, outside: Path) -> None:
+    """Its path begins like the folder's."""
+    namesake = write_checkpoint(model.with_name(model.name + "-2"))
+    (model / "model.safetensors").symlink_to(namesake / "model.safetensors")
+
+
+ROUNDABOUT = [
+    send_out_and_back, send_up_and_down, send_the_subfolder_out_and_back, send_the_subfolder_out,
+    send_out_from_the_subfolder, send_to_a_namesake,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("send", ROUNDABOUT)
+def test_link_that_leaves_the_folder_on_its_way(
+    tmp_path: Path, send: Callable[[Path, Path], None]
+) -> None:
+    """Wherever it ends: what lies outside is in others' hands."""
+    model, outside = tmp_path / "model", tmp_path / "outside"
+    write_volume(model)
+    outside.mkdir()
+    (model / "model.safetensors").unlink()
+    send(model, outside)
+    assert_refused(model, ": is a link that leads out of the folder")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_chain_of_links_too_long_for_the_system(tmp_path: Path, file: str) -> None:
+    path = write_checkpoint(tmp_path) / file
+    path.rename(tmp_path / "0")
+    for number in range(100):
+        (tmp_path / f"{number + 1}").symlink_to(f"{number}")
+    path.symlink_to("100")
+    assert_refused(tmp_path, f"{file}: cannot be opened: ")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "."])
 def test_unreadable(tmp_path: Path, file: str) -> None:

@@ -313,12 +313,7 @@ def test_tensor_that_changes_the_model(tmp_path: Path, name: str) -> None:
     assert_refused(write_checkpoint(tmp_path, tensors), f"tensor {name} {FOREIGN[name]}")
 
 
-def test_other_prefix(tmp_path: Path) -> None:
-    tensors = {f"model.{name}": array for name, array in random_tensors().items()}
-    assert_refused(write_checkpoint(tmp_path, tensors), "0 layers")
-
-
-def test_unknown_tensor_is_told(tmp_path: Path) -> None:
+def test_unused_head_is_told(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, {**random_tensors(), "score.weight": random_array(2, 8)})
     with pytest.warns(UserWarning, match=r"1 tensors are not used: score\.weight"):
         load(tmp_path).close()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastgen.checkpoints.checkpoint import EMBEDDING
+from fastgen.checkpoints.tensor_names import EMBEDDING
 from fastgen.native import native
 from tiny_checkpoints import CONFIG, random_array, random_tensors, run_python, write_checkpoint
 

@@ -24,6 +24,7 @@ from fastgen.engine.blocks import BlockPool
 from fastgen.errors import (
     EngineClosedError,
     EngineDeadError,
+    ForkedEngineError,
     NothingToDrawError,
     NothingToRunError,
     OutOfBlocksError,
@@ -39,6 +40,7 @@ from fastgen.frontends.async_engine import AsyncEngine
 from fastgen.frontends.threaded_engine import ThreadedEngine
 from held_steps import LONG, TEXTS, held, stepping
 from poisoned import POISON, save_poisoned
+from processes import in_fork
 from waits import WITHIN, wait_in_loop_until, wait_until
 
 SHORT = greedy(max_new_tokens=3, ignore_eos=True)
@@ -289,6 +291,12 @@ def reentrant(model: Model) -> Iterator[EngineError]:
     yield from inner
 
 
+def forked(model: Model) -> Iterator[EngineError]:
+    with ThreadedEngine(model) as engine:
+        for call in (engine.submit, engine.stream, engine.score):
+            yield in_fork(lambda call=call: caught(call, "And it"))
+
+
 def out_of_blocks(model: Model) -> Iterator[EngineError]:
     pool = BlockPool(3)
     yield caught(pool.allocate, 4)
@@ -308,6 +316,7 @@ SITUATIONS: dict[type[EngineError], tuple[Callable[[Model], Any], ...]] = {
     NothingToRunError: (nothing_to_run,),
     OutOfBlocksError: (out_of_blocks,),
     ReentrantCallError: (reentrant,),
+    ForkedEngineError: (forked,),
 }
 CLOSE_THEIR_MODEL = (closed, cancelled, cancelled_threaded, cancelled_async)
 CASES = [(kind, situation) for kind, each in SITUATIONS.items() for situation in each]
@@ -351,7 +360,7 @@ def test_codes_do_not_change() -> None:
     assert {kind.code for kind in SITUATIONS} == {
         *("engine_closed", "engine_dead", "step_failed", "timeout", "cancelled", "slow_reader"),
         *("queue_full", "row_failed", "nothing_to_draw", "nothing_to_run", "reentrant_call"),
-        "out_of_blocks",
+        *("out_of_blocks", "forked"),
     }
     assert EngineError.code == "engine_error"
 

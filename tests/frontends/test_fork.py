@@ -45,6 +45,7 @@ _MODEL = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from cpu_decoders import plan_of
+from fastgen.errors import ForkedEngineError
 from fastgen.frontends.generator import Generator, find_tokenizer
 
 def load():
@@ -63,6 +64,13 @@ def in_child(work):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+def refused(why, call, *given, **options):
+    try:
+        call(*given, **options)
+    except ForkedEngineError as error:
+        assert why in str(error), error
+        return True
 """
 STORIES = {
     "before a load": """
@@ -150,6 +158,132 @@ stop.set()
 for thread in threads:
     thread.join()
 assert text(model) == sys.argv[2]
+""",
+    "while other threads use the same model": """
+model = load()
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        model.generate("The king", n=2, max_new_tokens=100, ignore_eos=True)
+def alone():
+    texts = [text(model), text(model)]
+    assert model.engine.num_unfinished == 0, "what the parent's threads wait for has ended"
+    model.close()
+    return texts[0] if texts[0] == texts[1] else None
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(20):
+    steps = model.engine.stats.steps
+    model.engine.run(lambda: model.engine.stats.steps > steps)
+    in_child(alone)
+pieces = model.stream("And it came to pass", temperature=0, max_new_tokens=20)
+begun = str(next(pieces))
+in_child(lambda: begun + "".join(map(str, pieces)))
+assert begun + "".join(map(str, pieces)) == sys.argv[2]
+stop.set()
+for thread in threads:
+    thread.join()
+assert text(model) == sys.argv[2]
+""",
+    "of several threads at once, with several models": """
+models = [load(), load()]
+failed = []
+def work(mine, other):
+    try:
+        for _ in range(5):
+            text(mine)
+            in_child(lambda: text(other))
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=work, args=pair) for pair in (models, models[::-1]) * 2]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+""",
+    "from within a step": """
+model = load()
+def forks(ids, scores):
+    in_child(lambda: sys.argv[2])
+    return scores
+[generation] = model.generate("a", max_new_tokens=3, ignore_eos=True, logits_processor=forks)
+assert generation.completions[0].finish_reason == "length", generation
+assert text(model) == sys.argv[2]
+""",
+    "while a step does not end": """
+from fastgen.engine import forks
+forks.longest_wait = 0.05
+model, other = load(), load()
+entered, done = threading.Event(), threading.Event()
+def waits(ids, scores):
+    entered.set()
+    done.wait()
+    return scores
+def all_refused():
+    why = "another thread's step had not ended"
+    mine = [refused(why, text, model), refused(why, list, pieces), refused(why, model.warmup),
+            refused(why, model.score, "And it came")]
+    pieces.close()
+    model.close()
+    return text(other) if all(mine) else mine
+pieces = model.stream("a")
+next(pieces)
+thread = threading.Thread(daemon=True, target=lambda: model.generate("a", logits_processor=waits))
+thread.start()
+entered.wait()
+in_child(all_refused)
+done.set()
+thread.join()
+in_child(lambda: text(model))
+""",
+    "with a torch decoder": """
+import fastgen
+model = fastgen.load(decoder="torch")
+wanted, pieces = text(model), model.stream("a", max_new_tokens=9, ignore_eos=True)
+next(pieces)
+def all_refused():
+    why = "its decoder's threads or device are those of the process"
+    mine = [refused(why, text, model), refused(why, list, pieces), refused(why, model.warmup),
+            refused(why, model.score, "And it came")]
+    pieces.close()
+    model.close()
+    in_child(lambda: text(load()))
+    return text(load()) if all(mine) else mine
+in_child(all_refused)
+assert len(list(pieces)) == 8 and text(model) == wanted
+""",
+    "with an engine on a thread": """
+import asyncio
+import fastgen
+from fastgen.frontends.fair_lock import FairLock
+GREEDY = {"temperature": 0, "max_new_tokens": 20}
+config = fastgen.QueueConfig(fair_lock=FairLock())
+model = load()
+def all_refused():
+    why = "the process that this one was forked from"
+    mine = [refused(why, engine.submit, "a"), refused(why, next, pieces),
+            refused(why, future.result), refused(why, engine.score, "a"),
+            refused(why, late.generate("a" * 9999).send, None),
+            refused(why, late.stream("a").__anext__().send, None)]
+    assert not engine.ready and engine.drain()
+    pieces.close()
+    engine.close()
+    with fastgen.ThreadedEngine(model, config) as own:
+        told = own.submit("And it came to pass", **GREEDY).result().text
+    return told if all(mine) else mine
+engine, late = fastgen.ThreadedEngine(model, config), fastgen.AsyncEngine(model, config)
+for _ in range(5):
+    future = engine.submit("The king", max_new_tokens=200, ignore_eos=True)
+    pieces = engine.stream("The king", max_new_tokens=200, ignore_eos=True)
+    num_read = len(next(pieces).token_ids)
+    in_child(all_refused)
+    assert len(future.result().completions[0].token_ids) == 200
+    assert num_read + sum(len(piece.token_ids) for piece in pieces) == 200
+assert engine.submit("And it came to pass", **GREEDY).result().text == sys.argv[2]
+engine.close()
+asyncio.run(late.close())
 """,
 }
 

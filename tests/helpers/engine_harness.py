@@ -92,6 +92,7 @@ class CountingDecoder:
 
     vocab_size = 97
     is_async = False
+    survives_fork = True
     known_options = KNOWN_OPTIONS - {"logits_processor"}
 
     def __init__(self, limits: Capacity) -> None:

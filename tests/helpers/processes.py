@@ -7,12 +7,16 @@ interrupted, or runs out of time.
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -52,6 +56,27 @@ def run(
     with started(command, **options) as process:
         out, err = process.communicate(stdin)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def in_fork(work: Callable[[], T]) -> T:
+    """What it returns in a forked child, by way of a pickle."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons': of other threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            with os.fdopen(writing, "wb") as pipe:
+                pickle.dump(work(), pipe)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        with os.fdopen(reading, "rb") as pipe:
+            returned: T = pickle.load(pipe)
+    finally:
+        os.waitpid(pid, 0)
+    return returned
 
 
 def command_of(pid: int) -> str:

@@ -32,7 +32,7 @@ ROOMS = (
             "torch_sampler",
         ),
     ),
-    Room("checkpoints", "words", ("config files", "checkpoint", "in_memory")),
+    Room("checkpoints", "words", ("config files", "tensor_names", "checkpoint", "in_memory")),
     Room(
         "text",
         "words checkpoints",
@@ -67,7 +67,7 @@ ROOMS = (
             "leases",
             "schedule_state",
             "request_checks requests",
-            "inbox queue",
+            "forks inbox queue",
             "scheduler",
             "outputs pause stats",
             "engine",

@@ -22,7 +22,7 @@ from variants import VARIANTS
 Folder = Callable[[str], Path]
 
 
-EXPECTED_WARNINGS = {"value_head": "v_head"}
+EXPECTED_WARNINGS = {"value_head": "v_head", "fewer_layers": r"h\.2\.attn"}
 
 
 DECODERS = ("cpu", "torch")

@@ -92,6 +92,11 @@ def _value_head(folder: Path) -> None:
     _edit_tensors(folder, lambda t: {**t, **extra})
 
 
+def _fewer_layers(folder: Path) -> None:
+    """config.json speaks of the first two of three."""
+    _edit_config(folder, lambda c: {**c, "n_layer": 2})
+
+
 def _extra_config_keys(folder: Path) -> None:
     """As old and foreign configs have them; n_ctx is no longer read by anybody."""
     _edit_config(folder, lambda c: {**c, "n_ctx": 17, "torch_dtype": "float32", "gradient": False})
@@ -141,6 +146,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Edit | None, torch.dtype]] = {
     ),
     "general_names": ({}, _general_names, torch.float32),
     "value_head": ({}, _value_head, torch.float32),
+    "fewer_layers": ({}, _fewer_layers, torch.float32),
     "extra_config_keys": ({}, _extra_config_keys, torch.float32),
     **{f"act_{name}": ({"activation_function": name}, None, torch.float32) for name in ACTIVATIONS},
 }

@@ -149,6 +149,7 @@ WRONG = {
     "negative port": (["--port", "-1"], "port must be between 0 and 65535, not -1"),
     "no key file": (["--api-key-file", "/nonexistent"], "No such file or directory"),
     "no keys": (["--api-key-file", os.devnull], "holds no key"),
+    "origin": (["--allow-origin", "https://a.com/"], "'https://a.com/' is no origin such as"),
     "no time": (["--body-timeout", "nan"], "body_timeout must be finite, not nan"),
     "no bytes": (["--body-bytes", "0"], "body_bytes must be between 1 and"),
     "no room": (["--max-waiting", "-1"], "max_waiting must be between 0 and"),

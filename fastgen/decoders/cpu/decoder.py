@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.files import NUMPY_DTYPES
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.interface import Capacity, StepBatch, check_batch, with_capacity
 from fastgen.decoders.memory import MemoryPlan
 from fastgen.decoders.quantization import norm_smoothing, value_smoothing
@@ -42,6 +43,8 @@ class CpuStep:
 
 class CpuDecoder:
     """See fastgen.decoders.interface.Decoder."""
+
+    survives_fork: ClassVar[bool] = True  # it starts new threads there
 
     def __init__(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.config import GPT2Config
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.cpu.decoder import CpuDecoder
 from fastgen.decoders.machine import free_memory, granted_cores
 from fastgen.decoders.memory import plan_memory

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
+from typing import ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ class CudaStep:
 
 class CudaDecoder:
     """See fastgen.decoders.interface.Decoder."""
+
+    survives_fork: ClassVar[bool] = False  # the device's context is its process's own
 
     def __init__(
         self,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.quantization import Floats, norm_smoothing, value_smoothing
 from fastgen.decoders.torch.weights import from_numpy
 from fastgen.errors import CheckpointError

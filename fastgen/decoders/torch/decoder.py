@@ -56,6 +56,8 @@ class TorchStep:
 class TorchDecoder:
     """See fastgen.decoders.interface.Decoder."""
 
+    survives_fork: ClassVar[bool] = False  # PyTorch would wait there for its parent's threads
+
     def __init__(
         self,
         config: GPT2Config,

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgen.checkpoints.checkpoint import EMBEDDING, HEAD, Checkpoint
+from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.files import NUMPY_DTYPES
+from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.errors import EngineClosedError
 
 Linear = Callable[[Tensor], Tensor]  # (N, in) -> (N, out)
