@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,13 +154,16 @@ class Decoder(Protocol):
     Attributes:
         known_options: names of the options that its sampler draws with. Rows with others are drawn
             on the host, from their logits.
-        survives_fork: whether it can be used in a forked child, where only the thread that forked
-            and the host's memory are left.
     """
 
-    survives_fork: ClassVar[bool]
     limits: Capacity
     known_options: frozenset[str]
+
+    @property
+    def survives_fork(self) -> bool:
+        """Whether it can be used in a forked child, where only the thread that forked and the
+        host's memory are left."""
+        ...
 
     def forward(self, batch: StepBatch) -> Logits:
         """Logits, float32 (L, V), in the decoder's own buffer, valid until the next call."""

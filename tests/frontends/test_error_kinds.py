@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,7 @@ def reentrant(model: Model) -> Iterator[EngineError]:
 def forked(model: Model) -> Iterator[EngineError]:
     with ThreadedEngine(model) as engine:
         for call in (engine.submit, engine.stream, engine.score):
-            yield in_fork(lambda call=call: caught(call, "And it"))
+            yield in_fork(partial(caught, call, "And it"))
 
 
 def out_of_blocks(model: Model) -> Iterator[EngineError]:

@@ -105,6 +105,9 @@ class Counted:
         self.lengths.append(len(token_ids))
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
 
 def with_decoder(vocab: Sequence[str], decoder: decoders.Decoder) -> tokenizers.Tokenizer:
     """Id i is vocab[i]; <s>, the last one, is special."""

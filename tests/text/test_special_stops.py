@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,7 +127,12 @@ def test_from_end_to_end(idle_model: fastgen.Generator) -> None:
     assert eos == [0]
     ended = 0
     for seed in range(6):
-        options = {"seed": seed, "ignore_eos": True, "max_new_tokens": 24, "logit_bias": bias}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "ignore_eos": True,
+            "max_new_tokens": 24,
+            "logit_bias": bias,
+        }
         [whole] = idle_model.generate("In the", **options)[0].completions
         if 0 not in whole.token_ids:
             continue
@@ -135,9 +141,7 @@ def test_from_end_to_end(idle_model: fastgen.Generator) -> None:
         assert row.text == tokenizer.decode(before)
         assert (row.finish_reason, row.stop_reason) == ("stop", EOS)
         assert row.token_ids == (*before, 0)
-        [kept] = idle_model.generate("In the", stop=EOS, include_stop=True, **options)[
-            0
-        ].completions
+        [kept] = idle_model.generate("In the", stop=EOS, include_stop=True, **options)
         assert kept.text == row.text + EOS
         pieces = list(idle_model.stream("In the", stop=EOS, **options))
         assert "".join(map(str, pieces)) == row.text
