@@ -157,7 +157,8 @@ class _Reader:
             raise self.error(f"auto_map must be an object, not {shown(auto_map)}")
         for key, value in auto_map.items():
             name = value.rpartition(".")[2] if isinstance(value, str) else value
-            if key != "AutoTokenizer" and name not in _GPT2_CLASSES:
+            is_tokenizer = str(key).removeprefix("Auto") == "Tokenizer"
+            if not is_tokenizer and name not in _GPT2_CLASSES:
                 raise self.error(
                     f"auto_map names {shown(value)} as its {shown_name(str(key))}; "
                     "a checkpoint's own code is never run, and only GPT-2 can be run exactly"

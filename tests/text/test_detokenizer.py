@@ -106,7 +106,8 @@ class Counted:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def decode_all(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        self.lengths.append(len(token_ids))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
 
 def with_decoder(vocab: Sequence[str], decoder: decoders.Decoder) -> tokenizers.Tokenizer:
