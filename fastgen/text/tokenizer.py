@@ -6,6 +6,7 @@ Fast tokenizer files run in the `tokenizers` library; vocabularies that only tra
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ _TRANSFORMERS_CLASSES = (
     "XLNetTokenizer",
     "XLNetTokenizerFast",
 )
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _CLASS_BY_FILE = {
     "vocab.txt": "BertTokenizer",
@@ -49,8 +51,10 @@ class TokenizerBackend(Protocol):
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode_all(self, token_ids: Sequence[int]) -> str: ...
     def detokenizer(self) -> Detokenizer: ...
     def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     @property
     def max_chars_per_token(self) -> int | None: ...
 
@@ -87,13 +91,20 @@ class Tokenizer:
             self._check_text(text, max_tokens)
         return self._backend.encode(texts)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
-        return self._backend.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids, without special tokens, or with them written out."""
+        if skip_special_tokens:
+            return self._backend.decode(token_ids)
+        return self._backend.decode_all(token_ids)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones written out; for showing to people."""
         return self._backend.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What `token_text` shows, in UTF-8. A token that is only a part of a character has bytes
+        that are not valid UTF-8."""
+        return self._backend.token_bytes(token_id)
 
     def sink(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> TextSink:
         """A TextSink for one row."""
@@ -144,11 +155,20 @@ class _FastBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """With special tokens written out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
     def detokenizer(self) -> Detokenizer:
         return ByteLevelDecoder(self._token_bytes) if self._byte_level else WindowDecoder(self)
 
     def token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._byte_level and token_id not in self._special:
+            return self._token_bytes(token_id)
+        return _bytes_of(self.token_text(token_id), self._tokenizer.id_to_token(token_id))
 
     @cached_property
     def max_chars_per_token(self) -> int | None:
@@ -190,11 +210,19 @@ class _TransformersBackend:
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         return str(self._tokenizer.decode(list(token_ids), **options))
 
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """With special tokens written out."""
+        return str(self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
     def detokenizer(self) -> Detokenizer:
         return WindowDecoder(self)
 
     def token_text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        return _bytes_of(self.token_text(token_id), piece)
 
 
 def _open_tokenizer_json(folder: Path) -> tokenizers.Tokenizer:
@@ -313,6 +341,12 @@ def _token_text(value: Any) -> str | None:
     """A special token is written as a string, or as an object with its content."""
     content = value.get("content") if isinstance(value, dict) else value
     return content if isinstance(content, str) else None
+
+
+def _bytes_of(text: str, piece: str | None) -> bytes:
+    """Of a token that is shown as this text; sentencepiece writes a single byte as `<0xNN>`."""
+    byte = _BYTE_PIECE.fullmatch(piece or "")
+    return bytes.fromhex(byte[1]) if byte and text == "\ufffd" else text.encode("utf-8", "replace")
 
 
 def _byte_level_bytes(token: str) -> bytes:
