@@ -125,9 +125,15 @@ class AsyncEngine(EngineFacade):
         """
         return await self._off_loop(estimate_size(texts), lambda: self._tokenizer.encode(texts))
 
-    async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
-        return await self._off_loop(len(token_ids), lambda: self._tokenizer.decode(token_ids))
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True
+    ) -> str:
+        """Text of ids, without special tokens, or with them written out."""
+
+        def decoded() -> str:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await self._off_loop(len(token_ids), decoded)
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; whether all have ended by then."""

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastgen.server import endpoints
+from fastgen.server import endpoints, tokens
 from fastgen.server.errors import ApiError, api_error
 from fastgen.server.schema import schema_of
 from fastgen.server.scoring import score
@@ -41,8 +41,9 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/score", _answering(score), methods=["POST"]),
         Route("/v1/models", _answering(endpoints.models), methods=["GET"]),
         Route("/v1/models/{name:path}", _answering(endpoints.model), methods=["GET"]),
-        Route("/tokenize", _answering(endpoints.tokenize), methods=["POST"]),
-        Route("/detokenize", _answering(endpoints.detokenize), methods=["POST"]),
+        Route("/tokenize", _answering(tokens.tokenize), methods=["POST"]),
+        Route("/detokenize", _answering(tokens.detokenize), methods=["POST"]),
+        Route("/tokenizer_info", _answering(tokens.tokenizer_info), methods=["GET"]),
         Route("/health", _answering(endpoints.ready), methods=["GET"]),
         Route("/health/live", _answering(endpoints.live), methods=["GET"]),
         Route("/health/ready", _answering(endpoints.ready), methods=["GET"]),

@@ -17,6 +17,7 @@ from fastgen.sampling.params import SamplingParams
 from fastgen.server.errors import ApiError, completion_error, unavailable
 from fastgen.server.limits import ServerLimits
 from fastgen.server.logprobs import LogprobsWriter
+from fastgen.server.openai_values import translated
 from fastgen.server.streaming import as_json
 from fastgen.text.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 SAMPLING: dict[str, Option] = {
     option.server_name or option.name: option for option in OPTIONS if option.schema is not None
 }
+STREAM_OPTIONS = ["include_usage", "include_obfuscation"]
 _ID = re.compile("0|[1-9][0-9]{0,9}")
 _LONGEST_NAME = 64
 LONGEST_SALT = 256  # characters
@@ -39,7 +41,7 @@ class CompletionRequest:
     """A request that has been understood; the sampling options are checked, the ids are not."""
 
     model: str
-    prompts: list[Any]  # each a string or a list of ids
+    prompts: list[Any]  # each a string or a list of ids; an empty one begins a new document
     params: SamplingParams
     stream: bool
     include_usage: bool
@@ -53,10 +55,15 @@ class CompletionRequest:
     def shows_prompt_logprobs(self) -> bool:
         return self.echo and self.params.logprobs is not None
 
+    @property
+    def needs_prompt_text(self) -> bool:
+        """To show it, or because offsets of log-probabilities count from its beginning."""
+        return self.echo or self.params.logprobs is not None
+
 
 def completion_request(body: dict[str, Any], limits: ServerLimits) -> CompletionRequest:
     """Raises OptionTypeError, OptionError or ApiError where it cannot be understood."""
-    given = {name: value for name, value in body.items() if value is not None}
+    given = without_nulls(body)
     check_names(given, [*SAMPLING, *OTHERS])
     if given.get("suffix", "") != "":
         raise ApiError(400, "suffix: this model cannot insert text, only continue it", "suffix")
@@ -82,6 +89,7 @@ def completion_request(body: dict[str, Any], limits: ServerLimits) -> Completion
 
 def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> SamplingParams:
     options = {option.name: given[name] for name, option in SAMPLING.items() if name in given}
+    options = translated(options)
     options.setdefault("max_new_tokens", DEFAULT_MAX_TOKENS)
     for name in ("logit_bias", "sequence_bias"):
         if name in options:
@@ -96,9 +104,7 @@ def _params(given: dict[str, Any], echo: bool, limits: ServerLimits) -> Sampling
         if echo:
             options["prompt_logprobs"] = options["logprobs"]
     if options["max_new_tokens"] == 0 and type(options["max_new_tokens"]) is int:
-        if not echo:
-            raise ApiError(400, "max_tokens of 0 is only of use with echo", "max_tokens")
-        options.setdefault("prompt_logprobs", 0)
+        options.setdefault("prompt_logprobs", 0)  # without them there would be nothing to run
     return SamplingParams(**options)
 
 
@@ -128,9 +134,9 @@ def _id(name: str, key: str) -> int:
 
 
 def prompts_of(prompt: Any, most: int) -> list[Any]:
-    """A string, a list of ids, or a list of either, as a list of prompts."""
+    """A string, a list of ids, or a list of either, as a list of prompts; None is an empty one."""
     if prompt is None:
-        raise ApiError(400, "prompt is missing", "prompt")
+        return [[]]
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list):
@@ -150,6 +156,11 @@ def prompts_of(prompt: Any, most: int) -> list[Any]:
 def timeout_of(given: dict[str, Any], limits: ServerLimits) -> float:
     most = limits.request_timeout
     return real("timeout", given.get("timeout", most), 0, most, above=True)
+
+
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """A field that is null is as good as absent."""
+    return {name: value for name, value in body.items() if value is not None}
 
 
 def check_names(given: dict[str, Any], known: list[str]) -> None:
@@ -174,9 +185,12 @@ def _include_usage(options: Any, stream: bool) -> bool:
     if not isinstance(options, dict):
         told = f"stream_options must be an object, not {type(options).__name__}"
         raise OptionTypeError(told, "stream_options")
-    check_names(options, ["include_usage", "include_obfuscation"])
+    given = without_nulls(options)
+    check_names(given, STREAM_OPTIONS)
     with about("stream_options"):
-        return boolean("stream_options.include_usage", options.get("include_usage", False))
+        for name, value in given.items():
+            boolean(f"stream_options.{name}", value)
+    return bool(given.get("include_usage", False))
 
 
 def check_answer(asked: CompletionRequest, max_seq_len: int, limits: ServerLimits) -> None:
@@ -218,9 +232,9 @@ class Answer:
     def _choices(self, generations: Sequence[Generation]) -> Iterator[dict[str, Any]]:
         index = 0
         for prompt, generation in zip(self._request.prompts, generations, strict=True):
-            shown = self.prompt_text(prompt) if self._request.echo else ""
+            before = self.prompt_text(prompt) if self._request.needs_prompt_text else ""
             for completion in generation.completions:
-                yield self._choice(index, shown, generation, completion)
+                yield self._choice(index, before, generation, completion)
                 index += 1
 
     def object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,25 +250,26 @@ class Answer:
         """As the caller wrote it; of ids, what they stand for."""
         if isinstance(prompt, str):
             return prompt
-        return "" if self._tokenizer is None else self._tokenizer.decode(prompt)
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _choice(
-        self, index: int, shown: str, generation: Generation, completion: Completion
+        self, index: int, before: str, generation: Generation, completion: Completion
     ) -> dict[str, Any]:
-        """`shown`: the prompt's text, if it is to be there."""
+        """`before`: the prompt's text, if it is needed."""
         refuse_failed(completion)
         writer = LogprobsWriter(self._tokenizer)
-        if self._request.echo:
-            if self._request.shows_prompt_logprobs:
-                prompt_logprobs = generation.prompt_logprobs or ()
-                writer.add_prompt(shown, generation.prompt_token_ids, prompt_logprobs)
-            else:
-                writer.skip(shown)
+        if self._request.shows_prompt_logprobs:
+            prompt_logprobs = generation.prompt_logprobs or ()
+            writer.add_prompt(before, generation.prompt_token_ids, prompt_logprobs)
+        else:
+            writer.skip(before)
         if completion.logprobs is not None:
             writer.add(completion.logprobs)
         choice = {
             "index": index,
-            "text": shown + completion.text,
+            "text": (before if self._request.echo else "") + completion.text,
             "logprobs": None if self._request.params.logprobs is None else writer.take(),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,

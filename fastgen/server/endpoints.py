@@ -10,8 +10,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fastgen.checks import integer
-from fastgen.errors import OptionTypeError, about
 from fastgen.frontends.async_engine import AsyncStream
 from fastgen.frontends.engine_thread import estimate_size
 from fastgen.results import Generation
@@ -21,10 +19,8 @@ from fastgen.server.completions import (
     Answer,
     CompletionRequest,
     check_answer,
-    check_names,
     completion_request,
     refuse_failed,
-    text,
     usage_of,
 )
 from fastgen.server.logprobs import LogprobsWriter
@@ -56,7 +52,8 @@ async def completions(request: Request) -> Any:
 
 def _answer_size(asked: CompletionRequest, generation: Generation) -> int:
     """Tokens that the answer has to list."""
-    prompts = asked.echo * (asked.params.n if asked.shows_prompt_logprobs else 1)
+    shown = asked.params.n if asked.shows_prompt_logprobs else 1
+    prompts = shown if asked.needs_prompt_text else 0
     new_tokens = sum(len(completion.token_ids) for completion in generation.completions)
     return prompts * len(generation.prompt_token_ids) + new_tokens
 
@@ -100,7 +97,7 @@ async def _events(
                 shown = piece.text
                 if index not in writers:
                     writers[index] = LogprobsWriter(model.generator.tokenizer)
-                    shown = _echo(asked, answer, streams[at], writers[index], at) + shown
+                    shown = _begin(asked, answer, streams[at], writers[index], at) + shown
                 if piece.logprobs is not None:
                     writers[index].add(piece.logprobs)
                 choice = {
@@ -121,15 +118,16 @@ async def _events(
             await stream.aclose()
 
 
-def _echo(
+def _begin(
     asked: CompletionRequest,
     answer: Answer,
     stream: AsyncStream,
     writer: LogprobsWriter,
     at: int,
 ) -> str:
-    """What a choice's first event begins with: the prompt, if it is asked for."""
-    if not asked.echo:
+    """What a choice's first event begins with: the prompt, if it is asked for. Its writer begins
+    after the prompt, in any case."""
+    if not asked.needs_prompt_text:
         return ""
     prompt = answer.prompt_text(asked.prompts[at])
     request = stream.request
@@ -137,7 +135,7 @@ def _echo(
         writer.add_prompt(prompt, request.prompt_token_ids, request.prompt_logprobs or ())
     else:
         writer.skip(prompt)
-    return prompt
+    return prompt if asked.echo else ""
 
 
 def _usage(streams: Sequence[AsyncStream]) -> dict[str, int]:
@@ -165,32 +163,6 @@ def _model(served: ServedModel) -> dict[str, Any]:
         "owned_by": "fastgen",
         "max_model_len": served.max_seq_len,
     }
-
-
-async def tokenize(request: Request) -> Response:
-    service = service_of(request)
-    body = await read_json(request, service.limits)
-    check_names(body, ["model", "prompt"])
-    served = service.model(text("model", body.get("model") or ""))
-    with about("prompt"):
-        [ids] = await served.engine.tokenize([text("prompt", body.get("prompt"))])
-    answer = {"tokens": ids, "count": len(ids), "max_model_len": served.max_seq_len}
-    return await off_loop(len(ids), lambda: json_response(answer))
-
-
-async def detokenize(request: Request) -> dict[str, Any]:
-    service = service_of(request)
-    body = await read_json(request, service.limits)
-    check_names(body, ["model", "tokens"])
-    served = service.model(text("model", body.get("model") or ""))
-    tokens = body.get("tokens")
-    if not isinstance(tokens, list):
-        told = f"tokens must be a list of token ids, not {type(tokens).__name__}"
-        raise OptionTypeError(told, "tokens")
-    most = served.generator.config.vocab_size - 1
-    await off_loop(len(tokens), lambda: [integer("tokens", one, 0, most) for one in tokens])
-    with about("tokens"):
-        return {"prompt": await served.engine.detokenize(tokens)}
 
 
 async def live(request: Request) -> Response:

@@ -21,7 +21,7 @@ class LogprobsWriter:
         self._clear()
 
     def skip(self, text: str) -> None:
-        """Text before the first token."""
+        """Text before the first token, whether or not the choice shows it."""
         self._offset += len(text)
 
     def add_prompt(
@@ -31,8 +31,8 @@ class LogprobsWriter:
         for token_id, own in zip(token_ids, logprobs, strict=True):
             at = self._offset
             self._add(token_id, own)
-            if self._offset == at and _stands_at(at, text, self._text(token_id)):
-                self._offset += len(self._text(token_id))  # a special one, as its caller wrote it
+            if self._offset == at:  # a special one, as its caller wrote it
+                self._offset += self._length_at(at, text, token_id)
         self._begin_text(len(text))
 
     def add(self, logprobs: Iterable[TokenLogprobs]) -> None:
@@ -61,7 +61,7 @@ class LogprobsWriter:
         self._offsets: list[int] = []
 
     def _add(self, token_id: int, own: TokenLogprobs | None) -> None:
-        self._tokens.append(self._text(token_id))
+        self._tokens.append(shown_token(self._tokenizer, token_id))
         self._logprobs.append(None if own is None else own.logprob)
         self._top.append(None if own is None else self._best(own))
         self._offsets.append(self._offset)
@@ -70,18 +70,40 @@ class LogprobsWriter:
             self._offset += len(self._sink.take())
 
     def _best(self, own: TokenLogprobs) -> dict[str, float]:
-        """Of tokens with the same text, the likeliest."""
+        """The most likely tokens, and this one. No two have the same key."""
         best: dict[str, float] = {}
+        chosen = shown_token(self._tokenizer, own.token_id)
         for token_id, logprob in own.top:
-            best.setdefault(self._text(token_id), logprob)
+            if token_id == own.token_id:
+                best[chosen] = own.logprob
+                continue
+            key = shown_token(self._tokenizer, token_id)
+            best[_by_id(token_id) if key in best or key == chosen else key] = logprob
+        best.setdefault(chosen, own.logprob)
         return best
 
-    def _text(self, token_id: int) -> str:
-        if self._tokenizer is None:
-            return f"token_id:{token_id}"
-        return self._tokenizer.token_text(token_id)
+    def _length_at(self, at: int, text: str, token_id: int) -> int:
+        """Characters of a token that the text has there; 0 for a part of a character."""
+        token = "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
+        return len(token) if "\ufffd" not in token and text.startswith(token, at) else 0
 
 
-def _stands_at(at: int, text: str, token: str) -> bool:
-    """Whether the text has this token there; False for a part of a character."""
-    return "\ufffd" not in token and text.startswith(token, at)
+def shown_token(tokenizer: Tokenizer | None, token_id: int) -> str:
+    r"""A token as OpenAI's answers show it: its text, or `bytes:\xe2\x80` for bytes that are only
+    parts of characters. Of these, letters and other signs of ASCII stand as they are."""
+    if tokenizer is None:
+        return _by_id(token_id)
+    shown = tokenizer.token_bytes(token_id)
+    try:
+        return shown.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(map(_shown_byte, shown))
+
+
+def _shown_byte(byte: int) -> str:
+    is_plain = 0x20 <= byte < 0x7F and byte != ord("\\")
+    return chr(byte) if is_plain else f"\\x{byte:02x}"
+
+
+def _by_id(token_id: int) -> str:
+    return f"token_id:{token_id}"

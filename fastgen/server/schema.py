@@ -8,7 +8,14 @@ from typing import Any
 import fastgen
 from fastgen.engine.request_limits import RequestLimits
 from fastgen.sampling.options import Limit
-from fastgen.server.completions import DEFAULT_MAX_TOKENS, LONGEST_SALT, OTHERS, SAMPLING
+from fastgen.server.completions import (
+    DEFAULT_MAX_TOKENS,
+    LONGEST_SALT,
+    OTHERS,
+    SAMPLING,
+    STREAM_OPTIONS,
+)
+from fastgen.server.openai_values import TRANSLATIONS
 from fastgen.server.service import Service
 
 Schema = dict[str, Any]
@@ -23,11 +30,13 @@ def schema_of(service: Service) -> Schema:
         "/v1/score": _post("Log-probabilities of texts, or of labels after a prompt",
                            _score(service, names)),
         "/tokenize": _post("Token ids of a text", _object(
-            {"model": _model(names), "prompt": {"type": "string"}}, ["prompt"])),
-        "/detokenize": _post("The text of token ids", _object(
+            {"model": _model(names), "prompt": {"type": "string"},
+             "add_special_tokens": {"const": False}}, ["prompt"])),
+        "/detokenize": _post("The text of token ids, special tokens written out", _object(
             {"model": _model(names), "tokens": _ids()}, ["tokens"])),
+        "/tokenizer_info": _get("The tokens that begin, end and pad texts", _in_query("model")),
         "/v1/models": _get("The models"),
-        "/v1/models/{name}": _get("One of them", "name"),
+        "/v1/models/{name}": _get("One of them", _in_path("name")),
         "/health": _open("Whether requests are taken and steps make progress"),
         "/health/live": _open("Whether the process is of use"),
         "/health/ready": _open("As /health"),
@@ -54,10 +63,10 @@ def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Sc
     ]
     own: Schema = {
         "model": _model(names),
-        "prompt": {"oneOf": text_or_ids},
+        "prompt": {"oneOf": text_or_ids, "description": "without it a new document begins"},
         "stream": {"type": "boolean"},
         "stream_options": _object(
-            {name: {"type": "boolean"} for name in ("include_usage", "include_obfuscation")}
+            {name: _nullable({"type": "boolean"}) for name in STREAM_OPTIONS}
         ),
         "logprobs": _integer(0, service.limits.completion_logprobs),
         "echo": {"type": "boolean"},
@@ -71,7 +80,11 @@ def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Sc
     sampling = {name: _resolved(option.schema, limits) for name, option in SAMPLING.items()}
     told = f"never past the context of {context} tokens"
     sampling["max_tokens"] |= {"default": DEFAULT_MAX_TOKENS, "description": told}
-    return _object({name: own[name] for name in OTHERS} | sampling, ["prompt"])
+    for name, translation in TRANSLATIONS.items():
+        sampling[name].pop("exclusiveMinimum", None)
+        sampling[name] |= {"minimum": translation.minimum}
+    fields = {name: own[name] for name in OTHERS} | sampling
+    return _object({name: _nullable(field) for name, field in fields.items()})
 
 
 def _resolved(schema: Any, limits: RequestLimits) -> Any:
@@ -102,13 +115,17 @@ def _post(summary: str, body: Schema) -> Schema:
                      "responses": _responses()}}  # fmt: skip
 
 
-def _get(summary: str, parameter: str | None = None) -> Schema:
+def _get(summary: str, *parameters: Schema) -> Schema:
     operation: Schema = {"summary": summary, "responses": _responses()}
-    if parameter is not None:
-        operation["parameters"] = [
-            {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
-        ]
-    return {"get": operation}
+    return {"get": operation | ({"parameters": list(parameters)} if parameters else {})}
+
+
+def _in_path(name: str) -> Schema:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _in_query(name: str) -> Schema:
+    return {"name": name, "in": "query", "schema": {"type": "string"}}
 
 
 def _open(summary: str) -> Schema:
@@ -128,6 +145,17 @@ def _responses() -> Schema:
 def _object(properties: Schema, required: list[str] | None = None) -> Schema:
     schema: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return schema | ({"required": required} if required else {})
+
+
+def _nullable(schema: Schema) -> Schema:
+    """The same, or null, which is as good as absent."""
+    if "oneOf" in schema:
+        return schema | {"oneOf": [*schema["oneOf"], {"type": "null"}]}
+    if "const" in schema:
+        rest = {name: value for name, value in schema.items() if name != "const"}
+        return rest | {"enum": [schema["const"], None]}
+    allowed = {"enum": [*schema["enum"], None]} if "enum" in schema else {}
+    return schema | {"type": [schema["type"], "null"]} | allowed
 
 
 def _model(names: list[str]) -> Schema:

@@ -12,9 +12,10 @@ from fastgen.errors import OptionTypeError, about
 from fastgen.results import Score
 from fastgen.server.bodies import read_json
 from fastgen.server.calls import json_response, off_loop, salt_of, service_of
-from fastgen.server.completions import check_names, text, timeout_of, usage_of
+from fastgen.server.completions import check_names, text, timeout_of, usage_of, without_nulls
 from fastgen.server.errors import ApiError
 from fastgen.server.limits import ServerLimits
+from fastgen.server.logprobs import shown_token
 from fastgen.server.service import ServedModel
 from fastgen.server.streaming import unless_disconnected
 
@@ -22,7 +23,7 @@ from fastgen.server.streaming import unless_disconnected
 async def score(request: Request) -> Response:
     service = service_of(request)
     body = await read_json(request, service.limits)
-    given = {name: value for name, value in body.items() if value is not None}
+    given = without_nulls(body)
     check_names(given, ["model", "input", "prompt", "labels", "timeout", "cache_salt"])
     model = service.model(text("model", given.get("model", "")))
     if ("input" in given) == ("labels" in given) or ("prompt" in given) != ("labels" in given):
@@ -74,7 +75,7 @@ def _item(model: ServedModel, index: int, score: Score, first: int) -> dict[str,
     return {
         "object": "score",
         "index": index,
-        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids] if tokenizer else [],
+        "tokens": [shown_token(tokenizer, token_id) for token_id in token_ids] if tokenizer else [],
         "token_ids": list(token_ids),
         "logprobs": list(logprobs),
         "total_logprob": total,

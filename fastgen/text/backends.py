@@ -3,6 +3,7 @@ that transformers has in Python only."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -14,14 +15,18 @@ from fastgen.errors import OptionError
 from fastgen.text.detokenizer import ByteLevelDecoder, Detokenizer, WindowDecoder
 from fastgen.text.tokenizer_files import is_librarys
 
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
 
 class TokenizerBackend(Protocol):
     """One tokenizer library. All ids and texts are plain Python."""
 
     def encode(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode_all(self, token_ids: Sequence[int]) -> str: ...
     def detokenizer(self) -> Detokenizer: ...
     def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     @property
     def max_chars_per_token(self) -> int | None: ...
 
@@ -61,6 +66,11 @@ class FastBackend:
 
     def token_text(self, token_id: int) -> str:
         return self.decode_all([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if self._byte_level and token_id not in self._special:
+            return self._token_bytes(token_id)
+        return _bytes_of(self.token_text(token_id), self._tokenizer.id_to_token(token_id))
 
     @cached_property
     def max_chars_per_token(self) -> int | None:
@@ -120,6 +130,16 @@ class TransformersBackend:
 
     def token_text(self, token_id: int) -> str:
         return str(self._tokenizer.decode([token_id]))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        return _bytes_of(self.token_text(token_id), piece)
+
+
+def _bytes_of(text: str, piece: str | None) -> bytes:
+    """Of a token that is shown as this text; sentencepiece writes a single byte as `<0xNN>`."""
+    byte = _BYTE_PIECE.fullmatch(piece or "")
+    return bytes.fromhex(byte[1]) if byte and text == "\ufffd" else text.encode("utf-8", "replace")
 
 
 def _byte_level_bytes(token: str) -> bytes:

@@ -43,13 +43,20 @@ class Tokenizer:
             self._check_text(text, max_tokens)
         return self._backend.encode(texts)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens."""
-        return self._backend.decode(token_ids)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of ids, without special tokens, or with them written out."""
+        if skip_special_tokens:
+            return self._backend.decode(token_ids)
+        return self._backend.decode_all(token_ids)
 
     def token_text(self, token_id: int) -> str:
         """One token as text, special ones written out; for showing to people."""
         return self._backend.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What `token_text` shows, in UTF-8. A token that is only a part of a character has bytes
+        that are not valid UTF-8."""
+        return self._backend.token_bytes(token_id)
 
     def sink(self, stop: Sequence[str] = (), *, include_stop: bool = False) -> TextSink:
         """A TextSink for one row."""

@@ -103,11 +103,11 @@ ROOMS = (
         "words sampling text engine frontends",
         (
             "limits",
-            "errors logprobs metrics",
+            "errors logprobs metrics openai_values",
             "bodies protocol service streaming",
             "completions",
             "calls schema",
-            "endpoints scoring",
+            "endpoints scoring tokens",
             "app",
             "run",
             "command",

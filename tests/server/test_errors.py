@@ -32,13 +32,13 @@ LONE = "\ud800"  # half of a character
 # Of each field, values that it cannot have.
 BAD: dict[str, list[Any]] = {
     "model": [5, True, ["bundled"], {}],
-    "prompt": [None, 5, True, 1.5, {}, [], [None], [True], [1.5], [1, "a"], ["a", 1], ["a", ["b"]],
+    "prompt": [5, True, 1.5, {}, [], [None], [True], [1.5], [1, "a"], ["a", 1], ["a", ["b"]],
                [[1], "b"], [["b"]], [[[1]]], [[True]], [-1], [4096], [HUGE], ["a"] * 129,
                [1] * 1024, [[1], [4096]], "a " * 3000, [[1], [1] * 1024]],
-    "max_tokens": [*NO_COUNTS, 0],
+    "max_tokens": NO_COUNTS,
     "min_tokens": [*NO_COUNTS, 4],
     "n": [*NO_COUNTS, 0, 129],
-    "best_of": [*NO_COUNTS, 0, 21],
+    "best_of": [*NO_COUNTS, 21],
     "stream": NO_BOOLS,
     "stream_options": [{"include_usage": True}, [], 5, "x"],
     "logprobs": [*NO_COUNTS, 6],
@@ -49,9 +49,9 @@ BAD: dict[str, list[Any]] = {
     "priority": [*NO_COUNTS, 1001],
     "cache_salt": [5, True, "", LONE, []],
     "stop": [5, True, {}, "", [""], ["a", 5], ["a", "a", "b", "c", "d", "e"], "x" * 257, LONE],
-    "seed": [-1, True, 1.0, "1", [], 2**64, HUGE],
-    "temperature": [*NO_NUMBERS, -1, 2.01, 1e7, 1e-9],
-    "top_p": [*NO_NUMBERS, 0, -0.1, 1.01],
+    "seed": [-(2**63) - 1, True, 1.0, "1", [], 2**64, HUGE],
+    "temperature": [*NO_NUMBERS, -1, -1e-9, 2.01, 1e7],
+    "top_p": [*NO_NUMBERS, -0.1, 1.01],
     "presence_penalty": [*NO_NUMBERS, 2.01, -2.01],
     "frequency_penalty": [*NO_NUMBERS, 2.01, -2.01],
     "logit_bias": [5, "x", [], [[5, 1]], {"a": 1}, {"": 1}, {"4096": 1}, {"-1": 1}, {"05": 1},
@@ -113,7 +113,9 @@ ELSEWHERE: dict[str, list[Any]] = {
         {"input": "word " * 70_000},
     ],
     "/tokenize": [{}, {"prompt": None}, {"prompt": 5}, {"prompt": ["a"]}, {"prompt": LONE},
-                  {"prompt": "a", "text": "b"}, {"prompt": "a", "model": 5}],
+                  {"prompt": "a", "text": "b"}, {"prompt": "a", "model": 5},
+                  {"prompt": "a", "add_special_tokens": True},
+                  {"prompt": "a", "add_special_tokens": 0}],
     "/detokenize": [{}, {"tokens": "a"}, {"tokens": [-1]}, {"tokens": [4096]}, {"tokens": [True]},
                     {"tokens": [1.5]}, {"tokens": [None]}, {"tokens": [[1]]}, {"tokens": [HUGE]},
                     {"tokens": [1], "ids": []}],
@@ -154,6 +156,8 @@ def test_a_bad_value_is_refused_by_its_name(server: RunningServer, name: str) ->
         ({"allowed_token_ids": [5], "suppress_tokens": [5]}, "allowed_token_ids"),
         ({"stream": True, "stream_options": {"usage": True}}, "usage"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": "no"}}, "stream_options"),
+        ({"top_p": 0, "temperature": 2.01}, "temperature"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
@@ -187,7 +191,9 @@ def test_the_other_paths_name_the_field_that_is_wrong(server: RunningServer) -> 
         ("/v1/score", "prompt", {"prompt": LONE, "labels": ["a"]}),
         ("/v1/score", "labels", {"prompt": "a", "labels": [LONE]}),
         ("/v1/score", "timeout", {"input": "a", "timeout": 0}),
-        ("/tokenize", "prompt", {"prompt": LONE}), ("/detokenize", "tokens", {"tokens": [4096]}),
+        ("/tokenize", "prompt", {"prompt": LONE}),
+        ("/tokenize", "add_special_tokens", {"prompt": "a", "add_special_tokens": True}),
+        ("/detokenize", "tokens", {"tokens": [4096]}),
     ]:  # fmt: skip
         assert refusal(server, sent, path)["param"] == param
 
