@@ -64,7 +64,7 @@ def fast_forward(
     if torch._C._is_tracing():
         raise NotNative("it is being traced")
     call = _call(model, own, arguments)
-    kv = packed.kv_rows(model)
+    kv = packed.kv_rows(model, continues=call.cache)
     past = call.cache.get_seq_length()
     computed = call.cache.extend(
         kv, call.token_ids, call.mask, call.positions, call.num_computed

@@ -19,6 +19,8 @@ from fastgen.decoders.plan import LoadOptions
 from fastgen.decoders.select import build_decoder, plan_decoder
 from fastgen.engine.engine import Engine
 from fastgen.errors import CheckpointError
+from fastgen.hf.cache import BlockCache
+from fastgen.hf.checksums import checksums
 from fastgen.hf.kv_rows import KvRows
 from fastgen.hf.not_native import NotNative
 
@@ -55,15 +57,21 @@ class PackedModel:
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run
 
-    def kv_rows(self, model: nn.Module) -> KvRows:
+    def kv_rows(self, model: nn.Module, *, continues: BlockCache | None = None) -> KvRows:
         """The decoder of the model's weights as they are now.
+
+        Args:
+            continues: the call's cache. A call that goes on where another one of the same weights
+                ended, as each step of a loop does, trusts PyTorch's counters and a few samples;
+                every other reads all weights (`checksums`).
 
         Raises:
             NotNative: these are not the modules, or not weights, that fastgen computes exactly.
         """
         with self._lock:
             try:
-                if self._state is None or not self._state.holds():
+                goes_on = continues is not None and continues.continues(self._kv)
+                if self._state is None or not self._state.holds(every_byte=not goes_on):
                     if _drops_out(model.modules()):
                         raise NotNative("dropout is active")
                     self._pack(model)
@@ -94,6 +102,7 @@ class PackedModel:
         # there are none, this frees the memory first: two packed copies would be one too many.
         self._state = self._kv = None
         refused = _why_not(model)
+        state = _State(model, summed=not refused)  # what is written from now on is seen later
         if not refused:
             try:
                 self._kv = _packed(model)
@@ -104,7 +113,7 @@ class PackedModel:
                 f"fastgen leaves this model to transformers, as long as {refused}", stacklevel=2
             )
         self._refused = refused
-        self._state = _State(model)
+        self._state = state
 
 
 def _drops_out(modules: Iterable[nn.Module]) -> bool:
@@ -120,13 +129,14 @@ def _drops_out(modules: Iterable[nn.Module]) -> bool:
 
 
 class _State:
-    """What a model was made of: modules, parameters, how often these had been written, and samples
-    of them, for what is written past PyTorch's counters.
+    """What a model was made of: modules, parameters, how often these had been written, and, for
+    what is written past PyTorch's counters, a checksum of all bytes of each and samples.
 
-    Asked before every forward, so it is made to be compared fast: about 0.5 ms for 12 layers.
+    All but the checksums is asked before every forward, so it is made to be compared fast: about
+    0.5 ms for 12 layers.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, summed: bool) -> None:
         self._config, self._attention = model.config, model.config._attn_implementation
         self._modules = list(model.modules())
         self._parts = [_parts(module) for module in self._modules]
@@ -134,14 +144,18 @@ class _State:
         self._versions = [_version(parameter) for parameter in self._parameters]
         self._places = [_places(parameter) for parameter in self._parameters]
         self._samples = self._sampled()
+        self._checksums = self._summed() if summed else None
 
-    def holds(self) -> bool:
-        """Nothing has changed since."""
+    def holds(self, *, every_byte: bool) -> bool:
+        """Nothing has changed since; `every_byte` reads all weights."""
         return (
             self._attention == self._config._attn_implementation
             and self._parts == [_parts(module) for module in self._modules]
             and self._versions == [_version(parameter) for parameter in self._parameters]
             and torch.equal(self._samples, self._sampled())
+            and (
+                not every_byte or self._checksums is None or self._checksums == self._summed()
+            )
         )
 
     def drops_out(self) -> bool:
@@ -151,13 +165,19 @@ class _State:
     def _sampled(self) -> torch.Tensor:
         return torch.cat(self._places).view(torch.uint8)
 
+    def _summed(self) -> list[int]:
+        return checksums(self._parameters, torch.get_num_threads())
+
 
 _SAMPLES = 16  # of each parameter
 
 
 def _places(parameter: torch.Tensor) -> torch.Tensor:
-    """A view of a few of its values, from all over."""
+    """A view of a few of its values, in different columns of a matrix."""
     step = max(1, parameter.numel() // _SAMPLES)
+    width = parameter.shape[-1] if parameter.dim() else 1
+    if step > width:
+        step += width // _SAMPLES + 1 - step % width  # each stands further on in its row
     flat = parameter.detach()
     return flat.view(-1)[::step] if flat.is_contiguous() else flat.new_empty(0)
 

@@ -81,8 +81,9 @@ ROOMS = (
         "hf",
         "words sampling checkpoints decoders engine",
         (
-            "kv_rows not_native stop_strings streamers",
-            "cache options packing",
+            "checksums kv_rows not_native stop_strings streamers",
+            "cache options",
+            "packing",
             "forward",
             "sampling",
             "beams",
