@@ -81,7 +81,7 @@ ROOMS = (
         "hf",
         "words sampling checkpoints decoders engine",
         (
-            "checksums kv_rows not_native stop_strings streamers",
+            "checksums gradients kv_rows modules not_native stop_strings streamers tracing",
             "cache options",
             "packing",
             "forward",
