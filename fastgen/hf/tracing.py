@@ -26,7 +26,7 @@ def why_not_plain(tensors: Iterable[Tensor]) -> str:
         return "it is differentiated in forward mode"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of PyTorch's watches its operations"
-    for mode in _get_current_function_mode_stack():
+    for mode in _get_current_function_mode_stack():  # type: ignore[no-untyped-call]
         if type(mode) is not DeviceContext:  # of torch.set_default_device
             return f"{type(mode).__name__} watches its operations"
     for tensor in tensors:
