@@ -57,7 +57,7 @@ def test_vjp(models: Any) -> None:
     *pair, ids = models
     found = []
     for model in pair:
-        loss, pull = vjp(lambda w, m=model: _loss(m, w, ids), _weights(model))
+        loss, pull, *_ = vjp(lambda w, m=model: _loss(m, w, ids), _weights(model))
         found.append({"loss": loss, **pull(torch.ones_like(loss))[0]})
     _assert_same(*found)
 
@@ -79,7 +79,7 @@ def test_an_ensemble(models: Any) -> None:
     for model in pair:
         stacked = {name: torch.stack([w, 1.1 * w]) for name, w in _weights(model).items()}
         found.append(vmap(lambda w, m=model: _loss(m, w, ids), randomness="same")(stacked))
-    assert found[0].shape == (2,) and torch.allclose(*found, rtol=1e-5)
+    assert found[0].shape == (2,) and torch.allclose(found[0], found[1], rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own use
@@ -105,7 +105,7 @@ def test_modes_see_the_operations(models: Any) -> None:
     assert counts[0] == counts[1] > 0
     _, ours = pair
 
-    class Seeing(TorchDispatchMode):
+    class Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
@@ -119,7 +119,11 @@ def test_modes_see_the_operations(models: Any) -> None:
             seen.append(getattr(func, "__name__", ""))
             return func(*args, **(kwargs or {}))
 
-    for mode, name in ((Seeing(), "aten.addmm.default"), (SeeingFunctions(), "addmm")):
+    modes: list[tuple[Any, str]] = [
+        (Seeing(), "aten.addmm.default"),  # type: ignore[no-untyped-call]
+        (SeeingFunctions(), "addmm"),
+    ]
+    for mode, name in modes:
         seen: list[str] = []
         with mode, torch.no_grad():
             ours(ids)

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import fastgen
 from fastgen.hf import packing
+from fastgen.hf.checksums import checksums
 from hf_models import fresh_pair, generated, kv_rows_of, random_ids, tolerance
 from tolerances import TOLERANCES
 
@@ -186,11 +187,10 @@ def test_all_weights_are_read_once_a_loop(monkeypatch: pytest.MonkeyPatch) -> No
     call = {"input_ids": ids, "max_new_tokens": 9, "do_sample": False}
     kv_rows_of(ours)
     reads: list[int] = []
-    summed = packing.checksums
 
     def counted(tensors: Any, num_threads: int) -> list[int]:
         reads.append(len(tensors))
-        return summed(tensors, num_threads)
+        return checksums(tensors, num_threads)
 
     monkeypatch.setattr(packing, "checksums", counted)
     generated(ours, **call)
