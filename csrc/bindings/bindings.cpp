@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "bindings/checksum_bindings.h"
 #include "bindings/decoder_bindings.h"
 #include "bindings/peaks_bindings.h"
 #include "bindings/sampler_bindings.h"
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_native, module) {
   fastgen::bind_sampler(module);
   fastgen::bind_decoder(module);
   fastgen::bind_peaks(module);
+  fastgen::bind_checksums(module);
   module.def("cpu_features", &fastgen::cpu_features,
              "Instruction sets of this processor that matter here, as Linux names them.");
 }

@@ -174,7 +174,7 @@ class _Search:
         past, call = self._call.cache.get_seq_length(), self._call
         ids = self._rows[:, past:].cpu().numpy()
         positions = np.maximum(np.arange(past, self._length) - call.starts[:, None], 0)
-        check_positions(positions, self._model.config.n_positions)
+        check_positions(positions, self._kv.num_positions)
         if self._mask.shape[1] < self._length:
             self._mask = np.pad(self._mask, ((0, 0), (0, 1)), constant_values=True)
         logits = call.cache.extend(self._kv, ids, self._mask, positions, 1)[:, 0]

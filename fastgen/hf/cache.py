@@ -66,6 +66,10 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
         """It is an ordinary DynamicCache by now."""
         return self._tensors is not None
 
+    def continues(self, kv: KvRows | None) -> bool:
+        """Whether it holds tokens whose keys and values were computed with these weights."""
+        return kv is not None and self._kv is kv and any(row.token_ids for row in self._rows)
+
     def remember(self, token_ids: Ints, mask: Bools, positions: Ints) -> None:
         """Take over tokens (B, S), whose first ones may be those it has; nothing is computed."""
         if len(self._live_rows()) != len(token_ids):

@@ -5,8 +5,7 @@ Shapes: B rows, T new tokens, S tokens in the cache, K tokens whose logits are w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,11 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from fastgen.hf.cache import BlockCache, Bools, Compute
+from fastgen.hf.gradients import Again, differentiable
 from fastgen.hf.kv_rows import Ints
 from fastgen.hf.not_native import NotNative, check_known
 from fastgen.hf.packing import PackedModel
+from fastgen.hf.tracing import why_no_later_graph, why_not_plain
 
 OwnForward = Callable[..., Any]
 
@@ -57,14 +58,21 @@ def fast_forward(
         NotNative: that forward has to do it; no argument has changed.
         IndexError: a token or position is not in the model's tables, as transformers raises.
     """
-    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    parameters = list(model.parameters())
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
     if needs_grad and model.training:
         packed.forget()
         raise NotNative("training with gradients")
-    if torch._C._is_tracing():
-        raise NotNative("it is being traced")
+    given = [value for value in arguments.values() if isinstance(value, Tensor)]
+    reason = why_not_plain([*parameters, *given])
+    if needs_grad and not reason:
+        reason = why_no_later_graph(model.device.type)
+    if reason:
+        raise NotNative(reason)
     call = _call(model, own, arguments)
-    kv = packed.kv_rows(model)
+    kv = packed.kv_rows(model, call.cache)
+    check_tokens(call.token_ids, kv.vocab_size)
+    check_positions(call.positions, kv.num_positions)
     past = call.cache.get_seq_length()
     computed = call.cache.extend(
         kv, call.token_ids, call.mask, call.positions, call.num_computed
@@ -77,7 +85,7 @@ def fast_forward(
     if not needs_grad and call.cache.num_constant >= past:
         call.cache.num_constant = call.cache.get_seq_length()
     if needs_grad:
-        logits = _differentiable(model, own, call, logits)
+        logits = differentiable(model, logits, _again(call, logits))
     loss, labels = None, arguments.get("labels")
     if labels is not None:
         extra = {
@@ -113,6 +121,8 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
     if cache is None:
+        if not use_cache and arguments.get("attention_mask") is None:
+            _check_unpacked(arguments.get("position_ids"))
         cache = new_cache(model, own)
     elif not isinstance(cache, BlockCache) or cache.has_tensors:
         raise NotNative("past_key_values is another kind of cache")
@@ -125,17 +135,17 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     columns = _columns(arguments.get("logits_to_keep", 0), length)
     if mask is not None and not mask[:, past:][:, columns.min() :].all():
         raise NotNative("logits of padding are wanted")
-    call = ForwardCall(
+    positions = _positions(arguments.get("position_ids"), batch_size, past, length)
+    if model.config._attn_implementation not in (None, "eager", "sdpa"):
+        _check_consecutive(positions)  # others may read packed sequences out of them at any time
+    return ForwardCall(
         token_ids=input_ids.cpu().numpy().astype(np.int64),
         mask=mask,
-        positions=_positions(arguments.get("position_ids"), batch_size, past, length),
+        positions=positions,
         columns=columns,
         cache=cache,
         use_cache=use_cache,
     )
-    check_tokens(call.token_ids, model.config.vocab_size)
-    check_positions(call.positions, model.config.n_positions)
-    return call
 
 
 def new_cache(model: Any, own: OwnForward) -> BlockCache:
@@ -215,65 +225,42 @@ def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> In
     return np.broadcast_to(position_ids.cpu().numpy().astype(np.int64), (batch_size, length))
 
 
-def _differentiable(model: Any, own: OwnForward, call: ForwardCall, logits: Tensor) -> Tensor:
-    """The logits with a backward that computes them again, by transformers' own forward."""
-    cache, device, constant = call.cache, model.device, call.cache.num_constant
+def _check_unpacked(position_ids: Any) -> None:
+    """Without a mask and a cache, positions that do not count up by 1 begin another sequence in the
+    same row for transformers (`find_packed_sequence_indices`); it does not see the one before."""
+    if isinstance(position_ids, Tensor):
+        if position_ids.dim() != 2:
+            raise NotNative("position_ids are not (B, T)")
+        _check_consecutive(position_ids.cpu().numpy())
+
+
+def _check_consecutive(positions: Ints) -> None:
+    if (np.diff(positions, axis=1) != 1).any():
+        raise NotNative("position_ids are of packed sequences")
+
+
+def _again(call: ForwardCall, logits: Tensor) -> Again:
+    """A function that computes a call's logits with transformers' forward."""
+    cache, device, constant = call.cache, logits.device, call.cache.num_constant
     ids, mask, positions = (
         torch.from_numpy(np.ascontiguousarray(array)).to(device)
         for array in (cache.token_ids, cache.mask, cache.positions)
     )
     columns = torch.from_numpy(call.columns).to(device) + ids.shape[1] - call.token_ids.shape[1]
-    compute = computing_cache(model, own)
 
-    def again() -> Tensor:
+    def again(model: Any) -> Tensor:
         beginning = (array[:, :constant] for array in (ids, mask, positions))
-        with _evaluating(model):
-            output = own(
-                input_ids=ids[:, constant:],
-                attention_mask=mask.long(),
-                position_ids=positions[:, constant:],
-                past_key_values=compute(*beginning) if constant else None,
-                use_cache=constant > 0,
-                logits_to_keep=columns - constant,
-            )
+        compute = computing_cache(model, model.forward)
+        output = model.forward(
+            input_ids=ids[:, constant:],
+            attention_mask=mask.long(),
+            position_ids=positions[:, constant:],
+            past_key_values=compute(*beginning) if constant else None,
+            use_cache=constant > 0,
+            logits_to_keep=columns - constant,
+            return_dict=True,
+        )
         tensor: Tensor = output.logits.to(logits.dtype)
         return tensor
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    recomputed: Tensor = _Recomputed.apply(logits, again, *parameters)  # type: ignore[no-untyped-call]
-    return recomputed
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """As the model was when the logits were made: without dropout."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-class _Recomputed(torch.autograd.Function):
-    """Identity of logits that were made without a graph; backward makes the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, again: Callable[[], Tensor], *parameters: Tensor
-    ) -> Tensor:
-        ctx.again = again
-        ctx.save_for_backward(*parameters)  # so that backward refuses weights changed since
-        return logits.view_as(logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters, was_enabled = ctx.saved_tensors, torch.is_grad_enabled()
-        with torch.enable_grad():
-            logits = ctx.again()
-            grads = torch.autograd.grad(
-                logits, parameters, grad, allow_unused=True, create_graph=was_enabled
-            )
-        return None, None, *grads
+    return again

@@ -74,6 +74,11 @@ class KvRows:
     def decoder(self) -> Decoder:
         return self.engine.decoder
 
+    @property
+    def num_positions(self) -> int:
+        """Rows of the table of positions."""
+        return self.decoder.limits.max_seq_len
+
     @contextmanager
     def room_for(self, max_lens: Iterable[int]) -> Iterator[None]:
         """Make room for rows that get so many tokens, as many at once as a step has logits.

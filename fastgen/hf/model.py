@@ -15,10 +15,12 @@ from transformers.utils.generic import can_return_tuple
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
+from fastgen.hf.modules import has_global_hooks, why_not_settings
 from fastgen.hf.not_native import NotNative
-from fastgen.hf.packing import PackedModel, has_global_hooks
+from fastgen.hf.packing import PackedModel
 from fastgen.hf.sampling import generate_natively, native_call
 from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_errors
+from fastgen.hf.tracing import why_not_plain
 
 _Own = transformers.GPT2LMHeadModel
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
@@ -129,6 +131,8 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""
+        if reason := why_not_plain(self.parameters()):
+            raise NotNative(reason)
         hooked = self._forward_hooks or self._forward_pre_hooks or has_global_hooks()
         changed = any(
             name in self.__dict__ or getattr(type(self), name) is not getattr(GPT2LMHeadModel, name)
@@ -177,6 +181,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
             needs_tensors
             or generation_config.output_attentions
             or generation_config.output_hidden_states
+            or why_not_settings(self)
         ):
             model_kwargs["past_key_values"] = new_cache(self, self._own_forward)
 

@@ -90,8 +90,9 @@ ROOMS = (
         "hf",
         "words sampling checkpoints decoders engine",
         (
-            "kv_rows not_native stop_strings streamers",
-            "cache options packing",
+            "checksums gradients kv_rows modules not_native stop_strings streamers tracing",
+            "cache options",
+            "packing",
             "forward",
             "sampling",
             "beams",

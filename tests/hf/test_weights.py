@@ -17,6 +17,8 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 import fastgen
+from fastgen.hf import packing
+from fastgen.hf.checksums import checksums
 from hf_models import fresh_pair, generated, kv_rows_of, random_ids, tolerance
 from tolerances import TOLERANCES
 
@@ -126,6 +128,83 @@ def test_changed_weights_are_used(change: str) -> None:
     after = generated(ours, **call)
     assert torch.equal(after, generated(theirs, **call))
     assert not torch.equal(after, before)
+
+
+def _numpy_view(weight: torch.Tensor) -> Any:
+    return weight.detach().numpy()
+
+
+# What PyTorch's counters do not see, of matrices that samples hit anywhere or nowhere.
+UNCOUNTED: dict[str, Callable[[Model], Any]] = {
+    "a token's row": lambda m: m.transformer.wte.weight.data[77].mul_(-3),
+    "a single value": lambda m: m.transformer.wte.weight.data[77, 5].add_(9),
+    "half of the columns": lambda m: m.transformer.h[1].mlp.c_fc.weight.data[:, 1::2].mul_(3),
+    "a head": lambda m: m.transformer.h[0].attn.c_proj.weight.data[8:16].zero_(),
+    "a neuron, by NumPy": lambda m: np.multiply(
+        (view := _numpy_view(m.transformer.h[2].mlp.c_proj.weight))[17], 9, out=view[17]
+    ),
+    "a neuron's bias": lambda m: m.transformer.h[1].mlp.c_fc.bias.data[33].add_(9),
+    "signs": lambda m: m.transformer.wpe.weight.data[1:3].neg_(),
+    "rows exchanged": lambda m: m.transformer.wpe.weight.data.copy_(
+        m.transformer.wpe.weight.data[[0, 2, 1, *range(3, 96)]]
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("change", UNCOUNTED)
+def test_uncounted_writes_are_seen(change: str, layout: str) -> None:
+    """By forward and by generate, each of which is the first to see one; in columns, too."""
+    theirs, ours = fresh_pair()
+    if layout == "columns":
+        for weight in [p for m in (theirs, ours) for p in m.parameters() if p.dim() == 2]:
+            weight.data = weight.data.t().contiguous().t()
+    ids = torch.tensor([[77, 30, 77, 40, 50, 60, 77, 19]])
+    call = {"input_ids": ids, "max_new_tokens": 12, "do_sample": False, "output_logits": True}
+    call["return_dict_in_generate"] = True
+    with torch.no_grad():
+        before = ours(ids).logits
+        versions = [parameter._version for parameter in ours.parameters()]
+        for model in (theirs, ours):
+            UNCOUNTED[change](model)
+        assert versions == [parameter._version for parameter in ours.parameters()]
+        expected, got = theirs(ids).logits, ours(ids).logits
+    assert (got - expected).abs().max() < tolerance(expected)
+    assert ours.last_path == "forward" and (got - before).abs().max() > 10 * tolerance(expected)
+    for model in (theirs, ours):
+        UNCOUNTED[change](model)
+        model.transformer.ln_f.weight.data[3] += 2
+    results = [generated(model, **call) for model in (theirs, ours)]
+    assert torch.equal(results[0].sequences, results[1].sequences) and ours.last_path == "native"
+    difference = torch.stack(results[0].logits) - torch.stack(results[1].logits)
+    assert difference.abs().max() < tolerance(torch.stack(results[0].logits))
+
+
+def test_all_weights_are_read_once_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in each of its steps, which reads as much memory itself."""
+    _, ours = fresh_pair()
+    ids = torch.tensor([[20, 30, 40]])
+    call = {"input_ids": ids, "max_new_tokens": 9, "do_sample": False}
+    kv_rows_of(ours)
+    reads: list[int] = []
+
+    def counted(tensors: Any, num_threads: int) -> list[int]:
+        reads.append(len(tensors))
+        return checksums(tensors, num_threads)
+
+    monkeypatch.setattr(packing, "checksums", counted)
+    generated(ours, **call)
+    assert ours.last_path == "native" and reads == [len(list(ours.parameters()))]
+    generated(ours, **call, num_beams=2)
+    assert ours.last_path == "native" and len(reads) == 2
+    with torch.no_grad():
+        cache = ours(ids).past_key_values
+        assert len(reads) == 3
+        for token_id in range(20, 26):
+            ours(torch.tensor([[token_id]]), past_key_values=cache)
+        assert len(reads) == 3
+        ours(ids)
+    assert len(reads) == 4
 
 
 def test_a_cache_of_older_weights_is_computed_again() -> None:
