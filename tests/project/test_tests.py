@@ -45,9 +45,10 @@ PRIVATE = {
     ),
     "decoders/test_select.py": ("_has_gpu", "a machine with a GPU"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
+    "hf/test_checksums.py": ("_CHUNK", "a size, made small"),
     "hf/test_options.py": ("_PROCESSORS", "the classes that are read, and their order"),
     "hf/test_weights.py": (
-        "_attn_implementation _fastgen _init_weights _packed",
+        "_attn_implementation _fastgen _init_weights _packed _version",
         "names of transformers', and a twin's own weights",
     ),
     "project/test_cli.py": ("_parser", "flags without a process for each"),
