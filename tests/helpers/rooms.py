@@ -59,9 +59,10 @@ ROOMS = (
             "select",
         ),
     ),
+    Room("speculation", "words sampling decoders", ("drafter",)),
     Room(
         "engine",
-        "words sampling text decoders",
+        "words sampling text decoders speculation",
         (
             "blocks interrupts request_limits step_lock",
             "leases",
@@ -75,7 +76,7 @@ ROOMS = (
     ),
     Room(
         "frontends",
-        "words sampling checkpoints text decoders engine",
+        "words sampling checkpoints text decoders speculation engine",
         (
             "closing fair_lock prompts ranking scoring",
             "codec stream",
@@ -130,7 +131,7 @@ ROOMS = (
     ),
     Room(
         "front door",
-        "words sampling checkpoints text decoders engine frontends hf server bench",
+        "words sampling checkpoints text decoders speculation engine frontends hf server bench",
         ("cli", "__main__"),
     ),
 )
