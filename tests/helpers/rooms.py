@@ -59,7 +59,11 @@ ROOMS = (
             "select",
         ),
     ),
-    Room("speculation", "words sampling decoders", ("drafter",)),
+    Room(
+        "speculation",
+        "words sampling decoders",
+        ("drafter suffix_automaton", "suffix"),
+    ),
     Room(
         "engine",
         "words sampling text decoders speculation",
