@@ -46,11 +46,11 @@ int SuffixAutomaton::draft(int most, std::int32_t* ids) const {
   int limit = draft_length(matched, most);
   if (limit > 0 && repeats) limit = std::min(most, kMaxDraft);
   const std::int32_t* const after = tokens_.data() + count() - distance;
-  int state = states_[last_].link;
+  int state = repeats ? -1 : states_[last_].link;
   for (int at = 0; at < limit; ++at) {
-    if (at > 0 && !repeats && state >= 0 && states_[state].misses > states_[state].hits) return at;
+    if (at > 0 && state >= 0 && states_[state].misses > states_[state].hits) return at;
     ids[at] = at < distance ? after[at] : ids[at - distance];
-    if (repeats || state < 0) continue;
+    if (state < 0) continue;
     const Edge& edge = slots_[slot_of(state, ids[at])];
     state = edge.source < 0 ? -1 : edge.target;
   }
