@@ -99,18 +99,19 @@ class SuffixAutomaton:
         state = self._matched
         if state is None:
             return []
-        after = self.tokens[state.recent + 1 :]
-        repeats = state.length >= 2 * len(after)
+        first = state.recent + 1
+        distance = len(self.tokens) - first
+        repeats = state.length >= 2 * distance
         limit = draft_length(state.length, state.hits, state.misses, most)
         if limit > 0 and repeats:
             limit = min(most, MAX_DRAFT)
         ids: list[int] = []
-        at: _State | None = state
-        while len(ids) < limit:
-            if at is not None and ids and not repeats and at.misses > at.hits:
+        following = None if repeats else state
+        for at in range(limit):
+            if at > 0 and following is not None and following.misses > following.hits:
                 break
-            ids.append(after[len(ids) % len(after)])
-            at = None if at is None else at.edges.get(ids[-1])
+            ids.append(self.tokens[first + at] if at < distance else ids[at - distance])
+            following = None if following is None else following.edges.get(ids[-1])
         return ids
 
     @property

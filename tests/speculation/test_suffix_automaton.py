@@ -352,5 +352,5 @@ def test_the_memory_of_a_row_is_bounded(text: Any) -> None:
         ids = [text(at, count - 1) for at in range(count)]
         for end in (count - 1, count):  # the last alone
             row.propose(ids[:end], 1)
-        assert row.num_bytes <= 124 * min(max(64, 2 * count), MAX_TOKENS) + 64
-        assert row.num_bytes < 2**20 / 2
+        tokens = min(MAX_TOKENS, 1 << max(6, (count - 1).bit_length()))
+        assert row.num_bytes <= 108 * tokens + 20  # of the root
