@@ -41,15 +41,18 @@ def backends() -> list[BackendInfo]:
     ]
 
 
-def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+def plan_decoder(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> DecoderPlan:
     """Choose a decoder and plan its memory; nothing is loaded.
+
+    Args:
+        beside: bytes of the host's memory that are needed beside the decoder.
 
     Raises:
         ValueError: an option that cannot be met, with what can.
         ModuleNotFoundError: no decoder is installed that can do this.
     """
     if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
-        return plan_cpu(checkpoint, options)
+        return plan_cpu(checkpoint, options, beside)
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
     why = _why(options)
@@ -68,7 +71,7 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
             raise ValueError(f"{option}={value!r}: the torch decoder cannot do this; {why}")
     from fastgen.decoders.torch.plan import plan_torch
 
-    return plan_torch(checkpoint, options, why)
+    return plan_torch(checkpoint, options, why, beside)
 
 
 def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:

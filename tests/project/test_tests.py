@@ -44,6 +44,7 @@ PRIVATE = {
         "_attended _hidden _inner _model _normed _query _sampler _slots", "bytes held, counted",
     ),
     "decoders/test_select.py": ("_has_gpu", "a machine with a GPU"),
+    "engine/test_drafts.py": ("_closed _draw _rows _sources", "what of a row is kept; a close"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
     "hf/test_checksums.py": ("_CHUNK", "a size, made small"),
     "hf/test_options.py": ("_PROCESSORS", "the classes that are read, and their order"),

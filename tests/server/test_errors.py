@@ -79,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "stop_token_ids": [*NO_IDS, list(range(129))],
     "include_stop": NO_BOOLS,
     "ignore_eos": NO_BOOLS,
+    "speculate": NO_BOOLS,
 }  # fmt: skip
 # Names that are none, and what their error says.
 UNKNOWN = {

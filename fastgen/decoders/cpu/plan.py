@@ -19,7 +19,7 @@ _STEP_TOKENS = 256  # weights are read once a step: for more tokens that no long
 _MOST_INT8_INPUTS = 2**31 // (255 * 127)  # whose products' sum fits 32 bits
 
 
-def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> DecoderPlan:
     """See fastgen.decoders.select.plan_decoder."""
     _check(checkpoint.config, options)
     config = checkpoint.config
@@ -31,7 +31,7 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     shape = decoder_shape(checkpoint, dtype, weights, limits.max_tokens, limits.max_logits)
     weight_bytes, scratch_bytes, block_bytes = native.decoder_bytes(shape)
     scratch_bytes += native.sampler_bytes(seats, config.vocab_size, max_seq_len, num_threads)
-    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES
+    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES + beside
     memory = plan_memory(
         weights=weight_bytes,
         scratch=scratch_bytes,

@@ -20,7 +20,9 @@ _STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster ther
 _STEP_TOKENS_GPU = 2048
 
 
-def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> DecoderPlan:
+def plan_torch(
+    checkpoint: Checkpoint, options: LoadOptions, reason: str, beside: int = 0
+) -> DecoderPlan:
     config = checkpoint.config
     device = chosen_device(options.device)
     dtype = chosen_dtype(options.dtype_name, device, checkpoint)
@@ -32,7 +34,8 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> Dec
     memory = plan_memory(
         weights=weight_bytes(checkpoint, device, dtype),
         scratch=_scratch_bytes(config, dtype, limits.max_tokens, limits.max_logits)
-        + _sampler_bytes(config, device, seats, max_seq_len, num_threads),
+        + _sampler_bytes(config, device, seats, max_seq_len, num_threads)
+        + (beside if device.type == "cpu" else 0),
         block_bytes=block_bytes,
         max_batch_size=seats,
         max_seq_len=max_seq_len,
