@@ -33,8 +33,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def held_out() -> list[int]:
-    text = HELD_OUT.read_text()[:1000]
-    return Tokenizer.from_folder(BUNDLED_MODEL).encode([text])[0]
+    tokenizer = Tokenizer.from_folder(BUNDLED_MODEL)
+    assert tokenizer is not None
+    return tokenizer.encode([HELD_OUT.read_text()[:1000]])[0]
 
 
 def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
