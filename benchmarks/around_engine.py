@@ -56,7 +56,7 @@ def engine_overhead(tiny: Path, load: Options, rounds: int) -> list[Record]:
     def ids(count: int) -> list[list[int]]:
         return random_prompts(count, PROMPT, rng)
 
-    room = {"max_batch_size": max(ROWS), "max_seq_len": 2 * (PROMPT + NEW)}
+    room = {"max_batch_size": max(ROWS), "max_seq_len": 2 * (PROMPT + NEW), "speculate": "off"}
     load = {**load, **room}
     with fastgen.load(tiny, **load) as model, fastgen.load(**load) as bundled:
         cases: dict[str, tuple[fastgen.Generator, Prompts, Options]] = {
@@ -79,7 +79,9 @@ def engine_overhead(tiny: Path, load: Options, rounds: int) -> list[Record]:
 def sampling_cost(folder: Path, dtype: str, load: Options, rounds: int) -> Iterator[Record]:
     """A decode step's time with each set of options, and its ratio to a greedy one."""
     rng = np.random.default_rng(3)
-    room = {"max_batch_size": max(SAMPLING_BATCHES), "max_seq_len": PROMPT + NEW}
+    room = {
+        "max_batch_size": max(SAMPLING_BATCHES), "max_seq_len": PROMPT + NEW, "speculate": "off",
+    }  # fmt: skip
     with fastgen.load(folder, **load, **PRECISIONS[dtype], **room) as model:
         for batch in SAMPLING_BATCHES:
             rows = Rows(model.engine.decoder, batch, PROMPT + NEW)

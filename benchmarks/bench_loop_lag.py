@@ -52,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_checkpoint(Path(scratch) / "model", SHAPES[options.shape])
-        room = {"max_batch_size": 32, "max_seq_len": 2 * PROMPT + NEW_TOKENS}
+        room = {"max_batch_size": 32, "max_seq_len": 2 * PROMPT + NEW_TOKENS, "speculate": "off"}
         with fastgen.load(folder, **PRECISIONS[options.precision], **room) as model:
             lags = {
                 name: _lag_of(model, options.seconds, bodies=bodies)

@@ -95,7 +95,8 @@ def _engine_over_decoder(folder: Path, load: Record, rounds: int) -> float:
     """The time of eight streams through AsyncEngine over that of their steps in the decoder."""
     rng = np.random.default_rng(1)
     ratios: list[float] = []
-    with fastgen.load(folder, **load, max_batch_size=BATCH, max_seq_len=PROMPT + NEW) as model:
+    room = {"max_batch_size": BATCH, "max_seq_len": PROMPT + NEW, "speculate": "off"}
+    with fastgen.load(folder, **load, **room) as model:
         timed = model.engine.decoder = TimedDecoder(model.engine.decoder)
         params = fastgen.SamplingParams(temperature=0, max_new_tokens=NEW, ignore_eos=True)
 

@@ -46,7 +46,7 @@ class Work:
 @contextlib.asynccontextmanager
 async def in_process(work: Work) -> AsyncIterator[Send]:
     """AsyncEngine, ids in and ids out."""
-    room = {"max_batch_size": MOST_ROWS, "max_seq_len": work.max_len}
+    room = {"max_batch_size": MOST_ROWS, "max_seq_len": work.max_len, "speculate": "off"}
     with fastgen.load(work.folder, **work.load, **room) as model:
         async with fastgen.AsyncEngine(model) as engine:
 
@@ -67,7 +67,7 @@ async def fastgen_server(work: Work) -> AsyncIterator[Send]:
     """`fastgen serve`."""
     options = [f"--{name.replace('_', '-')}={value}" for name, value in work.load.items()]
     command = [
-        *(sys.executable, "-m", "fastgen", "serve", "--port", "0"),
+        *(sys.executable, "-m", "fastgen", "serve", "--port", "0", "--speculate", "off"),
         *(f"--model=model={work.folder}", f"--max-batch-size={MOST_ROWS}"),
         *(f"--max-seq-len={work.max_len}", "--log-level=warning"),
         *options,

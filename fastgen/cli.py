@@ -107,6 +107,10 @@ def _loading_options() -> argparse.ArgumentParser:
     add("--max-seq-len", type=int, metavar="N", help="tokens a row may have (default: the model's)")
     add("--max-memory", type=int, metavar="MB", help="for weights, KV cache and scratch together")
     add("--num-threads", type=int, metavar="N", help="CPU threads (default: all granted)")
+    add("--speculate", default="auto", metavar="KIND",
+        help="auto, suffix or off: guess tokens and decode several a step; none of them changes "
+        "(default: auto)")  # fmt: skip
+    add("--draft-model", metavar="PATH", help="a smaller model that guesses, too")
     return options
 
 
@@ -160,6 +164,8 @@ def _load(arguments: argparse.Namespace, model: str | None) -> Generator:
         max_seq_len=arguments.max_seq_len,
         max_memory=arguments.max_memory,
         num_threads=arguments.num_threads,
+        speculate=arguments.speculate,
+        draft_model=arguments.draft_model,
         revision=arguments.revision,
     )
 

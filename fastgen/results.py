@@ -46,11 +46,21 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds from the request's arrival; None where the event never came."""
+    """How long a request took, and how many steps of the engine.
+
+    Attributes:
+        admitted, first_token, finished: seconds from its arrival; None where that never came.
+        steps: in which its completions were, those that computed the prompt included.
+        drafted_tokens: guessed tokens that were fed for its completions; see docs/speculation.md.
+        accepted_tokens: of those, the ones that were then drawn.
+    """
 
     admitted: float | None
     first_token: float | None
     finished: float
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

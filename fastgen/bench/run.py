@@ -21,6 +21,7 @@ from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.machine import granted_cores
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.decoders.select import plan_decoder
+from fastgen.engine.stats import EngineStats
 from fastgen.frontends.generator import Generator, load, open_model
 
 SCHEMA = "fastgen-bench/1"
@@ -44,6 +45,7 @@ class Run:
         peers: with which engines it is compared; None: not at all.
         pythons: the interpreters of peers that are not in this one's.
         scratch: where peers may write.
+        speculate, draft_model: as of fastgen.load.
     """
 
     model: str
@@ -57,8 +59,19 @@ class Run:
     peers: Sequence[str] | None
     pythons: Mapping[str, str]
     scratch: Path
+    speculate: str = "off"
+    draft_model: str | None = None
     revision: str | None = None
     allow_fallback: bool = False
+
+    @property
+    def load_options(self) -> Record:
+        """Of fastgen.load."""
+        return {
+            **dataclasses.asdict(self.options),
+            "speculate": self.speculate,
+            "draft_model": self.draft_model,
+        }
 
     @property
     def num_stages(self) -> int:
@@ -95,7 +108,7 @@ def measure(run: Run, progress: Progress) -> Record:
         "machine": machine(["numpy", "torch", "triton"]),
         "model": _model(run, checkpoint),
         "decoder": _decoder(plan),
-        "options": {name: value for name, value in vars(run.options).items() if value is not None},
+        "options": {name: value for name, value in run.load_options.items() if value is not None},
         "work": {
             "prompt_len": run.work.prompt_len,
             "output_len": run.work.output_len,
@@ -115,14 +128,17 @@ def _own(run: Run, shape: Shape, precision: Precision, progress: Progress) -> Re
     watch = MemoryWatch()
     progress("loading")
     start = time.perf_counter()
-    with load(run.model, revision=run.revision, **dataclasses.asdict(run.options)) as model:
+    with load(run.model, revision=run.revision, **run.load_options) as model:
         load_seconds = time.perf_counter() - start
         warm_up(model, run.work, run.batches, progress)
         memory = _memory(model, watch)
+        before = dataclasses.replace(model.engine.stats)
         with limits_of(model.plan, precision, weight_bytes(shape, precision)) as limits:
             found = take_rounds(model, run.work, run.batches, limits, run.rounds, progress)
             seen = limits.record()
+        speculation = _speculation(before, model.engine.stats)
     return {
+        "speculation": speculation if model.engine.drafting.is_on else None,
         "load_seconds": round(load_seconds, 3),
         "memory": memory,
         "limits": seen,
@@ -177,6 +193,12 @@ def _memory(model: Generator, watch: MemoryWatch) -> Record:
         "planned_mb": round(model.plan.memory.total / 2**20),
         "peak_mb": None if peak is None else round(peak / 2**20),
     }
+
+
+def _speculation(before: EngineStats, after: EngineStats) -> Record:
+    """What came of the guessed tokens of all rounds."""
+    names = ("steps", "speculated_steps", "drafted_tokens", "accepted_tokens")
+    return {name: getattr(after, name) - getattr(before, name) for name in names}
 
 
 def _model(run: Run, checkpoint: Checkpoint) -> Record:

@@ -37,6 +37,15 @@ def _head(record: Record) -> list[str]:
         f"{peak['highest']:.1f}, {peak['how']})"
         for name, peak in record["limits"].items()
     )
+    found = record["speculation"]
+    guessed = (
+        []
+        if found is None
+        else [
+            f"guessed  {found['accepted_tokens']:,} of {found['drafted_tokens']:,} drafted tokens were "
+            f"right; {found['speculated_steps']:,} of {found['steps']:,} steps had drafts"
+        ]
+    )
     measured = "unknown" if memory["peak_mb"] is None else f"{memory['peak_mb']:,} MB"
     return [
         f"machine  {where}, {machine['cores']} cores granted ({caches})",
@@ -48,6 +57,7 @@ def _head(record: Record) -> list[str]:
         f"limits   {limits or 'cannot be measured here'}",
         f"load     {record['load_seconds']:.2f} s; memory at most {measured}, "
         f"{memory['planned_mb']:,} MB planned",
+        *guessed,
     ]
 
 

@@ -17,9 +17,11 @@ from contextlib import ExitStack, contextmanager
 
 from fastgen.decoders.interface import Decoder, PendingStep
 from fastgen.engine import forks
+from fastgen.engine.drafting import Drafting
+from fastgen.engine.hand_out import HandOut
 from fastgen.engine.inbox import Inbox
 from fastgen.engine.interrupts import deferred_interrupts
-from fastgen.engine.outputs import StepOutput, needs_logits, step_outputs
+from fastgen.engine.outputs import needs_logits, step_outputs
 from fastgen.engine.pause import Pause
 from fastgen.engine.request_checks import (
     check_ids,
@@ -30,20 +32,21 @@ from fastgen.engine.request_checks import (
 )
 from fastgen.engine.request_limits import RequestLimits
 from fastgen.engine.requests import Listener, Request, Row
-from fastgen.engine.scheduler import Admission, ScheduledRow, Scheduler, StepPlan
+from fastgen.engine.scheduler import Admission, Scheduler, StepPlan
 from fastgen.engine.stats import EngineStats
 from fastgen.engine.step_lock import StepLock
-from fastgen.errors import EngineClosedError, NothingToDrawError, NothingToRunError
+from fastgen.errors import EngineClosedError, NothingToRunError
 from fastgen.results import FinishReason
-from fastgen.sampling.draw import Draw
 from fastgen.sampling.params import SamplingParams
+from fastgen.speculation.drafter import Drafter
 from fastgen.text.detokenizer import Sink
 
 
 class Engine:
     """Runs requests on one decoder. Thread-safe.
 
-    `limits` bounds what a request may ask for; it may be replaced at any time.
+    `limits` bounds what a request may ask for; it may be replaced at any time. `drafting` has the
+    drafters of rows whose request brings none.
     """
 
     def __init__(
@@ -58,6 +61,10 @@ class Engine:
         self.stats = EngineStats()
         self._vocab_size, self._eos_ids = vocab_size, frozenset(eos_ids)
         self._scheduler = Scheduler(decoder.limits)
+        self.drafting = Drafting(vocab_size)
+        self._hand_out = HandOut(
+            self._scheduler, self.drafting, self.stats, self._eos_ids, self._end_between_tokens
+        )
         self._inbox = Inbox()
         self._under_way: deque[tuple[StepPlan, PendingStep]] = deque()  # at most 2 steps
         self._step_lock = StepLock()
@@ -94,6 +101,7 @@ class Engine:
         priority: int = 0,
         keeps_logits: bool = False,
         listener: Listener | None = None,
+        drafter: Drafter | None = None,
         is_checked: bool = False,
     ) -> Request:
         """Queue a prompt; it runs when somebody runs the engine.
@@ -108,6 +116,7 @@ class Engine:
                 came up to 1000 rows earlier, a level.
             keeps_logits: rows get `raw_logits`, what each of their tokens was drawn from.
             listener: called at each of the request's tokens, and at its end.
+            drafter: guesses its tokens, instead of the engine's; `params.speculate` allows it.
             is_checked: check_request has returned these ids, for these params.
 
         Raises:
@@ -118,7 +127,7 @@ class Engine:
         self._step_lock.refuse_if_lost()
         prompt = tuple(token_ids) if is_checked else self.check_request(token_ids, params)
         check_options(params, sinks, deadline, cache_salt, priority)
-        request = Request(prompt, params, deadline, cache_salt, priority, listener)
+        request = Request(prompt, params, deadline, cache_salt, priority, listener, drafter)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
         seed = secrets.randbits(64) if params.seed is None else params.seed
@@ -135,6 +144,7 @@ class Engine:
         with self._progress:
             if self._closed:
                 raise EngineClosedError("this model has been closed")
+            self.drafting.is_on |= drafter is not None
             self._inbox.add(request)
         return request
 
@@ -181,6 +191,7 @@ class Engine:
         with self._step_lock.held(wait=True):
             self._process_inbox()
             self._drain_steps()
+            self.drafting.close()
             self.decoder.close()
 
     @property
@@ -240,21 +251,36 @@ class Engine:
             admissions = self._scheduler.admit()
             for admission in admissions:
                 self._start(admission)
-            plan = self._scheduler.schedule()
+            drafting = self.drafting
+            plan = self._scheduler.schedule(drafting.make_drafts if drafting.is_on else None)
             if plan is not None:
                 rows = [entry.row for entry in plan.entries]
                 if plan.copies:
                     self.decoder.copy_blocks(plan.copies)
-                step = self.decoder.step(plan.batch)
+                step = self._timed_step(plan)
                 for row in rows:
                     row.schedule.num_under_way += 1
                 self._under_way.append((plan, step))
-                return step.is_async and not needs_logits(plan)
+                waits = plan.num_drafted or needs_logits(plan) or drafting.holds_up(rows)
+                return step.is_async and not waits
             if not admissions and not self._under_way:
                 # the caller of `run` waits for something that cannot come
                 rows = list(self._scheduler.waiting)
                 raise NothingToRunError("there is no row that could run")
         return False
+
+    def _timed_step(self, plan: StepPlan) -> PendingStep:
+        """The decoder's step; of those that only decode, what they cost is remembered."""
+        started = time.monotonic()
+        step = self.decoder.step(plan.batch)
+        num_tokens = len(plan.batch.token_ids)
+        if (
+            self.drafting.is_on
+            and not step.is_async
+            and num_tokens == plan.num_decoding + plan.num_drafted
+        ):
+            self.drafting.costs.observe(num_tokens, time.monotonic() - started)
+        return step
 
     def _collect_step(self) -> None:
         """Wait for the oldest step under way, and give its rows what they got of it."""
@@ -265,7 +291,7 @@ class Engine:
             outputs = step_outputs(plan, step)  # all first: logits are gone after another call
             self.stats.count(plan)
             for entry, output in zip(plan.entries, outputs, strict=True):
-                self._hand_out(entry, output)
+                self._hand_out.give(entry, output)
 
     def _free(self, rows: Sequence[Row]) -> None:
         """The oldest step holds its rows no more; those that have ended give back what they had,
@@ -319,26 +345,10 @@ class Engine:
             if row.request.admitted is None:
                 row.request.admitted = time.monotonic()
 
-    def _hand_out(self, entry: ScheduledRow, output: StepOutput) -> None:
-        """Give a row what it got of a step; what goes wrong ends it alone."""
-        row = entry.row
-        if row.finish_reason is not None:
-            return  # it ended while the step was under way
-        try:
-            self._scheduler.advance(entry)
-            if isinstance(output, Draw):
-                row.accept(output, self._eos_ids)
-                row.request.row_drew(row)
-            elif output is not None:
-                row.fail(output)
-            elif entry.end >= row.prefill_len:
-                row.finish("length")  # nothing was to be drawn
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
-            row.fail(error)
-        if isinstance(row.error, NothingToDrawError):  # keys and values may be NaN like the logits
-            row.schedule.lease.forget()
+    def _end_between_tokens(self) -> None:
+        """What a step gives one token a row does before each: see _process_inbox."""
+        if self._closed or self._inbox.has_endings:
+            self._process_inbox()
 
     def _process_inbox(self) -> bool:
         """End what was cancelled and what has run out of time; whether there was any."""
@@ -374,6 +384,8 @@ class Engine:
                 self.decoder.release(row.schedule.seat)
         finally:
             row.schedule.is_bound = False
+            if row.schedule.seat >= 0:
+                self.drafting.ended(row)
             self._scheduler.remove(row)
             row.request.row_ended()
 

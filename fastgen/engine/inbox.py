@@ -40,6 +40,12 @@ class Inbox:
                 heapq.heapify(self._deadlines)
                 self._most_deadlines = max(64, 2 * len(self._deadlines))
 
+    @property
+    def has_endings(self) -> bool:
+        """Whether a request was cancelled, or may be late."""
+        deadlines = self._deadlines
+        return bool(self.cancelled) or (bool(deadlines) and deadlines[0][0] <= time.monotonic())
+
     def take(self) -> Pending:
         """All in one piece: a request that is ended has its rows in the queue by then."""
         pending = Pending(self.arrived, self.cancelled, self._take_late())

@@ -183,6 +183,14 @@ class Lease:
         self.num_tokens, self._may_write = kept, False
         self._set_register_at()
 
+    def retract(self, count: int) -> None:
+        """Uncount the last `count` tokens of those that `extend` has counted and nobody registered:
+        drafts that were wrong. Blocks and what is findable stay; the tokens' places are written
+        again.
+        """
+        self.num_tokens -= count
+        assert self.num_tokens >= BLOCK_SIZE * self._num_registered, "they have been registered"
+
     def share(self) -> Lease:
         """Another lease on the same tokens, in the same blocks, until either of them writes."""
         twin = Lease(self._pool, self._cache_salt)

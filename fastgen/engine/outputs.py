@@ -4,7 +4,8 @@ prompt, and the draws of rows whose options only the host can run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -17,22 +18,27 @@ from fastgen.sampling.definition import draw, token_logprobs
 from fastgen.sampling.draw import Draw
 from fastgen.sampling.processors import Floats, RowState
 
-StepOutput = Draw | BaseException | None  # of an entry's step; None: nothing was to be drawn
+# Of an entry's step; None: nothing was to be drawn. A list: the draws of a row with drafts, up to
+# and including the first that differs from its draft.
+StepOutput = Draw | list[Draw] | BaseException | None
 
 
 def step_outputs(plan: StepPlan, step: PendingStep) -> Sequence[StepOutput]:
     """What each entry got of its step; an exception where its own options raised it."""
     drawn = step.wait()
-    _keep_logits(plan, step)
-    if len(drawn) == len(plan.entries) == len(plan.batch.seats):
-        return drawn  # every entry has drawn, and nothing else was wanted
+    if len(drawn) == len(plan.entries) == len(plan.batch.seats):  # and nothing else was wanted
+        _keep_logits(plan, step, itertools.repeat(1))
+        return drawn
+    drawing = [entry for entry in plan.entries if _draws_in_decoder(entry)]
+    draws_of = drawn if len(drawing) == len(drawn) else _by_seat(drawn)
+    _keep_logits(plan, step, [len(d) if isinstance(d, list) else 1 for d in draws_of])
     outputs: list[StepOutput] = []
-    draws = iter(drawn)
+    draws = iter(draws_of)
     logits = step.logits if (plan.batch.seats < 0).any() else None
     at = 0  # in logits, where each entry's stand one after another
     for entry in plan.entries:
         output: StepOutput = None
-        if entry.needs_draw and not entry.row.draws_on_host:
+        if _draws_in_decoder(entry):
             output = next(draws)
         if logits is not None and (count := entry.num_host_logits):
             try:
@@ -46,20 +52,33 @@ def step_outputs(plan: StepPlan, step: PendingStep) -> Sequence[StepOutput]:
     return outputs
 
 
+def _draws_in_decoder(entry: ScheduledRow) -> bool:
+    return entry.needs_draw and not entry.row.draws_on_host
+
+
+def _by_seat(drawn: Sequence[Draw]) -> Sequence[Draw | list[Draw]]:
+    """Draws that follow each other at one seat are one row's."""
+    by_seat = [list(draws) for _, draws in itertools.groupby(drawn, lambda draw: draw.seat)]
+    return [draws[0] if len(draws) == 1 else draws for draws in by_seat]
+
+
 def needs_logits(plan: StepPlan) -> bool:
     """Whether the host reads logits of this step, which are gone after the decoder's next call."""
     kept = any(entry.row.raw_logits is not None for entry in plan.entries)
     return kept or bool((plan.batch.seats < 0).any())
 
 
-def _keep_logits(plan: StepPlan, step: PendingStep) -> None:
-    """For rows that are to have what they were drawn from."""
+def _keep_logits(plan: StepPlan, step: PendingStep, num_kept: Iterable[int]) -> None:
+    """For rows that are to have what they were drawn from: of each row that draws in the decoder,
+    so many of its draws."""
     if all(entry.row.raw_logits is None for entry in plan.entries):
         return
-    drawing = [e.row for e in plan.entries if e.needs_draw and not e.row.draws_on_host]
-    for row, logits in zip(drawing, step.drawn_logits, strict=True):
-        if row.raw_logits is not None:
-            row.raw_logits.append(logits.copy())
+    logits, at = step.drawn_logits, 0
+    drawing = [entry for entry in plan.entries if _draws_in_decoder(entry)]
+    for entry, count in zip(drawing, num_kept, strict=False):
+        if entry.row.raw_logits is not None:
+            entry.row.raw_logits += (one.copy() for one in logits[at : at + count])
+        at += 1 + len(entry.drafts)
 
 
 def use_logits(entry: ScheduledRow, logits: Floats) -> Draw | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
-from fastgen.decoders.interface import Decoder, Logits, StepBatch
+import numpy as np
+
+from fastgen.decoders.interface import Decoder, Ints, Logits, StepBatch
 from fastgen.engine.blocks import blocks_needed
 from fastgen.engine.leases import Copies, Lease
 from fastgen.engine.scheduler import Scheduler
+from fastgen.errors import OutOfBlocksError
+from fastgen.speculation.costs import SIZES, StepCosts
 
 
 class Pause:
@@ -32,6 +37,34 @@ class Pause:
         """Make the copies that leases have asked for."""
         if copies:
             self._decoder.copy_blocks(copies)
+
+    def measure_steps(self, costs: StepCosts) -> None:
+        """Time steps of one row with different numbers of tokens, each three times; nothing is
+        measured if there is no free block for them."""
+        limits = self._decoder.limits
+        most = min(limits.max_tokens, limits.max_logits, limits.max_seq_len)
+        lease = self.lease()
+        try:
+            self.copy_blocks(lease.extend(min(most, SIZES[-1])))
+            table = np.array([lease.blocks], np.int32)
+            costs.measure(lambda size: self._seconds(size, table), most)
+        except OutOfBlocksError:
+            return
+        finally:
+            lease.release()
+
+    def _seconds(self, size: int, table: Ints) -> float:
+        batch = StepBatch.ragged(
+            token_ids=np.zeros(size, np.int32),
+            counts=[size],
+            cache_lens=[0],
+            block_tables=table,
+            logits_at=np.arange(size),
+            seats=np.full(size, -1),
+        )
+        started = time.perf_counter()
+        _ = self._decoder.step(batch).logits
+        return time.perf_counter() - started
 
     def reserve_rows(self, max_lens: Sequence[int]) -> None:
         """Have blocks and seats for rows that get so many tokens, and for those that wait; as many

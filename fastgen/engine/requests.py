@@ -19,6 +19,7 @@ from fastgen.sampling.draw import Draw
 from fastgen.sampling.options import unknown_to
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import sample_seed
+from fastgen.speculation.drafter import Drafter
 from fastgen.text.detokenizer import Sink
 
 
@@ -49,6 +50,9 @@ class Row:
     prompt_len: int = field(init=False)
     prefill_len: int = field(init=False)  # the request's
     draws_on_host: bool = False  # the decoder's sampler does not know all of its options
+    num_steps: int = 0  # that it was in
+    num_drafted: int = 0  # tokens that were fed before they were drawn,
+    num_accepted: int = 0  # and of them, those that were drawn
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
@@ -58,6 +62,14 @@ class Row:
     def scores_prompt(self) -> bool:
         """Whether this row's logits give the request its prompt_logprobs: the first sample's do."""
         return self.index == 0 and self.request.prompt_logprobs is not None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def cache_salt(self) -> str | None:
+        return self.request.cache_salt
 
     @property
     def ended_by_id(self) -> bool:
@@ -132,6 +144,7 @@ class Request:
     cache_salt: str | None = None
     priority: int = 0  # lower is sooner
     listener: Listener | None = None
+    drafter: Drafter | None = None  # instead of the engine's
     thread: int = field(default_factory=threading.get_ident)  # that made it
     rows: list[Row] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -182,6 +195,9 @@ class Request:
             admitted=since(self.admitted),
             first_token=since(self.first_token),
             finished=self.finished - self.arrived,
+            steps=sum(row.num_steps for row in self.rows),
+            drafted_tokens=sum(row.num_drafted for row in self.rows),
+            accepted_tokens=sum(row.num_accepted for row in self.rows),
         )
 
     @property

@@ -18,6 +18,7 @@ Why every row is admitted in the end:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,13 +30,18 @@ from fastgen.engine.leases import Acquired, Copies, Lease, PrefixPending
 from fastgen.engine.queue import WaitingQueue
 from fastgen.engine.requests import Row
 
+# Of the rows that may have drafts, the number of rows in the step, and how many more tokens it has
+# room for: one draft a row, which may be empty.
+MakeDrafts = Callable[[Sequence[Row], int, int], Sequence[Sequence[int]]]
+
 
 @dataclass(slots=True)
 class ScheduledRow:
     """A row's share of one step: `count` new tokens, the first at `start` in the row.
 
     `needs_draw`: its next token is drawn. `num_scored`: how many of its prompt's tokens get their
-    log-probability from this step's logits.
+    log-probability from this step's logits. `drafts`: tokens that are taken for granted after the
+    first; a token is drawn after each of them, too.
     """
 
     row: Row
@@ -43,6 +49,7 @@ class ScheduledRow:
     count: int
     needs_draw: bool
     num_scored: int = 0
+    drafts: Sequence[int] = ()
 
     @property
     def end(self) -> int:
@@ -78,6 +85,7 @@ class StepPlan:
     entries: list[ScheduledRow]
     num_decoding: int
     copies: Copies
+    num_drafted: int = 0
 
 
 @dataclass(slots=True)
@@ -137,12 +145,15 @@ class Scheduler:
             self.waiting.put_back(passed)
         return admissions
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self, make_drafts: MakeDrafts | None = None) -> StepPlan | None:
         """The next step, at most max_tokens tokens and max_logits logits; None if no row can have
         one.
 
         Its tokens count as cached from now on: what is scheduled next, runs after it. A row's token
         that is still being drawn is fed as -1 - seat.
+
+        Args:
+            make_drafts: is asked where no prompt waits to be computed: a prompt fills a step.
         """
         entries: list[ScheduledRow] = []
         prefilling: list[Row] = []
@@ -159,9 +170,13 @@ class Scheduler:
             self._add_prefills(entries, prefilling)
         if not entries:
             return None
+        num_drafted = 0
+        if make_drafts is not None and not prefilling:
+            num_drafted = self._add_drafts(entries, make_drafts)
         copies = self._extend(entries)
-        batch = self._batch(entries) if prefilling else self._decode_batch(entries)
-        return StepPlan(batch, entries, num_decoding, copies)
+        is_ragged = prefilling or num_drafted
+        batch = self._batch(entries) if is_ragged else self._decode_batch(entries)
+        return StepPlan(batch, entries, num_decoding, copies, num_drafted)
 
     def advance(self, entry: ScheduledRow) -> None:
         """Its step has run: the blocks that it filled can be found."""
@@ -243,6 +258,29 @@ class Scheduler:
                 self._tables[state.seat, : len(state.lease.blocks)] = state.lease.blocks
         return copies
 
+    def _add_drafts(self, entries: list[ScheduledRow], make_drafts: MakeDrafts) -> int:
+        """Drafts for rows whose last token is known and that may still get more than one; returns
+        how many tokens they have."""
+        taking = [
+            entry
+            for entry in entries
+            if len(entry.row.token_ids) == entry.start + 1 < entry.row.max_len - 1
+            and not entry.row.draws_on_host
+        ]
+        room = min(self.limits.max_tokens, self.limits.max_logits) - len(entries)
+        if not taking or room <= 0:
+            return 0
+        total = 0
+        drafts = make_drafts([entry.row for entry in taking], len(entries), room)
+        for entry, draft in zip(taking, drafts, strict=True):
+            if draft:
+                entry.drafts, entry.count = draft, 1 + len(draft)
+                total += len(draft)
+                # its worst case: the row's last token is never fed
+                assert entry.end < entry.row.max_len, "a draft exceeds its row"
+        assert total <= room, "drafts exceed the step"
+        return total
+
     def _add_prefills(self, entries: list[ScheduledRow], prefilling: list[Row]) -> None:
         """Prompt tokens for what the decoding rows leave of the step."""
         room = (self.limits.max_tokens - len(entries), self.limits.max_logits - len(entries))
@@ -270,13 +308,14 @@ class Scheduler:
             if entry.start < row.prefill_len:
                 tokens += row.token_ids[entry.start : entry.end]
             else:
-                tokens.append(_next_fed(entry))
+                tokens += (_next_fed(entry), *entry.drafts)
             if entry.num_scored:
                 logits_at += range(first, first + entry.num_scored)
                 seats += [-1] * entry.num_scored
             if entry.needs_draw:
-                logits_at.append(len(tokens) - 1)
-                seats.append(-1 if row.draws_on_host else row.schedule.seat)
+                num_draws = 1 + len(entry.drafts)
+                logits_at += range(len(tokens) - num_draws, len(tokens))
+                seats += [-1 if row.draws_on_host else row.schedule.seat] * num_draws
         return StepBatch.ragged(
             token_ids=tokens,
             counts=[entry.count for entry in entries],

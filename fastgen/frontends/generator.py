@@ -29,6 +29,7 @@ from fastgen.frontends.stream import Stream, raise_error
 from fastgen.native import native
 from fastgen.results import Generation, Score
 from fastgen.sampling.params import SamplingParams
+from fastgen.speculation.choose import DraftFunction, Speculation, check_choice
 from fastgen.text.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "bundled"  # its folder
@@ -48,6 +49,8 @@ def load(
     max_memory: int | None = None,
     num_threads: int | None = None,
     batch_invariant: bool | None = None,
+    speculate: str | DraftFunction = "auto",
+    draft_model: Any = None,
     revision: str | None = None,
     **unknown: Any,
 ) -> Generator:
@@ -70,6 +73,11 @@ def load(
         num_threads: CPU threads of a step; None takes as many as the machine grants.
         batch_invariant: True demands the same bits for a row whatever else is in the batch. The
             CPU decoder always promises that, the CUDA decoder if asked, and is slower then.
+        speculate: decode several tokens a step where they can be guessed; see docs/speculation.md.
+            "suffix" guesses from what the text and earlier outputs say after the same words, "auto"
+            does so where no token can depend on it, "off" never. A function of the ids so far (a
+            tuple) and of how many are wanted returns the ids that may follow.
+        draft_model: a smaller model with the same vocabulary that guesses, too; as `model`.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -88,7 +96,9 @@ def load(
         num_threads=num_threads,
         batch_invariant=batch_invariant,
     )
-    reject_unknown(unknown, [*(field.name for field in fields(options)), "revision"])
+    others = ("speculate", "draft_model", "revision")
+    reject_unknown(unknown, [*(field.name for field in fields(options)), *others])
+    check_choice(speculate, has_draft_model=draft_model is not None)
     if native is None:
         warnings.warn(
             "fastgen's C++ extension was not built when fastgen was installed (is there a C++ "
@@ -97,8 +107,9 @@ def load(
         )
     checkpoint = open_model(model, revision)
     tokenizer = find_tokenizer(checkpoint, model)
+    draft = None if draft_model is None else open_draft(draft_model, checkpoint.config.vocab_size)
     plan = plan_decoder(checkpoint, options)
-    return Generator(checkpoint, tokenizer, plan)
+    return Generator(checkpoint, tokenizer, plan, Speculation(speculate, draft, options))
 
 
 def open_model(model: Any = None, revision: str | None = None) -> Checkpoint:
@@ -108,6 +119,21 @@ def open_model(model: Any = None, revision: str | None = None) -> Checkpoint:
     if isinstance(model, (str, Path)):
         return open_checkpoint(model, revision)
     return checkpoint_of_model(model)
+
+
+def open_draft(model: Any, vocab_size: int) -> Checkpoint:
+    """The checkpoint of a draft model for a model with so many tokens.
+
+    Raises:
+        ValueError: its vocabulary is another.
+    """
+    draft = open_model(model)
+    if draft.config.vocab_size != vocab_size:
+        raise ValueError(
+            f"draft_model: {draft.name} has a vocabulary of {draft.config.vocab_size} tokens, the "
+            f"model one of {vocab_size}; they must be the same"
+        )
+    return draft
 
 
 def find_tokenizer(checkpoint: Checkpoint, model: Any = None) -> Tokenizer | None:
@@ -123,7 +149,11 @@ class Generator(Closing):
     """A loaded model. Thread-safe; close it, or use it in a `with` block, to free its memory."""
 
     def __init__(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, plan: DecoderPlan
+        self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer | None,
+        plan: DecoderPlan,
+        speculation: Speculation | None = None,
     ) -> None:
         self.config: GPT2Config = checkpoint.config
         self.tokenizer = tokenizer
@@ -131,6 +161,11 @@ class Generator(Closing):
         self.engine = Engine(
             build_decoder(checkpoint, plan), self.config.vocab_size, self.config.eos_token_ids
         )
+        try:  # the model itself takes its memory first
+            self.engine.drafting.use(() if speculation is None else speculation.drafters(plan))
+        except BaseException:
+            self.engine.close()
+            raise
         longest = plan.limits.max_seq_len
         self.job_maker = JobMaker(self.config, tokenizer, self.engine, longest)
 
@@ -211,13 +246,16 @@ class Generator(Closing):
         return scoring.scores(self._run(jobs, len(jobs), None, 0, progress))
 
     def warmup(self) -> None:
-        """Do now what the first requests would have to: on a GPU, compile kernels and make graphs.
+        """Do now what the first requests would have to: on a GPU, compile kernels and make graphs;
+        with speculation, measure what steps of several tokens cost.
 
         Raises:
             EngineClosedError: the model is closed.
         """
-        with self.engine.between_steps():
+        with self.engine.between_steps() as pause:
             self.engine.decoder.warmup()
+            if self.engine.drafting.is_on:
+                pause.measure_steps(self.engine.drafting.costs)
 
     def close(self) -> None:
         """End all generations and free memory. Safe to call twice."""

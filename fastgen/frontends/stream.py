@@ -14,10 +14,14 @@ from fastgen.text.detokenizer import TextSink
 
 
 class PieceReader:
-    """What one reader has read of a request's rows, and what is new. It never waits."""
+    """What one reader has read of a request's rows, and what is new. It never waits.
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    `one_by_one`: each piece has one token, also where a step has given several. Otherwise a piece
+    has all that is there, so that a reader who comes late has less to read.
+    """
+
+    def __init__(self, request: Request, *, one_by_one: bool = False) -> None:
+        self._request, self._one_by_one = request, one_by_one
         self._read = [0] * len(request.rows)  # new tokens of each row that have been handed out
         self._ended = [False] * len(request.rows)
 
@@ -57,8 +61,11 @@ class PieceReader:
 
     def _take(self, row: Row) -> Piece:
         finish_reason = row.finish_reason  # first: all that it ends is there once it is set
-        token_ids = tuple(row.token_ids[row.prompt_len + self._read[row.index] :])
-        start, self._read[row.index] = self._read[row.index], self._read[row.index] + len(token_ids)
+        start = self._read[row.index]
+        token_ids = tuple(row.token_ids[row.prompt_len + start :])
+        if self._one_by_one and len(token_ids) > 1:
+            token_ids, finish_reason = token_ids[:1], None
+        self._read[row.index] += len(token_ids)
         logprobs = None
         if row.logprobs is not None:
             logprobs = tuple(row.logprobs[start : start + len(token_ids)])
@@ -66,7 +73,7 @@ class PieceReader:
         error = row.error if ended else None
         return Piece(
             index=row.index,
-            text=row.sink.take() if isinstance(row.sink, TextSink) else "",
+            text=self._text(row, None if finish_reason else self._read[row.index]),
             token_ids=token_ids,
             logprobs=logprobs,
             finish_reason=finish_reason,
@@ -74,6 +81,12 @@ class PieceReader:
             error=None if error is None else message_of(error),
             error_code=None if error is None else self._code(error),
         )
+
+    def _text(self, row: Row, num_tokens: int | None) -> str:
+        """What is new of a row's text; `num_tokens`: only as far as so many tokens gave it."""
+        if not isinstance(row.sink, TextSink):
+            return ""
+        return row.sink.take(num_tokens if self._one_by_one else None)
 
     def _code(self, error: BaseException) -> str:
         """Of what ended a row: its own, or its whole step's."""
@@ -118,7 +131,7 @@ class Stream(PieceStream):
 
     def __init__(self, engine: Engine, request: Request) -> None:
         self._engine, self._request = engine, request
-        self._reader = PieceReader(request)
+        self._reader = PieceReader(request, one_by_one=True)
 
     def _next(self) -> Piece | None:
         while (piece := self._reader.piece()) is None and not self._reader.ended:

@@ -26,6 +26,7 @@ class SamplingParams:
         n: completions per prompt; sample j > 0 draws with a seed of its own, derived from `seed`.
         best_of: draw this many completions and return the n best: those with the highest mean
             log-probability a token, or the highest scores that `rank` gives. None: n.
+        speculate: decode several tokens a step where they can be guessed; no token depends on it.
         rank: a function of the tuple of all best_of Completions; returns one score for each.
         max_new_tokens: upper bound of new tokens; a row also ends where the context does.
 
@@ -75,6 +76,7 @@ class SamplingParams:
 
     n: int = 1
     best_of: int | None = None
+    speculate: bool = True
     rank: Rank | None = None
     max_new_tokens: int = 128
     logit_bias: tuple[tuple[int, float], ...] = ()

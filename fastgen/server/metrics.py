@@ -105,6 +105,11 @@ class _EngineStates:
                                   lambda e: e.stats.reused_tokens),
             "decode_tokens": ("Tokens fed back; by steps, the mean batch",
                               lambda e: e.stats.decode_tokens),
+            "speculated_steps": ("Steps with guessed tokens",
+                                 lambda e: e.stats.speculated_steps),
+            "drafted_tokens": ("Guessed tokens", lambda e: e.stats.drafted_tokens),
+            "accepted_tokens": ("Guessed tokens that were right",
+                                lambda e: e.stats.accepted_tokens),
         }  # fmt: skip
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"fastgen_{name}", text, labels=["model"])

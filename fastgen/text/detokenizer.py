@@ -183,6 +183,7 @@ class TextSink:
         self._held: deque[tuple[str, bool]] = deque()  # may begin a stop string; whether it shows
         self._num_held = 0  # its characters
         self._pieces: list[str] = []  # appended to by the step thread only
+        self._ends: list[int] = []  # how many pieces there were after each token
         self._taken = 0
         self.stop_reason: str | None = None
 
@@ -193,11 +194,9 @@ class TextSink:
 
     def push(self, token_id: int) -> bool:
         """Add a token; true when that completes a stop string. O(1) amortised."""
-        if self._matcher is not None:
-            special = self._detokenizer.special_text(token_id)
-            if special and self._match(self._matcher, special, shows=False):
-                return True
-        return self._show(self._detokenizer.push(token_id))
+        ends = self._push(token_id)
+        self._ends.append(len(self._pieces))
+        return ends
 
     def finish(self) -> None:
         """The row has ended: show what was held back."""
@@ -205,11 +204,22 @@ class TextSink:
             self._show(self._detokenizer.finish())
             self._release(self._num_held)
 
-    def take(self) -> str:
-        """What can be shown and has not been taken yet."""
+    def take(self, num_tokens: int | None = None) -> str:
+        """What can be shown and has not been taken yet; of the first `num_tokens` tokens, if given,
+        as far as they have been pushed."""
         end = len(self._pieces)
+        if num_tokens is not None:
+            num_tokens = min(num_tokens, len(self._ends))
+            end = self._ends[num_tokens - 1] if num_tokens else 0
         new, self._taken = self._pieces[self._taken : end], end
         return "".join(new)
+
+    def _push(self, token_id: int) -> bool:
+        if self._matcher is not None:
+            special = self._detokenizer.special_text(token_id)
+            if special and self._match(self._matcher, special, shows=False):
+                return True
+        return self._show(self._detokenizer.push(token_id))
 
     def _show(self, text: str) -> bool:
         if text and self._matcher is not None:

@@ -39,8 +39,9 @@ class CacheModel(RuleBasedStateMachine):
     def allocations_fail(self, count: int) -> None:
         self.simulation.pool.failures = count
 
-    @rule()
-    def step(self) -> None:
+    @rule(drafts=st.booleans())
+    def step(self, drafts: bool) -> None:
+        self.simulation.drafts = drafts
         self.run_step()
 
     def run_step(self, *, admits: bool = True) -> None:
@@ -107,12 +108,12 @@ class CacheModel(RuleBasedStateMachine):
 
     def _write(self, plan: StepPlan) -> None:
         for entry in plan.entries:
-            row = entry.row
+            row, token_ids = entry.row, [*entry.row.token_ids, *entry.drafts]
             for at in range(entry.start, entry.start + entry.count):
                 block = blocks_of(row)[at // BLOCK_SIZE]
                 owners = [r for r in self.scheduler.running if block in blocks_of(r)]
                 assert owners == [row], "a row writes a block that others read"
-                self.slots[block, at % BLOCK_SIZE] = tuple(row.token_ids[: at + 1])
+                self.slots[block, at % BLOCK_SIZE] = tuple(token_ids[: at + 1])
 
 
 CacheModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -84,6 +84,11 @@ def recorder_of(engine: Engine) -> Recorder:
     return decoder
 
 
+def next_counted(token_ids: Any, positions: Any) -> Any:
+    """What a CountingDecoder draws after tokens at these positions."""
+    return (31 * token_ids + 7 * positions + 11) % 97
+
+
 class CountingDecoder:
     """The next token follows from the last one and its place; nothing is computed or kept.
 
@@ -106,15 +111,17 @@ class CountingDecoder:
         assert (batch.block_tables >= 0).all() and (
             batch.block_tables < self.limits.num_blocks
         ).all()
-        drawn = (31 * batch.token_ids + 7 * batch.positions + 11)[batch.logits_at] % 97
+        drawn = next_counted(batch.token_ids, batch.positions)[batch.logits_at]
         host = batch.seats < 0
         self.logits = np.eye(self.vocab_size, dtype=np.float32)[drawn[host]]
-        self.draws = [
-            self._draw(seat, token_id)
-            for seat, token_id in zip(
-                batch.seats[~host].tolist(), drawn[~host].tolist(), strict=True
-            )
-        ]
+        self.draws, refused = [], -1  # the seat whose draft was wrong
+        drafts = batch.drafts_after(batch.logits_at)
+        for seat, token_id, draft in zip(
+            batch.seats[~host].tolist(), drawn[~host].tolist(), drafts[~host].tolist(), strict=True
+        ):
+            if seat != refused:
+                self.draws.append(self._draw(seat, token_id))
+            refused = seat if token_id != draft else -1
         return self
 
     def _draw(self, seat: int, token_id: int) -> Draw:

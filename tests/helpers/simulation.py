@@ -12,7 +12,7 @@ from fastgen.engine.blocks import BlockPool
 from fastgen.engine.leases import Copies
 from fastgen.engine.queue import BYPASS
 from fastgen.engine.requests import Request, Row
-from fastgen.engine.scheduler import Scheduler, StepPlan, is_prefilling
+from fastgen.engine.scheduler import ScheduledRow, Scheduler, StepPlan, is_prefilling
 from fastgen.sampling.definition import KNOWN_OPTIONS
 from fastgen.sampling.params import SamplingParams
 
@@ -55,8 +55,17 @@ def pending_blocks(pool: BlockPool) -> list[int | None]:
     return [pool.pending(key) for key in pool._pending]
 
 
+def drawn_after(token_ids: Sequence[int]) -> int:
+    return hash(tuple(token_ids)) % 50
+
+
 class Simulation:
-    """A scheduler without a decoder: every draw is a function of the row."""
+    """A scheduler without a decoder: every draw is a function of the row.
+
+    `drafts`: rows that decode have drafts, some of which are right.
+    """
+
+    drafts = False
 
     def __init__(self, limits: Capacity = LIMITS) -> None:
         self.scheduler = Scheduler(limits)
@@ -105,7 +114,7 @@ class Simulation:
                 self.copy(admission.copies)
                 self._check_order(admission.row)
         decoding = {row for row in self.scheduler.running if not is_prefilling(row)}
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self._drafts if self.drafts else None)
         if plan is None:
             assert admissions or not self.scheduler.waiting, "work waits, nothing runs: a deadlock"
             return None
@@ -124,11 +133,32 @@ class Simulation:
     def advance(self, plan: StepPlan) -> None:
         for entry in plan.entries:
             row = entry.row
-            self.scheduler.advance(entry)
-            if entry.needs_draw:
-                row.token_ids.append(hash(tuple(row.token_ids)) % 50)
+            num_given = 0
+            for draft in (*entry.drafts, -1):
+                whole = ScheduledRow(row, entry.start + num_given, 1, True)
+                self.scheduler.advance(whole if entry.drafts else entry)
+                if entry.needs_draw:
+                    row.token_ids.append(drawn_after(row.token_ids))
+                num_given += 1
+                if len(row.token_ids) >= row.max_len or row.token_ids[-1] != draft:
+                    break
             if len(row.token_ids) >= row.max_len and not is_prefilling(row):
                 self.end(row)
+            elif entry.drafts:
+                row.schedule.lease.retract(entry.count - num_given)
+
+    def _drafts(self, rows: Sequence[Row], num_rows: int, room: int) -> list[list[int]]:
+        """Up to seven tokens a row, the first of them right."""
+        assert num_rows >= len(rows) and room > 0
+        found = []
+        for row in rows:
+            token_ids, size = list(row.token_ids), hash((1, *row.token_ids))
+            most = min(size % 8, room, row.max_len - 1 - len(token_ids))
+            for at in range(most):
+                token_ids.append(drawn_after(token_ids) + (at >= size // 8 % 8))
+            found.append(token_ids[len(row.token_ids) :])
+            room -= most
+        return found
 
     def copy(self, copies: Copies) -> None:
         pass

@@ -1,0 +1,271 @@
+"""Drafts for the rows of a step: which rows get some, how many, and what became of them.
+
+Nothing here can change a token: a draft is checked against what is drawn. So whatever a drafter
+does wrong costs time alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from fastgen.checks import is_integer
+from fastgen.engine.requests import Row
+from fastgen.speculation.acceptance import Acceptance
+from fastgen.speculation.costs import StepCosts
+from fastgen.speculation.drafter import MAX_LEVEL, Draft, Drafter
+from fastgen.speculation.lengths import choose_lengths, choose_rounds
+
+logger = logging.getLogger("fastgen")
+MOST_DRAFTED = 32  # tokens of one row in a step
+_DRY = 8  # steps without a draft after which no step waits for a row any more
+_PROBE = 32  # steps after which it is asked again, or a draft is tried that seems not worth it
+_SMOOTHING = 0.1  # the weight of a new time in the price of a drafter's token
+_NOTHING = Draft(())
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    """A drafter, and what is known of its drafts, whichever row they are for."""
+
+    drafter: Drafter
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    price: float = 0.0  # seconds of one token, for all rows that it is asked for at a time
+    num_rows: int = 0
+    unasked: int = 0  # steps since it was asked, for it did not seem worth its time
+    has_failed: bool = False
+
+
+@dataclass(slots=True)
+class _RowDrafts:
+    """What is kept of a row: who drafts for it, in the order in which they are asked, and how often
+    each was right.
+
+    `used`: whose its last draft is, and `level` that draft's. `dry`: steps since that. `unused`:
+    drafts that did not seem worth their time since one was used. `failed`: drafters that failed
+    with this row, and are not asked again.
+    """
+
+    sources: tuple[_Source, ...]
+    acceptances: tuple[Acceptance, ...]
+    used: int = 0
+    level: int = 0
+    dry: int = 0
+    unused: int = 0
+    failed: set[_Source] = field(default_factory=set)
+
+    @property
+    def share(self) -> float:
+        """The probability that the next token of its draft is right."""
+        return self.acceptances[self.used].share(self.level)
+
+    def may_use(self, at: int, has_draft: bool) -> bool:
+        """Whether to ask source `at`: it has not failed, and is more often right than the draft
+        that the row has."""
+        if at >= len(self.sources) or self.sources[at] in self.failed:
+            return False
+        return not has_draft or self.acceptances[at].share(0) > self.share
+
+
+class Drafting:
+    """The drafts of one engine's rows. Used by its step alone.
+
+    Attributes:
+        drafters: of rows whose request brings none, in the order in which they are asked.
+        is_on: some row may have a drafter.
+        costs: of the decoder's steps.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.costs = StepCosts()
+        self._vocab_size = vocab_size
+        self.drafters: tuple[Drafter, ...] = ()
+        self.is_on = False
+        self._sources: dict[Drafter, _Source] = {}
+        self._rows: dict[Row, _RowDrafts] = {}
+
+    def use(self, drafters: Sequence[Drafter]) -> None:
+        """Have these, which are closed with the engine; before the first request comes."""
+        self.drafters = tuple(drafters)
+        self.is_on = bool(drafters)
+
+    def make_drafts(self, rows: Sequence[Row], num_rows: int, room: int) -> list[Sequence[int]]:
+        """Drafts for these rows of a step of `num_rows` rows, `room` tokens in all at most.
+
+        Each of the rows may get two tokens or more until it ends.
+        """
+        states = [self._state(row) for row in rows]
+        drafts: list[Sequence[int]] = [()] * len(rows)
+        for state in states:
+            state.dry += 1
+        for turn in range(max(len(state.sources) for state in states)):
+            self._ask(turn, rows, states, drafts, num_rows)
+        drafted = [at for at, draft in enumerate(drafts) if draft]
+        if drafted:
+            shares = [states[at].share for at in drafted]
+            most = [len(drafts[at]) for at in drafted]
+            lengths = choose_lengths(shares, most, num_rows, num_rows, self.costs, room)
+            room -= sum(lengths)
+            for at, length in zip(drafted, lengths, strict=True):
+                tried = _tried(states[at], length, room)
+                room -= tried - length
+                drafts[at] = drafts[at][:tried]
+        return drafts
+
+    def holds_up(self, rows: Iterable[Row]) -> bool:
+        """Whether the next step should wait for this one, since drafts may follow its tokens."""
+        for row in rows if self.is_on else ():
+            state = None if row.draws_on_host else self._state(row)
+            if state is None or len(state.failed) == len(state.sources):
+                continue
+            if state.dry < _DRY or len(row.token_ids) % _PROBE == 0:
+                return True
+        return False
+
+    def took(self, row: Row, draft: Sequence[int], num_accepted: int) -> None:
+        """A row has got what a step with its draft gave it."""
+        state = self._state(row)
+        source = state.sources[state.used]
+        state.acceptances[state.used].note(state.level, len(draft), num_accepted)
+        with self._guarded(source, state):
+            source.drafter.accepted(row, draft[:num_accepted])
+
+    def ended(self, row: Row) -> None:
+        """A row that had been admitted has ended."""
+        if not self.is_on:
+            return
+        state = self._state(row)
+        del self._rows[row]
+        for source in state.sources:
+            with self._guarded(source, state):
+                source.drafter.ended(row)
+            source.num_rows -= 1
+            if not source.num_rows and source.drafter not in self.drafters:
+                del self._sources[source.drafter]
+
+    def close(self) -> None:
+        for drafter in self.drafters:
+            drafter.close()
+
+    def _state(self, row: Row) -> _RowDrafts:
+        state = self._rows.get(row)
+        if state is None:
+            own = row.request.drafter
+            drafters = self.drafters if own is None else (own,)
+            if not row.params.speculate or row.draws_on_host:
+                drafters = ()
+            sources = tuple(map(self._source_of, drafters))
+            acceptances = tuple(Acceptance(source.acceptance) for source in sources)
+            state = self._rows[row] = _RowDrafts(sources, acceptances)
+        return state
+
+    def _source_of(self, drafter: Drafter) -> _Source:
+        source = self._sources.get(drafter)
+        if source is None:
+            source = self._sources[drafter] = _Source(drafter)
+        source.num_rows += 1
+        return source
+
+    def _ask(
+        self,
+        turn: int,
+        rows: Sequence[Row],
+        states: Sequence[_RowDrafts],
+        drafts: list[Sequence[int]],
+        num_rows: int,
+    ) -> None:
+        """Ask the drafters that come at this turn, for rows with which they may do better."""
+        asked: dict[_Source, list[int]] = {}  # indices of rows
+        for at, state in enumerate(states):
+            if state.may_use(turn, bool(drafts[at])):
+                asked.setdefault(state.sources[turn], []).append(at)
+        for source, places in asked.items():
+            shares = [states[at].acceptances[turn].share(0) for at in places]
+            proposed = self._drafts_of(source, [rows[at] for at in places], shares, num_rows)
+            for at, draft in zip(places, proposed, strict=True):
+                if draft.ids:
+                    drafts[at] = draft.ids
+                    states[at].used, states[at].level = turn, draft.level
+
+    def _drafts_of(
+        self, source: _Source, rows: Sequence[Row], shares: Sequence[float], num_rows: int
+    ) -> Sequence[Draft]:
+        """What the drafter proposes for its rows, as far as asking it is worth its time."""
+        most = [min(MOST_DRAFTED, row.max_len - 1 - len(row.token_ids)) for row in rows]
+        rounds = 0
+        if not source.drafter.is_free:
+            rounds = choose_rounds(shares, max(most), num_rows, num_rows, self.costs, source.price)
+            source.unasked = 0 if rounds else source.unasked + 1
+            if source.unasked == _PROBE:  # texts change
+                rounds, source.unasked = 1, 0
+            if not rounds:
+                return [_NOTHING] * len(rows)
+            most = [min(rounds, count) for count in most]
+        started = time.perf_counter()
+        drafts = self._proposed(source, rows, most)
+        if rounds:
+            price = (time.perf_counter() - started) / rounds
+            source.price += (_SMOOTHING if source.price else 1) * (price - source.price)
+        return drafts
+
+    def _proposed(
+        self, source: _Source, rows: Sequence[Row], most: Sequence[int]
+    ) -> Sequence[Draft]:
+        """One draft a row, without what cannot be a token; a drafter that fails is asked for one
+        row after the other, and for those with which it fails no more."""
+        try:
+            drafts = source.drafter.propose(rows, most)
+            if len(drafts) != len(rows):
+                raise ValueError(f"{len(drafts)} drafts were proposed for {len(rows)} rows")
+            return [self._possible(draft, count) for draft, count in zip(drafts, most, strict=True)]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if len(rows) == 1:
+                self._drop(source, self._rows[rows[0]], error)
+                return [_NOTHING]
+        alone = zip(rows, most, strict=True)
+        return [self._proposed(source, [row], [count])[0] for row, count in alone]
+
+    def _possible(self, draft: Draft, most: int) -> Draft:
+        """As much of a draft as can be tokens."""
+        if not draft.ids:
+            return _NOTHING
+        ids = list(draft.ids[:most])
+        if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= self._vocab_size:
+            fits = (is_integer(one) and 0 <= one < self._vocab_size for one in ids)
+            ids = list(map(int, ids[: next((at for at, fit in enumerate(fits) if not fit), None)]))
+        return Draft(ids, min(max(int(draft.level), 0), MAX_LEVEL))
+
+    @contextmanager
+    def _guarded(self, source: _Source, state: _RowDrafts) -> Iterator[None]:
+        """What a drafter raises costs its row the drafts, and nothing else."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            self._drop(source, state, error)
+
+    def _drop(self, source: _Source, state: _RowDrafts, error: BaseException) -> None:
+        state.failed.add(source)
+        if not source.has_failed:  # once: it may be asked for thousands of rows
+            source.has_failed = True
+            logger.error(
+                "a drafter failed: the rows that it failed with go on without drafts",
+                exc_info=error,
+            )
+
+
+def _tried(state: _RowDrafts, length: int, room: int) -> int:
+    """Its length, or now and then one token of a draft that did not seem worth its time."""
+    if length:
+        state.dry = state.unused = 0
+        return length
+    state.unused += 1
+    if state.unused % _PROBE == 0 and room:
+        return 1
+    return 0

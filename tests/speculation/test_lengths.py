@@ -1,0 +1,145 @@
+"""How many drafted tokens a step gets: from what they cost, and how often they are right."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgen.speculation.acceptance import Acceptance
+from fastgen.speculation.costs import StepCosts
+from fastgen.speculation.lengths import choose_lengths, choose_rounds
+
+
+def costs_of(seconds: Callable[[int], float]) -> StepCosts:
+    costs = StepCosts()
+    for size in range(1, 65):
+        costs.observe(size, seconds(size))
+    return costs
+
+
+FLAT = costs_of(lambda size: 1.0)
+LINEAR = costs_of(lambda size: float(size))
+TILES = costs_of(lambda size: 1.0 + -(-size // 8))  # 8 rows a tile
+
+
+def test_where_tokens_cost_nothing_all_that_may_be_right_are_taken() -> None:
+    assert choose_lengths([0.9, 0.5, 0.01], [8, 3, 4], 3, 3, FLAT, 60) == [8, 3, 0]
+
+
+def test_where_each_token_costs_as_much_as_the_first_none_is_taken() -> None:
+    assert choose_lengths([0.9, 0.99], [8, 8], 2, 2, LINEAR, 60) == [0, 0]
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 7, 8])
+def test_a_tile_is_filled_and_its_border_not_crossed(num_rows: int) -> None:
+    lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, num_rows, TILES, 60)
+    assert num_rows + sum(lengths) == (8 if num_rows > 2 else num_rows + 2 * num_rows)
+
+
+def test_a_border_is_crossed_where_that_pays() -> None:
+    assert sum(choose_lengths([0.99] * 8, [7] * 8, 8, 8, TILES, 120)) > 40
+
+
+def test_rows_that_are_right_more_often_get_more() -> None:
+    lengths = choose_lengths([0.3, 0.9, 0.6], [6, 6, 6], 3, 3, TILES, 60)
+    assert lengths[1] > lengths[2] >= lengths[0] and sum(lengths) >= 5
+
+
+def test_the_room_is_kept() -> None:
+    assert choose_lengths([0.9, 0.9], [8, 8], 2, 2, FLAT, 5) in ([3, 2], [2, 3])
+    assert choose_lengths([0.9], [8], 1, 1, FLAT, 0) == [0]
+
+
+@given(
+    shares=st.lists(st.floats(0.01, 0.99), min_size=1, max_size=3),
+    seconds=st.lists(st.floats(0.01, 3.0), min_size=16, max_size=16),
+)
+def test_no_other_choice_gives_more_tokens_a_second(
+    shares: list[float], seconds: list[float]
+) -> None:
+    """Of all lengths up to three; but what adds less than a fiftieth of a token, or makes it less
+    than a fiftieth faster, is left."""
+    growing = np.cumsum(seconds)
+    costs = costs_of(lambda size: float(growing[min(size, 16) - 1]))
+    num_rows = len(shares)
+
+    def rate(lengths: tuple[int, ...]) -> float:
+        gains = (share**place for share, n in zip(shares, lengths, strict=True)
+                 for place in range(1, n + 1))  # fmt: skip
+        return (num_rows + sum(gains)) / costs.seconds(num_rows + sum(lengths))
+
+    chosen = tuple(choose_lengths(shares, [3] * num_rows, num_rows, num_rows, costs, 60))
+    best = max(map(rate, itertools.product(range(4), repeat=num_rows)))
+    assert rate(chosen) >= best / 1.13
+
+
+def test_a_drafter_that_takes_time_is_asked_for_less() -> None:
+    rounds = [choose_rounds([0.8], 16, 1, 1, FLAT, price) for price in (0.0, 0.1, 0.4, 0.9)]
+    assert rounds[0] == 16 and rounds == sorted(rounds, reverse=True) and rounds[-1] == 0
+    assert 1 <= rounds[2] <= 4
+
+
+def test_costs_are_the_least_that_was_measured_lately() -> None:
+    costs = StepCosts()
+    assert not costs.is_measured and costs.seconds(5) == 0
+    costs.observe(1, 1.0)
+    assert costs.is_measured and costs.seconds(1) == 1.0
+    assert 1.0 < costs.seconds(8) < 2.0, "a guess"
+    for seconds in (0.5, 3.0, 3.0):
+        costs.observe(1, seconds)
+    assert 0.5 < costs.seconds(1) < 0.52
+    for _ in range(400):
+        costs.observe(1, 2.0)
+    assert costs.seconds(1) == 2.0
+    costs.observe(9, 4.0)
+    assert costs.seconds(5) == pytest.approx(3.0)
+    costs.observe(5, 1.0)
+    assert costs.seconds(5) == 2.0, "not less than with fewer tokens"
+    costs.observe(400, 1.0)
+    costs.observe(0, 1.0)
+    costs.observe(2, 0.0)
+    assert costs.seconds(2) == 2.0 and costs.seconds(5000) == costs.seconds(256) > 4.0
+
+
+def test_a_table_is_measured_up_to_what_a_step_may_have() -> None:
+    seen: list[int] = []
+
+    def step(size: int) -> float:
+        seen.append(size)
+        return 1.0 + 0.1 * size
+
+    costs = StepCosts()
+    costs.measure(step, 20)
+    assert set(seen) == {1, 2, 3, 4, 6, 8, 10, 12, 16, 20} and len(seen) == 30
+    assert costs.seconds(14) == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_acceptance_finds_the_share(share: float) -> None:
+    rng = np.random.default_rng(4)
+    shared = Acceptance()
+    for _ in range(40):
+        row = Acceptance(shared)
+        for _ in range(60):
+            right = rng.random(4) < share
+            row.note(2, 4, int(np.argmin(right)) if not right.all() else 4)
+    assert shared.share(2) == pytest.approx(share, abs=0.07)
+    assert Acceptance(shared).share(2) == shared.share(2), "a new row begins with it"
+    assert shared.share(3) == 0.4, "other levels are told apart"
+    assert row.share(2) < 1
+
+
+def test_a_row_that_begins_to_repeat_itself_is_believed_soon() -> None:
+    shared = Acceptance()
+    row = Acceptance(shared)
+    for _ in range(50):
+        row.note(0, 1, 0)
+    assert row.share(0) < 0.05
+    for _ in range(6):
+        row.note(0, 4, 4)
+    assert row.share(0) > 0.5 > shared.share(0)
