@@ -75,7 +75,7 @@ class Run:
         return max(*self.batches, 1 + self.rounds)
 
     def load(self, folder: Path, dtype: str, speculate: Any, **own: Any) -> Generator:
-        return fastgen.load(
+        model = fastgen.load(
             folder,
             num_threads=self.threads,
             max_batch_size=max(self.batches),
@@ -84,6 +84,8 @@ class Run:
             **models.PRECISIONS[dtype],
             **own,
         )
+        model.warmup()  # measures what steps cost
+        return model
 
     def checkpoint(self) -> Path:
         """The bundled model in GPT-2 124M's shape."""
