@@ -9,7 +9,7 @@ does not.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import llama_cpp_peer
 import numpy as np
@@ -56,7 +56,8 @@ def _continued(model: Llama, prompt: list[int], new_tokens: int, biases: Biases)
     return list(itertools.islice(tokens, new_tokens))
 
 
-def _biased(biases: Biases):  # type: ignore[no-untyped-def]
+def _biased(biases: Biases) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Adds to the logit of a sequence's last id where the text ends with the others."""
     found = {tuple(ids[:-1]): (ids[-1], bias) for ids, bias in biases}
     length = max(len(ids) - 1 for ids, _ in biases)
 

@@ -32,7 +32,7 @@ def load(job: Job) -> Generate:
     return generate
 
 
-class Biased(LogitsProcessor):  # type: ignore[misc]
+class Biased(LogitsProcessor):
     """Adds to the logit of a sequence's last id where the text ends with the others."""
 
     def __init__(self, biases: Biases) -> None:
