@@ -10,6 +10,7 @@
 #include "bindings/decoder_bindings.h"
 #include "bindings/peaks_bindings.h"
 #include "bindings/sampler_bindings.h"
+#include "bindings/speculation_bindings.h"
 #include "common/cpu_features.h"
 #include "common/philox.h"
 
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_native, module) {
   fastgen::bind_decoder(module);
   fastgen::bind_peaks(module);
   fastgen::bind_checksums(module);
+  fastgen::bind_speculation(module);
   module.def("cpu_features", &fastgen::cpu_features,
              "Instruction sets of this processor that matter here, as Linux names them.");
 }

@@ -42,8 +42,8 @@ def _head(record: Record) -> list[str]:
         []
         if found is None
         else [
-            f"guessed  {found['accepted_tokens']:,} of {found['drafted_tokens']:,} drafted tokens were "
-            f"right; {found['speculated_steps']:,} of {found['steps']:,} steps had drafts"
+            f"guessed  {found['accepted_tokens']:,} of {found['drafted_tokens']:,} drafted tokens "
+            f"were right; {found['speculated_steps']:,} of {found['steps']:,} steps had drafts"
         ]
     )
     measured = "unknown" if memory["peak_mb"] is None else f"{memory['peak_mb']:,} MB"

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fastgen.checks import is_integer
+from fastgen.decoders.interface import Decoder, PendingStep
 from fastgen.engine.requests import Row
+from fastgen.engine.scheduler import StepPlan
 from fastgen.speculation.acceptance import Acceptance
 from fastgen.speculation.costs import StepCosts
 from fastgen.speculation.drafter import MAX_LEVEL, Draft, Drafter
@@ -115,6 +117,15 @@ class Drafting:
                 drafts[at] = drafts[at][:tried]
         return drafts
 
+    def timed_step(self, decoder: Decoder, plan: StepPlan) -> PendingStep:
+        """The decoder's step; of those that only decode, what they cost is remembered."""
+        started = time.monotonic()
+        step = decoder.step(plan.batch)
+        num_tokens = len(plan.batch.token_ids)
+        if self.is_on and not step.is_async and num_tokens == plan.num_decoding + plan.num_drafted:
+            self.costs.observe(num_tokens, time.monotonic() - started)
+        return step
+
     def holds_up(self, rows: Iterable[Row]) -> bool:
         """Whether the next step should wait for this one, since drafts may follow its tokens."""
         for row in rows if self.is_on else ():
@@ -204,10 +215,10 @@ class Drafting:
             if not rounds:
                 return [_NOTHING] * len(rows)
             most = [min(rounds, count) for count in most]
-        started = time.perf_counter()
+        started = time.monotonic()
         drafts = self._proposed(source, rows, most)
         if rounds:
-            price = (time.perf_counter() - started) / rounds
+            price = (time.monotonic() - started) / rounds
             source.price += (_SMOOTHING if source.price else 1) * (price - source.price)
         return drafts
 

@@ -257,7 +257,7 @@ class Engine:
                 rows = [entry.row for entry in plan.entries]
                 if plan.copies:
                     self.decoder.copy_blocks(plan.copies)
-                step = self._timed_step(plan)
+                step = drafting.timed_step(self.decoder, plan)
                 for row in rows:
                     row.schedule.num_under_way += 1
                 self._under_way.append((plan, step))
@@ -268,19 +268,6 @@ class Engine:
                 rows = list(self._scheduler.waiting)
                 raise NothingToRunError("there is no row that could run")
         return False
-
-    def _timed_step(self, plan: StepPlan) -> PendingStep:
-        """The decoder's step; of those that only decode, what they cost is remembered."""
-        started = time.monotonic()
-        step = self.decoder.step(plan.batch)
-        num_tokens = len(plan.batch.token_ids)
-        if (
-            self.drafting.is_on
-            and not step.is_async
-            and num_tokens == plan.num_decoding + plan.num_drafted
-        ):
-            self.drafting.costs.observe(num_tokens, time.monotonic() - started)
-        return step
 
     def _collect_step(self) -> None:
         """Wait for the oldest step under way, and give its rows what they got of it."""

@@ -14,7 +14,7 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 
 ROOT = Path(__file__).parents[2]
 SUITES = sorted((ROOT / "benchmarks" / "parts").glob("bench_*.py"))
-QUICK = ("bench_loading", "bench_scheduler", "bench_tokenizer")
+QUICK = ("bench_drafts", "bench_loading", "bench_scheduler", "bench_tokenizer")
 OPTIONS = ("-o", "python_files=bench_*.py", "-o", "pythonpath=tests benchmarks")
 
 

@@ -78,7 +78,8 @@ class KnowingDrafter:
         if kind == "random":
             return Draft(self.rng.integers(0, self.vocab_size, most).tolist(), level)
         if kind == "hostile":
-            return self._hostile(right, most)
+            hostile: Draft = self._hostile(right, most)
+            return hostile
         share = 1.0 if kind == "wrong" else 1 / 3
         spoiled = self.rng.random(len(right)) < share
         ids = [

@@ -60,8 +60,17 @@ ROOMS = (
         ),
     ),
     Room(
+        "speculation",
+        "words sampling checkpoints decoders",
+        (
+            "costs drafter suffix_automaton",
+            "acceptance draft_model lengths suffix",
+            "choose",
+        ),
+    ),
+    Room(
         "engine",
-        "words sampling text decoders",
+        "words sampling text decoders speculation",
         (
             "blocks interrupts request_limits step_lock",
             "leases",
@@ -69,13 +78,14 @@ ROOMS = (
             "request_checks requests",
             "forks inbox queue",
             "scheduler",
-            "outputs pause stats",
+            "drafting outputs pause stats",
+            "hand_out",
             "engine",
         ),
     ),
     Room(
         "frontends",
-        "words sampling checkpoints text decoders engine",
+        "words sampling checkpoints text decoders speculation engine",
         (
             "closing fair_lock prompts ranking scoring",
             "codec stream",
@@ -130,7 +140,7 @@ ROOMS = (
     ),
     Room(
         "front door",
-        "words sampling checkpoints text decoders engine frontends hf server bench",
+        "words sampling checkpoints text decoders speculation engine frontends hf server bench",
         ("cli", "__main__"),
     ),
 )

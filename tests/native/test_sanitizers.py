@@ -1,4 +1,4 @@
-"""The sampler and the decoder under sanitizers: alone, and inside Python; and the thread pool.
+"""The sampler, the decoder and drafts under sanitizers: alone, and inside Python; the thread pool.
 
 AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
 ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
@@ -28,12 +28,14 @@ DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
 POOL = ROOT / "csrc" / "common" / "thread_pool.cpp"
 DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
+DRAFTS_DRIVER = ROOT / "tests" / "native" / "speculation_driver.cpp"
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
 ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
 SECONDS = 60  # of each driver of the sampler
 POOL_SECONDS = 20
 DECODER_SECONDS = 60
+DRAFTS_SECONDS = 20
 
 
 def core_of(sources: Path) -> list[Path]:
@@ -268,6 +270,57 @@ def test_the_decoder_drivers_checks_can_fail(
     assert complaint in failure(decoder.program(broken), 20)
 
 
+def drafts_program(sources: Path, program: Path) -> Path:
+    parts = sorted((sources / "speculation").glob("*.cpp"))
+    run(compiler("g++"), *COMMON, *ADDRESS, f"-I{sources}", *parts, DRAFTS_DRIVER, "-o", program)
+    return program
+
+
+def test_drafts(tmp_path: Path) -> None:
+    program = drafts_program(copy_sources(tmp_path, ADDRESS), tmp_path / "drafts")
+    print(counts(program, DRAFTS_SECONDS, r"(\d+) cases", (300,)), "cases")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "complaint"),
+    [
+        pytest.param(
+            "suffix_automaton.cpp",
+            "edge.target = shorter;",
+            "edge.target = target;",
+            "length == longest",
+            id="keeps the longer state",
+        ),
+        pytest.param(
+            "suffix_automaton.cpp",
+            "at < distance ? after[at] : ids[at - distance]",
+            "after[at]",
+            "AddressSanitizer",
+            id="reads past the last token",
+        ),
+        pytest.param(
+            "output_store.cpp",
+            "if (at(place - before + word).word != salt[word]) return 0;",
+            "",
+            "has(outputs",
+            id="forgets the salt",
+        ),
+        pytest.param(
+            "output_store.h", "ring_[place & mask_]", "ring_[place]", "AddressSanitizer", id="ring"
+        ),
+    ],
+)
+def test_the_drafts_drivers_checks_can_fail(
+    name: str, old: str, new: str, complaint: str, tmp_path: Path
+) -> None:
+    sources = copy_sources(tmp_path, ADDRESS)
+    broken = sources / "speculation" / name
+    source = broken.read_text()
+    assert old in source
+    broken.write_text(source.replace(old, new))
+    assert complaint in failure(drafts_program(sources, tmp_path / "drafts"), 5)
+
+
 def test_the_extension_inside_python(tmp_path: Path) -> None:
     """The tests of what needs no PyTorch, with bindings and all built for sanitizers."""
     package = tmp_path / "fastgen"
@@ -295,6 +348,7 @@ def test_the_extension_inside_python(tmp_path: Path) -> None:
         ROOT / "tests" / folder / f"test_native_{part}.py"
         for folder, part in (("sampling", "sampler"), ("decoders", "decoder"))
     ]
+    tests.append(ROOT / "tests" / "speculation" / "test_suffix_automaton.py")
     output = run(sys.executable, "-m", "pytest", *options, *tests, env=env)
     assert re.search(r"\d+ passed", output) and "skipped" not in output, output
     where = "import fastgen._native as n; print(n.__file__)"

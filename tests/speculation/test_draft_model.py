@@ -88,7 +88,8 @@ def own_continuation(model: fastgen.Generator, row: Row, count: int) -> list[int
 def test_it_proposes_what_it_would_generate(plain: fastgen.Generator) -> None:
     """After refusals, too, and for rows that come and go."""
     rng = np.random.default_rng(8)
-    drafter, rows = make_drafter(), []
+    rows: list[Row] = []
+    drafter = make_drafter()
     assert sample_seed(77, 0) == 77
     for turn in range(14):
         if len(rows) < 4 and turn % 2 == 0:

@@ -80,7 +80,7 @@ def check_batches(
     texts = [random_prompt(rng, 150) for _ in range(3)]
     counts = {"drafted": 0, "accepted": 0, "steps": 0, "plain steps": 0}
     while num_params > 0:
-        model = models[rng.integers(len(models))]
+        model = models[int(rng.integers(len(models)))]
         size = int(rng.integers(1, 9))
         num_params -= size
         prompts = [
@@ -167,7 +167,7 @@ def test_an_option_counts_the_drafts_that_were_right(
     models: list[fastgen.Generator], name: str
 ) -> None:
     """In the same row, some of the drafts are accepted and some refused."""
-    options = {"max_new_tokens": 30, "seed": 5, **OPTION_VALUES[name]}
+    options: dict[str, Any] = {"max_new_tokens": 30, "seed": 5, **OPTION_VALUES[name]}
     prompts = [[261, 11, 300, 13], "And the king said unto the"]
     model = models[1]
     plain = model.generate(prompts, **options)
@@ -182,7 +182,7 @@ def test_an_option_counts_the_drafts_that_were_right(
 
 
 def test_rows_drawn_on_the_host_have_no_drafts(models: list[fastgen.Generator]) -> None:
-    model, options = models[1], {"max_new_tokens": 12, "seed": 3}
+    model, options = models[1], dict[str, Any](max_new_tokens=12, seed=3)
     prompts = [[5, 6], [7, 8]]
     params = [SamplingParams(logits_processor=halve_some, **options), SamplingParams(**options)]
     plain = model.generate(prompts, params)
@@ -241,5 +241,5 @@ def test_the_torch_decoder_agrees_as_far_as_it_does_with_itself(kind: str) -> No
             drafted = model.generate(prompts, params)
         assert model.engine.stats.speculated_steps > before
         for prompt, one, found, wanted in zip(prompts, params, drafted, plain, strict=True):
-            ids = [list(each.completions[0].token_ids) for each in (found, wanted)]
-            assert_rows_agree(prompt, one, *ids, eos_ids_of(model.engine))
+            first, second = (each.completions[0].token_ids for each in (found, wanted))
+            assert_rows_agree(prompt, one, first, second, eos_ids_of(model.engine))

@@ -38,7 +38,7 @@ def test_where_each_token_costs_as_much_as_the_first_none_is_taken() -> None:
 @pytest.mark.parametrize("num_rows", [1, 4, 7, 8])
 def test_a_tile_is_filled_and_its_border_not_crossed(num_rows: int) -> None:
     lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, num_rows, TILES, 60)
-    assert num_rows + sum(lengths) == (8 if num_rows > 2 else num_rows + 2 * num_rows)
+    assert num_rows + sum(lengths) == (8 if num_rows > 1 else 4)
 
 
 def test_a_border_is_crossed_where_that_pays() -> None:

@@ -1,0 +1,82 @@
+"""A function of the caller's as a drafter: what it is given, and what it may do wrong."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fastgen.sampling.params import SamplingParams
+from fastgen.speculation.drafter import Draft, FunctionDrafter
+
+
+@dataclass(eq=False)
+class Row:
+    token_ids: list[int]
+    prompt_len: int = 0
+    cache_salt: str | None = None
+    max_len: int = 100
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+def test_the_function_sees_the_ids_and_how_many_are_wanted() -> None:
+    calls: list[tuple[Any, int]] = []
+
+    def function(token_ids: Any, most: int) -> list[int]:
+        calls.append((token_ids, most))
+        return [token_ids[-1] + 1]
+
+    drafter = FunctionDrafter(function)
+    rows = [Row([1, 2]), Row([7])]
+    assert drafter.propose(rows, [3, 1]) == [Draft([3]), Draft([8])]
+    rows[0].token_ids.append(9)
+    assert drafter.propose(rows[:1], [2]) == [Draft([10])]
+    assert calls == [((1, 2), 3), ((7,), 1), ((1, 2, 9), 2)]
+
+
+@pytest.mark.parametrize("ids", [(), [5, 6], (5, 6, 7, 8), itertools.count(5)])
+def test_as_many_are_taken_as_were_asked_for(ids: Any) -> None:
+    [draft] = FunctionDrafter(lambda *_: ids).propose([Row([1])], [3])
+    assert draft.ids == [5, 6, 7][: len(draft.ids)] and draft.level == 0
+    assert len(draft.ids) == min(3, 3 if isinstance(ids, itertools.count) else len(ids))
+
+
+def raises(*_: Any) -> Any:
+    raise RuntimeError("no idea")
+
+
+@pytest.mark.parametrize(
+    "wrong", [raises, lambda *_: None, lambda *_: 5, lambda *_: ["a"], lambda *_: [1.5]]
+)
+def test_what_fails_for_one_row_ends_its_drafts_alone(
+    wrong: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def function(token_ids: Any, most: int) -> Any:
+        asked.append(token_ids[0])
+        return wrong(token_ids, most) if token_ids[0] == 1 else [most]
+
+    drafter = FunctionDrafter(function)
+    rows = [Row([0]), Row([1]), Row([2])]
+    with caplog.at_level(logging.ERROR, logger="fastgen"):
+        for _ in range(3):
+            assert drafter.propose(rows, [4, 4, 4]) == [Draft([4]), Draft(()), Draft([4])]
+    assert asked == [0, 1, 2, 0, 2, 0, 2]
+    assert len(caplog.records) == 1 and caplog.records[0].exc_info is not None
+    drafter.accepted(rows[0], [4])
+    drafter.ended(rows[1])
+    drafter.ended(rows[1])
+    drafter.close()
+
+
+def test_an_interrupt_is_nobodys_failure() -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionDrafter(interrupted).propose([Row([1])], [1])
