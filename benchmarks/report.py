@@ -1,5 +1,5 @@
 """Tables of the dated runs (dated_run.py), written between marks into the PAGES below; and README's
-plot, results/speed.png. subject_tables.py has those of other records.
+plot, results/speed.png. subject_tables.py and speculation_tables.py have those of other records.
 
 python benchmarks/report.py            # write them between their marks
 python benchmarks/report.py --check    # fail if that would change a page or the plot
@@ -20,6 +20,12 @@ from cells import PEERS, judged, markdown, pair, percent, processor
 from dated_run import CONTEXTS, FOLDER
 from harness import RESULTS
 from models import PRECISIONS
+from speculation_tables import (
+    speculation,
+    speculation_draft,
+    speculation_oracle,
+    speculation_peers,
+)
 from speed_plot import Speed
 from subject_tables import dropin, second_processor
 
@@ -31,6 +37,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "speculation.md",
     ROOT / "docs" / "transformers.md",
 )
 PLOT = RESULTS / "speed.png"
@@ -323,7 +330,8 @@ TABLES: dict[str, Callable[[], str]] = {
     each.__name__.replace("_", "-"): each
     for each in (speed, machine, results, loading, peers, peers_checked, torch_decoder,
                  bytes_and_operations, turning_points, contexts, where, prompts, threads, dropin,
-                 second_processor)
+                 second_processor, speculation, speculation_oracle, speculation_draft,
+                 speculation_peers)
 }  # fmt: skip
 
 

@@ -27,10 +27,13 @@ def load(job: Job, **settings: Any) -> Generate:
     model.generation_config.eos_token_id = None  # never ends a row
 
     @torch.inference_mode()
-    def generate(prompts: Ids, new_tokens: int, streamer: Streamer | None = None) -> Ids:
+    def generate(
+        prompts: Ids, new_tokens: int, streamer: Streamer | None = None, **own: Any
+    ) -> Ids:
         ids = torch.tensor(prompts, device=job.device)
         mask = torch.ones_like(ids)
-        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, **settings}
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
+        options |= {**settings, **own}
         found = model.generate(ids, attention_mask=mask, streamer=streamer, **options)
         return found[:, ids.shape[1] :].tolist()
 

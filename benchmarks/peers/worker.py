@@ -6,8 +6,9 @@ Its first line is {"version": ..., "load_seconds": ...}, or why the peer cannot 
 module that is missing; "unsupported", what it does not have; "failed", the error. Then it answers
 requests, {"prompts": [[...], ...], "new_tokens": 96}, by {"seconds": ..., "ids": ...,
 "peak_bytes": ...}: the greedy continuations, ids in and ids out; the seconds of all of it; and the
-most memory there has been since loading began, or null where that cannot be known. Between requests
-it waits for its standard input, using no processor.
+most memory there has been since loading began, or null where that cannot be known. A request may
+have "options", the peer's own. Between requests it waits for its standard input, using no
+processor.
 
 Needs the standard library and the peer's packages: neither fastgen nor a path to it.
 """
@@ -34,7 +35,7 @@ except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
 Ids = list[list[int]]
-Generate = Callable[[Ids, int], Ids]  # prompts, new tokens
+Generate = Callable[..., Ids]  # of prompts, new tokens, and the peer's own options
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _answer_requests(answers: TextIO, generate: Generate, device: str) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         start = time.perf_counter()
-        ids = generate(request["prompts"], request["new_tokens"])
+        ids = generate(request["prompts"], request["new_tokens"], **request.get("options", {}))
         seconds = time.perf_counter() - start
         _say(answers, seconds=seconds, ids=ids, peak_bytes=peak_bytes(device))
 

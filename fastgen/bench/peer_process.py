@@ -100,14 +100,16 @@ class PeerProcess:
             return f"failed: {self.ready['failed']}"
         return f"has no {self.ready['unsupported']}"
 
-    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generated:
-        """Greedy continuations.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, **options: Any
+    ) -> Generated:
+        """Greedy continuations; `options` are the peer's own.
 
         Raises:
             PeerError: it ended, or rows are not as many or as long as they should be.
         """
         assert self._process.stdin is not None
-        request = {"prompts": prompts, "new_tokens": new_tokens}
+        request = {"prompts": prompts, "new_tokens": new_tokens, "options": options}
         with suppress(BrokenPipeError):  # it has ended, which its answer tells
             print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._answer()
