@@ -61,6 +61,7 @@ BAD: dict[str, list[Any]] = {
     "sequence_bias": [5, [], {"": 1}, {"1,": 1}, {"1,4096": 1}, {"1 2": 1}, {"1": "1"},
                       {"1": -100.5}],
     "return_token_ids": [1, "yes", []],
+    "add_special_tokens": [1, "yes", []],
     "repetition_penalty": [*NO_NUMBERS, 0, -1, 1e7],
     "no_repeat_ngram_size": NO_COUNTS,
     "bad_words": [5, True, {}, [5], [[]], [""], "", [["a"]], [[4096]], [[True]], [None], [LONE],
