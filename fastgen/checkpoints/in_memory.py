@@ -10,6 +10,7 @@ from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.files import NUMPY_DTYPES, TensorInfo
 from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
+from fastgen.checks import wrong_type
 
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
@@ -48,13 +49,14 @@ def checkpoint_of_model(model: Any) -> Checkpoint:
     """The Checkpoint of a transformers GPT2LMHeadModel.
 
     Raises:
-        TypeError: it is no such model.
+        OptionTypeError: it is no such model.
         CheckpointError: it cannot be run exactly; names the config key or tensor.
     """
     if not callable(getattr(model, "state_dict", None)) or not hasattr(model, "config"):
-        raise TypeError(
-            "model must be a folder, a hub id or a transformers GPT2LMHeadModel, "
-            f"not {type(model).__name__}"
+        raise wrong_type(
+            "model",
+            "must be a folder, a hub id or a transformers GPT2LMHeadModel, "
+            f"not {type(model).__name__}",
         )
     data = dict(model.config.to_dict())
     generation = getattr(model, "generation_config", None)

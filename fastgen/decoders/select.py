@@ -11,7 +11,7 @@ from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.cpu.plan import build_cpu, plan_cpu
 from fastgen.decoders.interface import Decoder
 from fastgen.decoders.machine import may_have_gpu
-from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.decoders.plan import DecoderPlan, LoadOptions, unmet
 from fastgen.native import native
 
 _INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
@@ -48,7 +48,7 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) 
         beside: bytes of the host's memory that are needed beside the decoder.
 
     Raises:
-        ValueError: an option that cannot be met, with what can.
+        OptionError: an option that cannot be met, with what can.
         ModuleNotFoundError: no decoder is installed that can do this.
     """
     if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
@@ -63,12 +63,12 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) 
 
             return plan_cuda(checkpoint, options)
         if options.decoder == "cuda":
-            raise ValueError(f"decoder='cuda': {missing}")
+            raise unmet("decoder", "cuda", missing)
         why = f"{why}, and the CUDA decoder cannot be used: {missing}"
     for option, off in (("quantize", None), ("batch_invariant", None), ("kv_dtype", "auto")):
         value = getattr(options, option)
         if value and value != off:
-            raise ValueError(f"{option}={value!r}: the torch decoder cannot do this; {why}")
+            raise unmet(option, value, f"the torch decoder cannot do this; {why}")
     from fastgen.decoders.torch.plan import plan_torch
 
     return plan_torch(checkpoint, options, why, beside)

@@ -82,7 +82,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or cannot be run exactly.
-        TypeError, ValueError: an option is wrong, or cannot be met; says what can.
+        OptionTypeError, OptionError: an option is wrong, or cannot be met; says what can.
     """
     options = LoadOptions(
         device=device,

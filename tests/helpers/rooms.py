@@ -115,6 +115,7 @@ ROOMS = (
         (
             "limits",
             "errors logprobs metrics openai_values",
+            "cors",
             "bodies protocol service streaming",
             "completions",
             "calls schema",

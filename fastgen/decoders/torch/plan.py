@@ -13,6 +13,7 @@ from fastgen.decoders.memory import BLOCK_SIZE, plan_memory
 from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
 from fastgen.decoders.torch.decoder import TorchDecoder
 from fastgen.decoders.torch.weights import Weights, weight_bytes
+from fastgen.errors import OptionError
 from fastgen.native import native
 from fastgen.sampling.definition import SCORED_AT_ONCE
 
@@ -69,7 +70,8 @@ def chosen_device(name: str) -> torch.device:
         torch.zeros(1, device=device).tolist()  # a "meta" tensor holds nothing to bring back
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         cause = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used: {cause}") from error
+        problem = f"cannot be used: {cause}"
+        raise OptionError(f"device={name!r} {problem}", "device", problem) from error
     return device
 
 
