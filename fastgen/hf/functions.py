@@ -15,6 +15,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -65,15 +66,16 @@ ATTENTION = (
 _REGISTRIES = (modeling_utils.ALL_ATTENTION_FUNCTIONS, masking_utils.ALL_MASK_ATTENTION_FUNCTIONS)
 _REGISTERED = {kind: [registry.get(kind) for registry in _REGISTRIES] for kind in ATTENTION}
 
+_MADE = (cache_utils.DynamicCache, cache_utils.DynamicLayer)  # in a forward
 _FORWARD = (
     *(modeling_gpt2.GPT2LMHeadModel, *LAYERS, *ACTIVATIONS.values(), *map(type, _REGISTRIES)),
-    *(cache_utils.DynamicCache, cache_utils.DynamicLayer),
+    *_MADE,
 )
 _TABLES = [
     kind
-    for module in (processors, criteria)
+    for module in (processors, criteria, loops)
     for kind in vars(module).values()
-    if isinstance(kind, type) and kind.__module__ == module.__name__
+    if isinstance(kind, type) and kind.__module__ == module.__name__ and not is_dataclass(kind)
 ]
 _MODULES = (
     *(modeling_gpt2, modeling_layers, modeling_utils, masking_utils, generic, output_capturing),
@@ -96,7 +98,11 @@ class Functions:
         owners = list(dict.fromkeys([*bases, *homes, *modules]))
         read = _closure(owners, [*_PROTOCOLS, *roots])
         self.read = frozenset(name for name in read if not name.endswith(_REMEMBERED))
-        self._namespaces = [_Namespace(owner, self.read) for owner in owners]
+        made = {base for kind in _MADE for base in kind.__mro__}
+        self._namespaces = [
+            _Namespace(owner, self.read | {"__init__"} if owner in made else self.read)
+            for owner in owners
+        ]
         self._functions = [f for namespace in self._namespaces for f in namespace.functions]
         self._codes = [function.__code__ for function in self._functions]
 
@@ -235,7 +241,9 @@ _ROOTS = {
     for function in registered
     if function is not None
 }
-FORWARD = Functions(_FORWARD, (*_MODULES, *_ROOTS.values()), ("forward", *_ROOTS))
+FORWARD = Functions(
+    _FORWARD, (*_MODULES, *_ROOTS.values()), ("forward", "get_layer_types_and_kwargs", *_ROOTS)
+)
 LOOPS = Functions(
     (modeling_gpt2.GPT2LMHeadModel, *_TABLES),
     (loops, processors, criteria),
