@@ -88,6 +88,7 @@ class Functions:
 
     Attributes:
         read: the names.
+        codes: the code of the functions among them.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Functions:
         ]
         self._functions = [f for namespace in self._namespaces for f in namespace.functions]
         self._codes = [function.__code__ for function in self._functions]
+        self.codes = frozenset(self._codes)
 
     def why_not(self) -> str:
         """The first name that is not transformers' or PyTorch's own now; "" if all are."""
@@ -245,7 +247,7 @@ FORWARD = Functions(
     _FORWARD, (*_MODULES, *_ROOTS.values()), ("forward", "get_layer_types_and_kwargs", *_ROOTS)
 )
 LOOPS = Functions(
-    (modeling_gpt2.GPT2LMHeadModel, *_TABLES),
-    (loops, processors, criteria),
+    (modeling_gpt2.GPT2LMHeadModel, *_TABLES, *_MADE),
+    (loops, processors, criteria, nn.functional, torch),
     ("_sample", "_beam_search", "_assisted_decoding", "_prefill"),
 )
