@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
-from fastgen.hf.modules import has_global_hooks, why_not_settings
+from fastgen.hf.functions import LOOPS
+from fastgen.hf.modules import has_global_hooks
 from fastgen.hf.not_native import NotNative
 from fastgen.hf.packing import PackedModel
 from fastgen.hf.sampling import generate_natively, native_call
@@ -24,10 +26,10 @@ from fastgen.hf.tracing import why_not_plain
 
 _Own = transformers.GPT2LMHeadModel
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
-# What transformers' loops call in each step: somebody may have put something else in its place.
+# What transformers' loops call: somebody may have put something else in its place.
 _EACH_STEP = (
-    *("__call__", "forward", "prepare_inputs_for_generation", "_prefill"),
-    *("_update_model_kwargs_for_generation", "_get_top_k_continuations"),
+    *("__call__", "forward", "prepare_inputs_for_generation"),
+    *(name for name in vars(GenerationMixin) if name in LOOPS.read and not name.endswith("__")),
 )
 _GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
 
@@ -63,10 +65,13 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         try:
             output = fast_forward(self, self._packed, self._own_forward, arguments)
         except NotNative as unfit:
-            self._packed.note("transformers", unfit)
-            return super().forward(**arguments)
-        self._packed.note("forward")
-        return output
+            reason = str(unfit)
+        else:
+            self._packed.note("forward")
+            return output
+        # Not in the handler: an error of transformers' is to have no other as its context.
+        self._packed.note("transformers", reason)
+        return super().forward(**arguments)
 
     @functools.wraps(_Own.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +136,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""
-        if reason := why_not_plain(self.parameters()):
+        if reason := why_not_plain(self.parameters()) or LOOPS.why_not():
             raise NotNative(reason)
         hooked = self._forward_hooks or self._forward_pre_hooks or has_global_hooks()
         changed = any(
@@ -181,7 +186,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
             needs_tensors
             or generation_config.output_attentions
             or generation_config.output_hidden_states
-            or why_not_settings(self)
+            or self._packed.why_not(self)
         ):
             model_kwargs["past_key_values"] = new_cache(self, self._own_forward)
 

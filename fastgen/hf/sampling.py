@@ -19,7 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from fastgen.engine.requests import Request, Row
 from fastgen.errors import NothingToDrawError, ended_early
 from fastgen.hf.cache import BlockCache
-from fastgen.hf.forward import ID_DTYPES, check_tokens
+from fastgen.hf.forward import ID_DTYPES, UNSET, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows, logits_of
 from fastgen.hf.not_native import NotNative, check_known
 from fastgen.hf.options import NativeOptions, Prompts, native_options
@@ -136,7 +136,9 @@ def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
 
 def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
     """Raise NotNative for what needs transformers' own forward, or its loop."""
-    check_known(arguments, _KNOWN)
+    check_known(arguments, _KNOWN, UNSET)
+    if not isinstance(arguments.get("logits_to_keep", 1), int):
+        raise NotNative("logits_to_keep is not a number")
     for key in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, key):
             raise NotNative(f"{key} was asked for")
@@ -159,6 +161,8 @@ def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
             raise NotNative("padding that is not on the left")
         starts = length - attended.sum(axis=1)
     if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype not in ID_DTYPES:
+            raise NotNative("position_ids are no integers that an embedding takes")
         expected = np.maximum(np.arange(length) - starts[:, None], 0)
         given = positions.cpu().numpy()
         shapes = ((1, length), (batch_size, length))
@@ -170,7 +174,7 @@ def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
 def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[str, Any]) -> None:
     if cache is None:
         return
-    if not isinstance(cache, BlockCache) or cache.has_tensors:
+    if type(cache) is not BlockCache or cache.has_tensors:
         raise NotNative("past_key_values is another kind of cache")
     past = cache.get_seq_length()
     if past == 0:

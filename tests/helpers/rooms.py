@@ -100,8 +100,8 @@ ROOMS = (
         "hf",
         "words sampling checkpoints decoders engine",
         (
-            "checksums gradients kv_rows modules not_native stop_strings streamers tracing",
-            "cache options",
+            "checksums functions gradients kv_rows not_native stop_strings streamers tracing",
+            "cache modules options",
             "packing",
             "forward",
             "sampling",
