@@ -73,6 +73,7 @@ class SuffixAutomaton:
         self._begin()
 
     def add(self, token_ids: Sequence[int]) -> None:
+        """Take the row's next tokens; ValueError, and none is taken, if one is no token id."""
         for token_id in _checked(token_ids):
             if len(self.tokens) == self.max_tokens:
                 self._restart()
@@ -216,7 +217,8 @@ class OutputStore:
         return sum(ring.itemsize * len(ring) for ring in rings)
 
     def add(self, salt: bytes, token_ids: Sequence[int], start: int = 0) -> None:
-        """Keep token_ids[start:], the newest if they are more than the ring takes.
+        """Keep token_ids[start:], the newest if they are more than the ring takes; three or fewer
+        are not kept.
 
         Args:
             salt: 32 bytes, a digest.
@@ -332,6 +334,9 @@ class SuffixRow:
 
         Returns:
             At most `most` ids that may follow, and their level (`draft_level`).
+
+        Raises:
+            ValueError: the row has fewer tokens than before, or what are no token ids.
         """
         automaton = self._automaton
         automaton.add(_from(token_ids, automaton.num_tokens))
