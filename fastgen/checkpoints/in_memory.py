@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -18,8 +19,12 @@ class ModelTensors:
     """A TensorSource over `state_dict()`. What `load` gives is read-only: the model's own memory,
     if that is the host's; else a copy, of one tensor at a time."""
 
-    def __init__(self, model: Any) -> None:
-        self._tensors = dict(model.state_dict())
+    def __init__(self, model: Any, parts: Sequence[str] | None = None) -> None:
+        self._tensors = {
+            key: tensor
+            for key, tensor in model.state_dict().items()
+            if parts is None or key.partition(".")[0] in parts
+        }
         if model.config.tie_word_embeddings and self._is_tied():
             del self._tensors[HEAD]  # else the two would be compared, byte by byte
         self.infos = {
@@ -44,8 +49,11 @@ class ModelTensors:
         return bool(head.data_ptr() == embedding.data_ptr() and head.dtype == embedding.dtype)
 
 
-def checkpoint_of_model(model: Any) -> Checkpoint:
+def checkpoint_of_model(model: Any, parts: Sequence[str] | None = None) -> Checkpoint:
     """The Checkpoint of a transformers GPT2LMHeadModel.
+
+    Args:
+        parts: of which of its modules; None: of all. Others are not looked at.
 
     Raises:
         TypeError: it is no such model.
@@ -62,7 +70,8 @@ def checkpoint_of_model(model: Any) -> Checkpoint:
         if getattr(generation, key, None) is not None:
             data[key] = getattr(generation, key)
     name = type(model).__name__
-    return Checkpoint(ModelTensors(model), GPT2Config.from_dict(data, f"{name}.config"), name)
+    config = GPT2Config.from_dict(data, f"{name}.config")
+    return Checkpoint(ModelTensors(model, parts), config, name)
 
 
 def _int16() -> Any:
