@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgen.checkpoints.checkpoint import Checkpoint
@@ -41,11 +42,22 @@ def backends() -> list[BackendInfo]:
     ]
 
 
-def plan_decoder(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> DecoderPlan:
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def plan_decoder(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    beside: int = 0,
+    *,
+    warn: Callable[[str], None] = _warn,
+) -> DecoderPlan:
     """Choose a decoder and plan its memory; nothing is loaded.
 
     Args:
         beside: bytes of the host's memory that are needed beside the decoder.
+        warn: is told what makes the model slower than it could be.
 
     Raises:
         OptionError: an option that cannot be met, with what can.
@@ -57,7 +69,7 @@ def plan_decoder(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) 
         raise ModuleNotFoundError(_INSTALL_TORCH)
     why = _why(options)
     if options.decoder == "cuda" or (options.decoder == "auto" and not _is_for_cpu(options)):
-        missing = _missing_for_cuda(checkpoint, options)
+        missing = _missing_for_cuda(checkpoint, options, warn)
         if missing is None:
             from fastgen.decoders.cuda.plan import plan_cuda
 
@@ -87,11 +99,13 @@ def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
     return build_torch(checkpoint, plan)
 
 
-def _missing_for_cuda(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
+def _missing_for_cuda(
+    checkpoint: Checkpoint, options: LoadOptions, warn: Callable[[str], None]
+) -> str | None:
     """What keeps the CUDA decoder from being used."""
     if importlib.util.find_spec("triton") is None:
         if options.decoder == "auto" and options.device.partition(":")[0] in ("auto", "cuda"):
-            warnings.warn(f"{_NO_TRITON}; without it models run more slowly", stacklevel=4)
+            warn(f"{_NO_TRITON}; without it models run more slowly")
         return _NO_TRITON
     from fastgen.decoders.cuda.plan import why_not_cuda
 

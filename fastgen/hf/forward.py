@@ -71,6 +71,8 @@ def fast_forward(
         raise NotNative("training with gradients")
     given = [value for value in arguments.values() if isinstance(value, Tensor)]
     reason = why_not_plain([*parameters, *given])
+    if not reason and any(tensor.is_meta for tensor in (*parameters, *given)):
+        reason = "there are tensors without memory"
     if needs_grad and not reason:
         reason = why_no_later_graph(model.device.type)
     if reason:
@@ -121,8 +123,8 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
             raise NotNative(f"config.{key} is set")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise NotNative("input_ids is not a tensor (B, T)")
-    if input_ids.dtype not in ID_DTYPES or input_ids.is_meta:
-        raise NotNative("input_ids are no ids, or have no memory")
+    if input_ids.dtype not in ID_DTYPES:
+        raise NotNative("input_ids are no ids")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)

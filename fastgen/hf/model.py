@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_erro
 from fastgen.hf.tracing import why_not_plain
 
 _Own = transformers.GPT2LMHeadModel
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
 # What transformers' loops call: somebody may have put something else in its place.
 _EACH_STEP = (
@@ -34,7 +35,12 @@ _EACH_STEP = (
 _GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
 
 
-class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
+def _in_place_of(method: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """functools.wraps(method); for type checkers, what is decorated keeps its own type."""
+    return cast("Callable[[_Method], _Method]", functools.wraps(method))
+
+
+class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
     """Use it as transformers' class of this name: the same calls, results, warnings and errors.
 
     It holds two copies of the weights: PyTorch's, and one packed for the decoder, made before the
@@ -48,6 +54,14 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         last_reason: why it did not go a faster way; "" if it did.
     """
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers initializes what a checkpoint lacks otherwise for classes defined elsewhere
+        than in its own modules. This one stands for its own; a subclass is custom, as one of its.
+        """
+        found = cls.is_remote_code() if cls is GPT2LMHeadModel else super().is_custom_code()
+        return bool(found)
+
     @property
     def last_path(self) -> str:
         return self._packed.last_path
@@ -57,7 +71,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         return self._packed.last_reason
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    @functools.wraps(_Own.forward)
+    @_in_place_of(_Own.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a trace is to hold transformers' operations
             return super().forward(*args, **kwargs)
@@ -73,7 +87,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         self._packed.note("transformers", reason)
         return super().forward(**arguments)
 
-    @functools.wraps(_Own.generate)
+    @_in_place_of(_Own.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(_GENERATE, args, strict=False)), **kwargs}
         if arguments.get("streamer") is not None:
@@ -127,7 +141,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
         return self._first_way(native, theirs, synced_gpus, generation_config, model_kwargs)
 
-    @functools.wraps(_Own._assisted_decoding)
+    @_in_place_of(_Own._assisted_decoding)
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._assisted_decoding(*args, **kwargs)
         if self.last_path == "forward":

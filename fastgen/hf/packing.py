@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +28,9 @@ from fastgen.hf.modules import (
 )
 from fastgen.hf.not_native import NotNative
 
+# Not a warning of Python's: a program that turns those into errors is to run as with transformers.
+logger = logging.getLogger("fastgen.hf")
+
 # In 16 bits transformers computes in 16 bits. float16 has no fast arithmetic on a CPU: the decoder
 # widens it.
 _DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "auto"}
@@ -47,6 +50,7 @@ class PackedModel:
         self._state: _State | None = None
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run
+        self._logged: set[str] = set()
 
     def kv_rows(self, model: nn.Module, cache: BlockCache | None = None) -> KvRows:
         """The decoder of the model's weights as they are now.
@@ -111,15 +115,19 @@ class PackedModel:
         state = _State(model, refused=bool(refused))  # what is written from now on is seen later
         if not refused:
             try:
-                self._kv = kept or _packed(model)
+                self._kv = kept or _packed(model, self._log_once)
             except (CheckpointError, ValueError) as error:
                 refused = str(error)
-        if refused and refused != self._refused:
-            warnings.warn(
-                f"fastgen leaves this model to transformers, as long as {refused}", stacklevel=2
-            )
         self._refused = refused
         self._state = state
+        if refused:
+            self._log_once(f"fastgen leaves this model to transformers, as long as {refused}")
+
+    def _log_once(self, reason: str) -> None:
+        """Say what makes this model slower than its user expects."""
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning(reason)
 
 
 class _State:
@@ -199,9 +207,14 @@ def _version(parameter: torch.Tensor) -> tuple[Any, ...]:
     return written, parameter.data_ptr(), *layout
 
 
-def _packed(model: Any) -> KvRows:
+_PARTS = ("transformer", "lm_head")  # what a model has beside them, its forward does not call
+
+
+def _packed(model: Any, log: Callable[[str], None]) -> KvRows:
+    parameters = model.named_parameters(remove_duplicate=False)
     checkpoint: Checkpoint = checkpoint_of_model(
-        model, dict(model.named_parameters(remove_duplicate=False))
+        model,
+        {name: one for name, one in parameters if name.partition(".")[0] in _PARTS},
     )
     options = LoadOptions(
         device=str(model.device),
@@ -209,6 +222,6 @@ def _packed(model: Any) -> KvRows:
         max_batch_size=1,  # it grows
         num_threads=torch.get_num_threads(),
     )
-    decoder = build_decoder(checkpoint, plan_decoder(checkpoint, options))
+    decoder = build_decoder(checkpoint, plan_decoder(checkpoint, options, warn=log))
     vocab_size = checkpoint.config.vocab_size
     return KvRows(Engine(decoder, vocab_size), vocab_size)
