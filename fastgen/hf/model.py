@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
+from fastgen.hf.assistants import drafter_of_call
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
@@ -32,6 +33,7 @@ _EACH_STEP = (
     *("__call__", "forward", "prepare_inputs_for_generation"),
     *(name for name in vars(GenerationMixin) if name in LOOPS.read and not name.endswith("__")),
 )
+_ASSISTED = inspect.signature(_Own._assisted_decoding)
 _GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
 
 
@@ -143,10 +145,24 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
 
     @_in_place_of(_Own._assisted_decoding)
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._assisted_decoding(*args, **kwargs)
-        if self.last_path == "forward":
-            self._packed.note("forward", "drafts are checked by transformers' loop")
-        return output
+        arguments = _ASSISTED.bind(self, *args, **kwargs).arguments
+        config, model_kwargs = arguments["generation_config"], arguments.get("model_kwargs", {})
+
+        def native() -> Any:
+            call = native_call(
+                arguments["input_ids"], arguments["logits_processor"],
+                arguments["stopping_criteria"], config, arguments.get("streamer"), model_kwargs,
+            )  # fmt: skip
+            kv = self._packed.kv_rows(self)
+            known = (GPT2LMHeadModel, _Own)
+            drafter = drafter_of_call(self._packed, kv, config, arguments, known)
+            return generate_natively(kv, call, drafter)
+
+        def theirs() -> Any:
+            return super(GPT2LMHeadModel, self)._assisted_decoding(*args, **kwargs)
+
+        synced_gpus = arguments.get("synced_gpus", False)
+        return self._first_way(native, theirs, synced_gpus, config, model_kwargs)
 
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,6 +28,8 @@ from fastgen.hf.modules import (
     why_not_settings,
 )
 from fastgen.hf.not_native import NotNative
+from fastgen.speculation.drafter import Drafter
+from fastgen.speculation.suffix import SuffixDrafter
 
 # Not a warning of Python's: a program that turns those into errors is to run as with transformers.
 logger = logging.getLogger("fastgen.hf")
@@ -51,6 +54,8 @@ class PackedModel:
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run
         self._logged: set[str] = set()
+        # Those that have drafted for the model.
+        self.assistants: WeakKeyDictionary[nn.Module, Assistant] = WeakKeyDictionary()
 
     def kv_rows(self, model: nn.Module, cache: BlockCache | None = None) -> KvRows:
         """The decoder of the model's weights as they are now.
@@ -128,6 +133,18 @@ class PackedModel:
         if reason not in self._logged:
             self._logged.add(reason)
             logger.warning(reason)
+
+
+class Assistant:
+    """Another model that drafts for one, with a decoder of its own.
+
+    `kv`: what `drafter` was made of; of other weights there is another.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.packed = ForkLock(), PackedModel()
+        self.kv: KvRows | None = None
+        self.drafter: Drafter | None = None
 
 
 class _State:
@@ -224,4 +241,7 @@ def _packed(model: Any, log: Callable[[str], None]) -> KvRows:
     )
     decoder = build_decoder(checkpoint, plan_decoder(checkpoint, options, warn=log))
     vocab_size = checkpoint.config.vocab_size
-    return KvRows(Engine(decoder, vocab_size), vocab_size)
+    engine = Engine(decoder, vocab_size)
+    if decoder.limits.batch_invariant:  # then no token depends on guesses
+        engine.drafting.use([SuffixDrafter()])
+    return KvRows(engine, vocab_size)

@@ -27,6 +27,7 @@ from fastgen.hf.stop_strings import StopStringSink
 from fastgen.hf.streamers import RowStreamers
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import sample_seed
+from fastgen.speculation.drafter import Drafter
 
 _KNOWN = {
     *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"),
@@ -102,14 +103,17 @@ def native_call(
     )
 
 
-def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
+def generate_natively(kv: KvRows, call: SamplingCall, drafter: Drafter | None = None) -> Any:
     """Run the call's rows to their ends; returns what transformers' loop returns.
+
+    Args:
+        drafter: guesses their tokens, in place of the engine's own.
 
     Raises:
         NotNative: the rows cannot run; nothing has been streamed.
     """
     check_tokens(call.prompts.token_ids, kv.vocab_size)
-    rows = _start(kv, call)
+    rows = _start(kv, call, drafter)
     run = _Run(kv, call, rows)
     try:
         run.to_the_end()
@@ -192,7 +196,7 @@ def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[s
         raise NotNative("the cache was made of other tokens")
 
 
-def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
+def _start(kv: KvRows, call: SamplingCall, drafter: Drafter | None) -> list[Row]:
     """Add each row to the engine."""
     prompts = [
         ids[start:].tolist()
@@ -211,7 +215,7 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
         with kv.room_for(len(prompt) + call.num_drawn for prompt in prompts):
             for row, prompt in enumerate(prompts):
                 params = params_of(call.options.bans_of(row)).with_seed(sample_seed(seed, row))
-                requests.append(_add(kv, call, row, prompt, params))
+                requests.append(_add(kv, call, row, prompt, params, drafter))
     except BaseException as error:
         for request in requests:
             kv.engine.cancel(request)
@@ -222,11 +226,18 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
 
 
 def _add(
-    kv: KvRows, call: SamplingCall, row: int, prompt: list[int], params: SamplingParams
+    kv: KvRows,
+    call: SamplingCall,
+    row: int,
+    prompt: list[int],
+    params: SamplingParams,
+    drafter: Drafter | None,
 ) -> Request:
     stops, padded = call.options.stop_strings, call.prompts.token_ids[row].tolist()
     sinks = None if stops is None else [StopStringSink(stops, padded)]
-    return kv.engine.add_request(prompt, params, sinks=sinks, keeps_logits=call.keeps_logits)
+    return kv.engine.add_request(
+        prompt, params, sinks=sinks, keeps_logits=call.keeps_logits, drafter=drafter
+    )
 
 
 def _remember(call: SamplingCall, sequences: Ints) -> None:

@@ -98,12 +98,12 @@ ROOMS = (
     ),
     Room(
         "hf",
-        "words sampling checkpoints decoders engine",
+        "words sampling checkpoints decoders speculation engine",
         (
             "checksums functions gradients kv_rows not_native stop_strings streamers tracing",
             "cache modules options",
             "packing",
-            "forward",
+            "assistants forward",
             "sampling",
             "beams",
             "model",
@@ -127,7 +127,7 @@ ROOMS = (
     ),
     Room(
         "bench",
-        "words sampling checkpoints decoders engine frontends",
+        "words sampling checkpoints decoders speculation engine frontends",
         (
             "fallbacks interleave machine peer_process plain_checkpoint plot recording shapes"
             " table",
