@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,7 @@ def drafter_of_call(
     kv: KvRows,
     config: Any,
     arguments: Mapping[str, Any],
-    known: Collection[type],
+    packed_of: Callable[[nn.Module], PackedModel | None],
 ) -> Drafter | None:
     """What drafts for a call of assisted decoding; None: what drafts for every row of the engine.
 
@@ -32,7 +32,7 @@ def drafter_of_call(
 
     Args:
         arguments: of `_assisted_decoding`.
-        known: classes of assistants that fastgen runs.
+        packed_of: fastgen's side of an assistant; None of a model that it does not run.
 
     Raises:
         NotNative: transformers' loop has to run it, or to refuse it.
@@ -53,24 +53,22 @@ def drafter_of_call(
     tokenizers = [arguments.get(name) for name in ("tokenizer", "assistant_tokenizer")]
     if None not in tokenizers:
         raise NotNative("the assistant has another tokenizer")
-    return _drafter(packed, assistant, kv.vocab_size, known)
+    own = packed_of(assistant)
+    if own is None:
+        raise NotNative(f"the assistant is a {type(assistant).__name__}")
+    return _drafter(assistant, own.drafts_for.setdefault(packed, Assistant()), kv.vocab_size)
 
 
-def _drafter(
-    packed: PackedModel, assistant: nn.Module, vocab_size: int, known: Collection[type]
-) -> Drafter:
-    """Of the assistant's weights as they are now, on a decoder that drafts for this model alone.
+def _drafter(model: nn.Module, assistant: Assistant, vocab_size: int) -> Drafter:
+    """Of the assistant's weights as they are now, on a decoder that drafts for one model alone.
 
     Raises:
-        NotNative: it is no model that fastgen runs, or has another vocabulary.
+        NotNative: they cannot be run, or their vocabulary is another.
     """
-    if type(assistant) not in known:
-        raise NotNative(f"the assistant is a {type(assistant).__name__}")
-    drafts = packed.assistants.setdefault(assistant, Assistant())
-    with drafts.lock:
-        kv = drafts.packed.kv_rows(assistant)
+    with assistant.lock:
+        kv = assistant.packed.kv_rows(model)
         if kv.vocab_size != vocab_size:
             raise NotNative("the assistant has another vocabulary")
-        if drafts.drafter is None or kv is not drafts.kv:
-            drafts.kv, drafts.drafter = kv, DraftModelDrafter(kv.decoder)
-        return drafts.drafter
+        if assistant.drafter is None or kv is not assistant.kv:
+            assistant.kv, assistant.drafter = kv, DraftModelDrafter(kv.decoder)
+        return assistant.drafter

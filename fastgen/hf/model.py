@@ -154,8 +154,7 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
                 arguments["stopping_criteria"], config, arguments.get("streamer"), model_kwargs,
             )  # fmt: skip
             kv = self._packed.kv_rows(self)
-            known = (GPT2LMHeadModel, _Own)
-            drafter = drafter_of_call(self._packed, kv, config, arguments, known)
+            drafter = drafter_of_call(self._packed, kv, config, arguments, _packed_of)
             return generate_natively(kv, call, drafter)
 
         def theirs() -> Any:
@@ -229,6 +228,11 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
         if packed is None:  # at first, and after it was unpickled
             packed = self.__dict__["_fastgen"] = PackedModel()
         return packed
+
+
+def _packed_of(model: Any) -> PackedModel | None:
+    """fastgen's side of a model of a class that it runs."""
+    return accelerate(model)._packed if type(model) in (GPT2LMHeadModel, _Own) else None
 
 
 def accelerate(model: Any) -> GPT2LMHeadModel:

@@ -54,8 +54,8 @@ class PackedModel:
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run
         self._logged: set[str] = set()
-        # Those that have drafted for the model.
-        self.assistants: WeakKeyDictionary[nn.Module, Assistant] = WeakKeyDictionary()
+        # For other models, whose calls it assists.
+        self.drafts_for: WeakKeyDictionary[PackedModel, Assistant] = WeakKeyDictionary()
 
     def kv_rows(self, model: nn.Module, cache: BlockCache | None = None) -> KvRows:
         """The decoder of the model's weights as they are now.
@@ -136,7 +136,7 @@ class PackedModel:
 
 
 class Assistant:
-    """Another model that drafts for one, with a decoder of its own.
+    """A model that drafts for another one, with a decoder of its own.
 
     `kv`: what `drafter` was made of; of other weights there is another.
     """

@@ -106,10 +106,10 @@ class KnowingDrafter:
 
 
 @contextmanager
-def drafted_by(engine: Engine, *drafters: Drafter) -> Iterator[None]:
-    """Have the engine's rows drafted for by these alone; all that they propose is tried."""
+def all_tried() -> Iterator[None]:
+    """All that is drafted is tried, whatever it costs."""
 
-    def all_of_it(
+    def lengths_of(
         shares: Sequence[float], most: Sequence[int], num_tokens: int, *rest: Any
     ) -> list[int]:
         room, lengths = rest[-1], []
@@ -118,10 +118,21 @@ def drafted_by(engine: Engine, *drafters: Drafter) -> Iterator[None]:
             room -= lengths[-1]
         return lengths
 
+    def rounds_of(shares: Sequence[float], most: int, *rest: Any) -> int:
+        return min(most, 7)
+
+    lengths = mock.patch("fastgen.engine.drafting.choose_lengths", lengths_of)
+    with lengths, mock.patch("fastgen.engine.drafting.choose_rounds", rounds_of):
+        yield
+
+
+@contextmanager
+def drafted_by(engine: Engine, *drafters: Drafter) -> Iterator[None]:
+    """Have the engine's rows drafted for by these alone; all that they propose is tried."""
     before = engine.drafting.drafters
     engine.drafting.use(drafters)
     try:
-        with mock.patch("fastgen.engine.drafting.choose_lengths", all_of_it):
+        with all_tried():
             yield
     finally:
         engine.drafting.use(before)

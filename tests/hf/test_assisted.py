@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from drafters import all_tried
 from fastgen import GPT2LMHeadModel
 from hf_models import fresh_pair, generated, pair, random_ids
 
@@ -54,7 +55,9 @@ def test_greedy_tokens_are_transformers(way: str, options: dict[str, Any]) -> No
         "assistant": {"assistant_model": helpers[1]},
         "its twin": {"assistant_model": copy.deepcopy(theirs)},
     }[way]
-    expected, found = generated(theirs, **call, **drafts), generated(ours, **call, **drafts)
+    expected = generated(theirs, **call, **drafts)
+    with all_tried():
+        found = generated(ours, **call, **drafts)
     assert ours.last_path == "native", ours.last_reason
     if options.get("return_dict_in_generate"):
         assert type(found) is type(expected)
@@ -73,7 +76,8 @@ def test_samples_are_those_without_an_assistant() -> None:
     found = []
     for drafts in ({}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": helper}):
         torch.manual_seed(5)
-        found.append(generated(ours, **looping_call(do_sample=True, top_k=20), **drafts))
+        with all_tried():
+            found.append(generated(ours, **looping_call(do_sample=True, top_k=20), **drafts))
         assert ours.last_path == "native", ours.last_reason
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -83,7 +87,8 @@ def test_plain_calls_guess_too_and_change_no_bit() -> None:
     call = looping_call(
         do_sample=False, return_dict_in_generate=True, output_logits=True, max_new_tokens=60
     )
-    drafted = generated(ours, **call)
+    with all_tried():
+        drafted = generated(ours, **call)
     assert stats_of(ours).speculated_steps > 0
     ours._packed.kv_rows(ours).engine.drafting.use(())
     plain = generated(ours, **call)
@@ -99,7 +104,8 @@ def test_new_weights_of_an_assistant_are_seen() -> None:
     accepted = []
     for _ in range(2):
         before = stats_of(ours).accepted_tokens
-        output = generated(ours, **call, assistant_model=helper)
+        with all_tried():
+            output = generated(ours, **call, assistant_model=helper)
         accepted.append(stats_of(ours).accepted_tokens - before)
         assert torch.equal(output, generated(ours, **call))
         ours._packed.kv_rows(ours).engine.drafting.use(())  # nobody else drafts
