@@ -14,13 +14,14 @@ from typing import Any
 from fastgen import __version__
 from fastgen.bench import command as bench_command
 from fastgen.decoders.plan import LoadOptions
-from fastgen.decoders.select import backends, plan_decoder
+from fastgen.decoders.select import backends
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.frontends.generator import Generator, load, open_model
 from fastgen.results import Generation, Score
 from fastgen.sampling.options import OPTIONS, Flag, Option
 from fastgen.sampling.params import SamplingParams
 from fastgen.server import command as server_command
+from fastgen.speculation.choose import Speculation, check_choice
 
 _REPORTED = (CheckpointError, EngineError, ModuleNotFoundError, TypeError, ValueError)
 _INTERRUPTED = 130  # the shell's exit code for Ctrl-C
@@ -257,7 +258,8 @@ def _info(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(LoadOptions)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     checkpoint = open_model(arguments.model, arguments.revision)
-    plan = plan_decoder(checkpoint, LoadOptions(**given))
+    check_choice(arguments.speculate, has_draft_model=arguments.draft_model is not None)
+    plan = Speculation(arguments.speculate, None, LoadOptions(**given)).plan(checkpoint)
     config = checkpoint.config
     parameters = config.parameter_count(tied=checkpoint.tied)
     if arguments.json:

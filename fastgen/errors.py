@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 
-class OptionError(ValueError):
-    """A value that an option or argument cannot have.
+class _WrongOption(Exception):  # noqa: N818
+    """What is wrong with an option or argument of a call.
 
     Attributes:
         option: its name; "prompt" for any prompt, "text" for any other text. None: the fault is in
@@ -23,16 +23,15 @@ class OptionError(ValueError):
         self.problem = message if problem is None else problem
 
 
-class OptionTypeError(TypeError):
+class OptionError(_WrongOption, ValueError):
+    """A value that an option or argument cannot have; `option` and `problem` say which and why."""
+
+
+class OptionTypeError(_WrongOption, TypeError):
     """A value of a type that an option cannot have, or an option that does not exist.
 
     `option` and `problem` are as in OptionError.
     """
-
-    def __init__(self, message: str, option: str | None = None, problem: str | None = None) -> None:
-        super().__init__(message)
-        self.option = option
-        self.problem = message if problem is None else problem
 
 
 class CheckpointError(Exception):

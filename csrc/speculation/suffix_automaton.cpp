@@ -20,7 +20,9 @@ SuffixAutomaton::SuffixAutomaton(int max_tokens) : max_tokens_(std::max(2, max_t
 
 void SuffixAutomaton::reserve(int more) {
   const std::int64_t wanted = std::min<std::int64_t>(max_tokens_, std::int64_t{count()} + more);
-  if (wanted > capacity_) grow(static_cast<int>(wanted));
+  int capacity = capacity_;
+  while (capacity < wanted) capacity = std::min(max_tokens_, 2 * capacity);
+  if (capacity > capacity_) grow(capacity);
 }
 
 void SuffixAutomaton::add(std::int32_t token_id) {
@@ -44,34 +46,35 @@ int SuffixAutomaton::draft(int most, std::int32_t* ids) const {
   int limit = draft_length(matched, most);
   if (limit > 0 && repeats) limit = std::min(most, kMaxDraft);
   const std::int32_t* const after = tokens_.data() + count() - distance;
-  int state = states_[last_].link;
+  int state = repeats ? -1 : states_[last_].link;
   for (int at = 0; at < limit; ++at) {
-    if (state >= 0 && at > 0 && !repeats && states_[state].misses > states_[state].hits) return at;
+    if (at > 0 && state >= 0 && states_[state].misses > states_[state].hits) return at;
     ids[at] = at < distance ? after[at] : ids[at - distance];
-    const int edge = state < 0 ? -1 : slots_[slot_of(state, ids[at])] - 1;
-    state = edge < 0 ? -1 : edges_[edge].target;
+    if (state < 0) continue;
+    const Edge& edge = slots_[slot_of(state, ids[at])];
+    state = edge.source < 0 ? -1 : edge.target;
   }
   return limit;
 }
 
 std::size_t SuffixAutomaton::bytes() const {
   return tokens_.capacity() * sizeof(std::int32_t) + states_.capacity() * sizeof(State) +
-         edges_.capacity() * sizeof(Edge) + slots_.capacity() * sizeof(std::int32_t);
+         slots_.capacity() * sizeof(Edge);
 }
 
-// The table has between four and eight slots a token: at most three in four are taken.
+// At most three in four slots are taken.
 void SuffixAutomaton::grow(int capacity) {
   capacity_ = capacity;
   tokens_.reserve(capacity);
   states_.reserve(2 * static_cast<std::size_t>(capacity) + 1);
-  edges_.reserve(3 * static_cast<std::size_t>(capacity));
-  int bits = 2;
-  while ((std::int64_t{1} << bits) < 4 * std::int64_t{capacity}) ++bits;
+  int bits = 3;
+  while ((1 << bits) < 4 * capacity) ++bits;
   shift_ = 64 - bits;
-  slots_ = {};
-  slots_.resize(std::size_t{1} << bits);
-  for (std::size_t edge = 0; edge < edges_.size(); ++edge) {
-    slots_[slot_of(edges_[edge].source, edges_[edge].token_id)] = static_cast<int>(edge) + 1;
+  std::vector<Edge> edges(std::size_t{1} << bits, kFree);
+  edges.swap(slots_);
+  for (State& state : states_) state.first_edge = -1;
+  for (const Edge& edge : edges) {
+    if (edge.source >= 0) add_edge(edge.source, edge.token_id, edge.target);
   }
 }
 
@@ -80,9 +83,8 @@ void SuffixAutomaton::restart() {
   const std::vector<std::int32_t> ids(tokens_.end() - kept, tokens_.end());
   forgotten_ += count() - kept;
   tokens_.clear();
-  edges_.clear();
   states_.assign(1, {0, -1, -1, -1, 0, 0});
-  std::fill(slots_.begin(), slots_.end(), 0);
+  std::fill(slots_.begin(), slots_.end(), kFree);
   last_ = 0;
   for (const std::int32_t token_id : ids) {
     learn(token_id);
@@ -111,9 +113,9 @@ void SuffixAutomaton::extend(std::int32_t token_id) {
   tokens_.push_back(token_id);
   states_.push_back({position + 1, 0, -1, position, 0, 0});
   for (int at = last_; at >= 0; at = states_[at].link) {
-    const int edge = slots_[slot_of(at, token_id)] - 1;
-    if (edge >= 0) {
-      states_[added].link = split(at, token_id, edges_[edge].target);
+    const Edge& edge = slots_[slot_of(at, token_id)];
+    if (edge.source >= 0) {
+      states_[added].link = split(at, token_id, edge.target);
       break;
     }
     add_edge(at, token_id, added);
@@ -131,12 +133,12 @@ int SuffixAutomaton::split(int source, std::int32_t token_id, int target) {
   state.length = length;
   state.first_edge = -1;
   states_.push_back(state);
-  for (int edge = states_[target].first_edge; edge >= 0; edge = edges_[edge].next) {
-    add_edge(shorter, edges_[edge].token_id, edges_[edge].target);
+  for (int slot = states_[target].first_edge; slot >= 0; slot = slots_[slot].next) {
+    add_edge(shorter, slots_[slot].token_id, slots_[slot].target);
   }
   states_[target].link = shorter;
   for (int at = source; at >= 0; at = states_[at].link) {
-    Edge& edge = edges_[slots_[slot_of(at, token_id)] - 1];
+    Edge& edge = slots_[slot_of(at, token_id)];
     if (edge.target != target) break;
     edge.target = shorter;
   }
@@ -144,24 +146,22 @@ int SuffixAutomaton::split(int source, std::int32_t token_id, int target) {
 }
 
 void SuffixAutomaton::add_edge(int source, std::int32_t token_id, int target) {
-  const std::size_t slot = slot_of(source, token_id);
-  edges_.push_back({source, token_id, target, states_[source].first_edge});
-  states_[source].first_edge = static_cast<int>(edges_.size()) - 1;
-  slots_[slot] = static_cast<int>(edges_.size());
+  const int slot = slot_of(source, token_id);
+  slots_[slot] = {source, token_id, target, states_[source].first_edge};
+  states_[source].first_edge = slot;
 }
 
 // Where the edge is, or would be.
-std::size_t SuffixAutomaton::slot_of(int source, std::int32_t token_id) const {
+int SuffixAutomaton::slot_of(int source, std::int32_t token_id) const {
   const std::size_t mask = slots_.size() - 1;
   const std::uint64_t key =
       static_cast<std::uint64_t>(source) << 32 | static_cast<std::uint32_t>(token_id);
   std::size_t slot = (key * kSpread) >> shift_;
-  while (slots_[slot] != 0) {
-    const Edge& edge = edges_[slots_[slot] - 1];
-    if (edge.source == source && edge.token_id == token_id) break;
+  while (slots_[slot].source >= 0 &&
+         (slots_[slot].source != source || slots_[slot].token_id != token_id)) {
     slot = (slot + 1) & mask;
   }
-  return slot;
+  return static_cast<int>(slot);
 }
 
 }  // namespace fastgen

@@ -17,7 +17,7 @@ namespace fastgen {
 
 class SuffixAutomaton {
  public:
-  // At most 124 bytes a token, and as many again for the moment in which it grows.
+  // 108 bytes each, for the next power of two of tokens; half as many more while it grows.
   static constexpr int kMaxTokens = 4096;
 
   // After max_tokens tokens, at least 2, it forgets all but the last half of them.
@@ -44,14 +44,16 @@ class SuffixAutomaton {
   struct State {
     std::int32_t length;      // of its longest substring
     std::int32_t link;        // -1: of the root
-    std::int32_t first_edge;  // -1: none
+    std::int32_t first_edge;  // its slot; -1: none
     std::int32_t recent;      // where an occurrence ends: the last that was looked at
     std::uint8_t hits, misses;
   };
   struct Edge {
-    std::int32_t source, token_id, target;
-    std::int32_t next;  // of the same source; -1: none
+    std::int32_t source;  // -1: the slot is free
+    std::int32_t token_id, target;
+    std::int32_t next;  // the slot of another of the same source; -1: none
   };
+  static constexpr Edge kFree{-1, 0, 0, -1};
 
   int count() const { return static_cast<int>(tokens_.size()); }
   int period() const { return count() - 1 - states_[states_[last_].link].recent; }
@@ -61,14 +63,13 @@ class SuffixAutomaton {
   void extend(std::int32_t token_id);
   int split(int source, std::int32_t token_id, int target);
   void add_edge(int source, std::int32_t token_id, int target);
-  std::size_t slot_of(int source, std::int32_t token_id) const;
+  int slot_of(int source, std::int32_t token_id) const;
 
   int max_tokens_, capacity_ = 0, last_ = 0, shift_ = 0;
   std::int64_t forgotten_ = 0;
   std::vector<std::int32_t> tokens_;
   std::vector<State> states_;
-  std::vector<Edge> edges_;
-  std::vector<std::int32_t> slots_;  // open addressing: index into edges_ plus 1, 0 where free
+  std::vector<Edge> slots_;  // open addressing, by source and token
 };
 
 }  // namespace fastgen

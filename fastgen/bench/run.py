@@ -20,9 +20,9 @@ from fastgen.bench.shapes import Precision, Shape, described, weight_bytes
 from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.machine import granted_cores
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.decoders.select import plan_decoder
 from fastgen.engine.stats import EngineStats
 from fastgen.frontends.generator import Generator, load, open_model
+from fastgen.speculation.choose import Speculation, check_choice
 
 SCHEMA = "fastgen-bench/1"
 NOISY = 1.25  # highest over lowest read bandwidth
@@ -93,8 +93,9 @@ def measure(run: Run, progress: Progress) -> Record:
         FallbackError: see fallbacks.py; nothing has been measured then.
         ValueError, CheckpointError: the model or an option is wrong.
     """
+    check_choice(run.speculate, has_draft_model=run.draft_model is not None)
     checkpoint = open_model(run.model, run.revision)
-    plan = plan_decoder(checkpoint, run.options)
+    plan = Speculation(run.speculate, None, run.options).plan(checkpoint)
     if run.peers is not None:
         _compared_precision(plan)
     found = fallbacks(plan, run.options)

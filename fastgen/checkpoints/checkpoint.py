@@ -36,12 +36,13 @@ from fastgen.checkpoints.tensor_names import (
     is_harmless,
     refused_part,
 )
+from fastgen.checks import wrong_type
 from fastgen.errors import CheckpointError, shown_name
 
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _HUB_SUBFOLDERS = ["*/*"]
 
 
@@ -223,7 +224,7 @@ def _require_safetensors(folder: Path) -> None:
 
 def _resolve_folder(model: str | Path, revision: str | None) -> Path:
     if not isinstance(model, (str, Path)):
-        raise TypeError(f"model must be a folder or a hub id, not {type(model).__name__}")
+        raise wrong_type("model", f"must be a folder or a hub id, not {type(model).__name__}")
     if model == "":
         raise CheckpointError("the model's name is empty; give a folder or a hub id")
     try:

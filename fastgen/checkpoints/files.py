@@ -27,7 +27,7 @@ NUMPY_DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_MAX_JSON_BYTES = 64 * 2**20
+_MAX_TEXT_BYTES = 64 * 2**20
 _REPOSITORY = re.compile(r"models--.+")  # its folder in a hub cache
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a small file: Git's SHA-1; else SHA-256
 
@@ -182,11 +182,20 @@ def holds(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
+def read_text(folder: Path, name: str) -> str:
+    """The text of a file in `folder`: UTF-8, of a sane size, with "\\n" at the end of each line."""
+    path = _bounded_file(folder, name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_cause(error)}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: is not UTF-8 text: {error}") from error
+
+
 def read_json(folder: Path, name: str) -> Any:
     """Parsed JSON of a file in `folder`: UTF-8, no duplicate keys, no NaN, of a sane size."""
-    path = checked_file(folder, name)
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES >> 20} MB")
+    path = _bounded_file(folder, name)
     try:
         text = path.read_bytes().decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
@@ -196,6 +205,13 @@ def read_json(folder: Path, name: str) -> Any:
         raise CheckpointError(f"{path}: is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+
+
+def _bounded_file(folder: Path, name: str) -> Path:
+    path = checked_file(folder, name)
+    if path.stat().st_size > _MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path}: larger than {_MAX_TEXT_BYTES >> 20} MB")
+    return path
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

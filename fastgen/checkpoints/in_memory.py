@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -10,16 +11,17 @@ from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.files import NUMPY_DTYPES, TensorInfo
 from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
+from fastgen.checks import wrong_type
 
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 class ModelTensors:
-    """A TensorSource over `state_dict()`. What `load` gives is read-only: the model's own memory,
-    if that is the host's; else a copy, of one tensor at a time."""
+    """A TensorSource over a model's named tensors. What `load` gives is read-only: the model's own
+    memory, if that is the host's; else a copy, of one tensor at a time."""
 
-    def __init__(self, model: Any) -> None:
-        self._tensors = dict(model.state_dict())
+    def __init__(self, model: Any, tensors: Mapping[str, Any]) -> None:
+        self._tensors = dict(tensors)
         if model.config.tie_word_embeddings and self._is_tied():
             del self._tensors[HEAD]  # else the two would be compared, byte by byte
         self.infos = {
@@ -44,17 +46,21 @@ class ModelTensors:
         return bool(head.data_ptr() == embedding.data_ptr() and head.dtype == embedding.dtype)
 
 
-def checkpoint_of_model(model: Any) -> Checkpoint:
+def checkpoint_of_model(model: Any, tensors: Mapping[str, Any] | None = None) -> Checkpoint:
     """The Checkpoint of a transformers GPT2LMHeadModel.
 
+    Args:
+        tensors: in place of its `state_dict()`, which hooks may have changed.
+
     Raises:
-        TypeError: it is no such model.
+        OptionTypeError: it is no such model.
         CheckpointError: it cannot be run exactly; names the config key or tensor.
     """
     if not callable(getattr(model, "state_dict", None)) or not hasattr(model, "config"):
-        raise TypeError(
-            "model must be a folder, a hub id or a transformers GPT2LMHeadModel, "
-            f"not {type(model).__name__}"
+        raise wrong_type(
+            "model",
+            "must be a folder, a hub id or a transformers GPT2LMHeadModel, "
+            f"not {type(model).__name__}",
         )
     data = dict(model.config.to_dict())
     generation = getattr(model, "generation_config", None)
@@ -62,7 +68,8 @@ def checkpoint_of_model(model: Any) -> Checkpoint:
         if getattr(generation, key, None) is not None:
             data[key] = getattr(generation, key)
     name = type(model).__name__
-    return Checkpoint(ModelTensors(model), GPT2Config.from_dict(data, f"{name}.config"), name)
+    source = ModelTensors(model, model.state_dict() if tensors is None else tensors)
+    return Checkpoint(source, GPT2Config.from_dict(data, f"{name}.config"), name)
 
 
 def _int16() -> Any:

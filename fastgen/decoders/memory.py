@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastgen.errors import OptionError
+
 BLOCK_SIZE = 32  # tokens of a KV block
 MB = 2**20
 
@@ -64,7 +66,7 @@ def plan_memory(
             after the weights.
 
     Raises:
-        ValueError: not even one full context fits; says what does.
+        OptionError: not even one full context fits; says what does.
     """
     if max_memory is None:
         room = (free - weights) // 2 - scratch
@@ -76,9 +78,10 @@ def plan_memory(
     num_blocks = min(max_batch_size * needed, max(0, room) // block_bytes)
     if num_blocks < needed:
         kv_needed = needed * block_bytes
-        raise ValueError(
+        raise OptionError(
             f"one context of {max_seq_len} tokens needs {kv_needed / MB:,.1f} MB of KV "
             f"beside {weights / MB:,.1f} MB of weights and {scratch / MB:,.1f} MB of scratch, more "
-            f"than {bound}; lower max_seq_len or max_batch_size, or raise max_memory"
+            f"than {bound}; lower max_seq_len or max_batch_size, or raise max_memory",
+            "max_memory",
         )
     return MemoryPlan(weights, num_blocks * block_bytes, scratch, num_blocks)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgen.checkpoints.config import DTYPES, GPT2Config
+from fastgen.checks import wrong_type, wrong_value
 from fastgen.decoders.interface import Capacity
 from fastgen.decoders.memory import BLOCK_SIZE, MemoryPlan
+from fastgen.errors import OptionError
 
 SAMPLING_BYTES = 72  # of float64 work per vocabulary entry and sampled row
 _LOGITS = 128  # rows of logits a step may ask for, when it scores a prompt
@@ -19,7 +21,11 @@ KV_DTYPES = ("auto", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded; see fastgen.load."""
+    """How a model is loaded; see fastgen.load.
+
+    Raises:
+        OptionTypeError, OptionError: an option is wrong.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
@@ -38,18 +44,18 @@ class LoadOptions:
             if value is None and name != "max_batch_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+                raise wrong_type(name, f"must be an integer, not {type(value).__name__}")
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+                raise wrong_value(name, f"must be at least 1, not {value}")
         if not isinstance(self.device, str):
-            raise TypeError(f"device must be a name, not {type(self.device).__name__}")
+            raise wrong_type("device", f"must be a name, not {type(self.device).__name__}")
         _one_of("dtype", self.dtype_name, ("auto", *DTYPES))
         _one_of("decoder", self.decoder, DECODERS)
         _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         if self.quantize is not None:
             _one_of("quantize", self.quantize, QUANTIZATIONS)
         if self.batch_invariant not in (None, False, True):
-            raise TypeError("batch_invariant must be True, False or None")
+            raise wrong_type("batch_invariant", "must be True, False or None")
 
     @property
     def dtype_name(self) -> str:
@@ -65,13 +71,12 @@ class LoadOptions:
         """Of a decoder whose steps take at least `step_tokens`; no blocks are planned yet.
 
         Raises:
-            ValueError: the model has fewer positions than a row is to have.
+            OptionError: the model has fewer positions than a row is to have.
         """
         max_seq_len = self.max_seq_len or config.max_positions
         if max_seq_len > config.max_positions:
-            raise ValueError(
-                f"max_seq_len={max_seq_len} exceeds the model's {config.max_positions} positions"
-            )
+            problem = f"exceeds the model's {config.max_positions} positions"
+            raise OptionError(f"max_seq_len={max_seq_len} {problem}", "max_seq_len", problem)
         return Capacity(
             num_blocks=0,
             block_size=BLOCK_SIZE,
@@ -102,6 +107,11 @@ class DecoderPlan:
     kv_dtype: str | None = None
 
 
+def unmet(name: str, value: Any, problem: str) -> OptionError:
+    """The error of an option whose value is right, and cannot be met here."""
+    return OptionError(f"{name}={value!r}: {problem}", name, problem)
+
+
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        raise wrong_value(name, f"must be one of {', '.join(known)}, not {value!r}")

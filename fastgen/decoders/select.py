@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.cpu.plan import build_cpu, plan_cpu
 from fastgen.decoders.interface import Decoder
 from fastgen.decoders.machine import may_have_gpu
-from fastgen.decoders.plan import DecoderPlan, LoadOptions
+from fastgen.decoders.plan import DecoderPlan, LoadOptions, unmet
 from fastgen.native import native
 
 _INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
@@ -41,34 +42,48 @@ def backends() -> list[BackendInfo]:
     ]
 
 
-def plan_decoder(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def plan_decoder(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    beside: int = 0,
+    *,
+    warn: Callable[[str], None] = _warn,
+) -> DecoderPlan:
     """Choose a decoder and plan its memory; nothing is loaded.
 
+    Args:
+        beside: bytes of the host's memory that are needed beside the decoder.
+        warn: is told what makes the model slower than it could be.
+
     Raises:
-        ValueError: an option that cannot be met, with what can.
+        OptionError: an option that cannot be met, with what can.
         ModuleNotFoundError: no decoder is installed that can do this.
     """
     if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
-        return plan_cpu(checkpoint, options)
+        return plan_cpu(checkpoint, options, beside)
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
     why = _why(options)
     if options.decoder == "cuda" or (options.decoder == "auto" and not _is_for_cpu(options)):
-        missing = _missing_for_cuda(checkpoint, options)
+        missing = _missing_for_cuda(checkpoint, options, warn)
         if missing is None:
             from fastgen.decoders.cuda.plan import plan_cuda
 
             return plan_cuda(checkpoint, options)
         if options.decoder == "cuda":
-            raise ValueError(f"decoder='cuda': {missing}")
+            raise unmet("decoder", "cuda", missing)
         why = f"{why}, and the CUDA decoder cannot be used: {missing}"
     for option, off in (("quantize", None), ("batch_invariant", None), ("kv_dtype", "auto")):
         value = getattr(options, option)
         if value and value != off:
-            raise ValueError(f"{option}={value!r}: the torch decoder cannot do this; {why}")
+            raise unmet(option, value, f"the torch decoder cannot do this; {why}")
     from fastgen.decoders.torch.plan import plan_torch
 
-    return plan_torch(checkpoint, options, why)
+    return plan_torch(checkpoint, options, why, beside)
 
 
 def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
@@ -84,11 +99,13 @@ def build_decoder(checkpoint: Checkpoint, plan: DecoderPlan) -> Decoder:
     return build_torch(checkpoint, plan)
 
 
-def _missing_for_cuda(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
+def _missing_for_cuda(
+    checkpoint: Checkpoint, options: LoadOptions, warn: Callable[[str], None]
+) -> str | None:
     """What keeps the CUDA decoder from being used."""
     if importlib.util.find_spec("triton") is None:
         if options.decoder == "auto" and options.device.partition(":")[0] in ("auto", "cuda"):
-            warnings.warn(f"{_NO_TRITON}; without it models run more slowly", stacklevel=4)
+            warn(f"{_NO_TRITON}; without it models run more slowly")
         return _NO_TRITON
     from fastgen.decoders.cuda.plan import why_not_cuda
 

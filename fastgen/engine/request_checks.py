@@ -47,7 +47,8 @@ def check_params(params: Any, vocab_size: int) -> None:
     for name in ("logprobs", "prompt_logprobs"):
         wanted = getattr(params, name)
         if wanted is not None and wanted > vocab_size:
-            raise OptionError(f"{name}={wanted} exceeds the vocabulary of {vocab_size}", name)
+            problem = f"{wanted} exceeds the vocabulary of {vocab_size}"
+            raise OptionError(f"{name}={problem}", name, problem)
 
 
 def checked_prompt(

@@ -117,13 +117,20 @@ class AsyncEngine(EngineFacade):
         requests = await self._run(scoring.jobs, SubmitOptions(timeout, priority, cache_salt))
         return await self._off_loop(size, lambda: scoring.scores(requests))
 
-    async def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text.
+    async def tokenize(
+        self, texts: list[str], *, add_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each text, as of a prompt; or with the special tokens that transformers'
+        tokenizer adds by default.
 
         Raises:
             ValueError: the model has no tokenizer, or a text is not valid Unicode.
         """
-        return await self._off_loop(estimate_size(texts), lambda: self._tokenizer.encode(texts))
+
+        def encoded() -> list[list[int]]:
+            return self._tokenizer.encode(texts, add_special_tokens=add_special_tokens)
+
+        return await self._off_loop(estimate_size(texts), encoded)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool = True

@@ -17,7 +17,7 @@ from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.in_memory import checkpoint_of_model
 from fastgen.checks import reject_unknown
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.decoders.select import build_decoder, plan_decoder
+from fastgen.decoders.select import build_decoder
 from fastgen.engine.engine import Engine
 from fastgen.engine.inbox import deadline_in
 from fastgen.engine.requests import Request
@@ -82,7 +82,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or cannot be run exactly.
-        TypeError, ValueError: an option is wrong, or cannot be met; says what can.
+        OptionTypeError, OptionError: an option is wrong, or cannot be met; says what can.
     """
     options = LoadOptions(
         device=device,
@@ -108,8 +108,8 @@ def load(
     checkpoint = open_model(model, revision)
     tokenizer = find_tokenizer(checkpoint, model)
     draft = None if draft_model is None else open_draft(draft_model, checkpoint.config.vocab_size)
-    plan = plan_decoder(checkpoint, options)
-    return Generator(checkpoint, tokenizer, plan, Speculation(speculate, draft, options))
+    speculation = Speculation(speculate, draft, options)
+    return Generator(checkpoint, tokenizer, speculation.plan(checkpoint), speculation)
 
 
 def open_model(model: Any = None, revision: str | None = None) -> Checkpoint:

@@ -30,6 +30,12 @@ _KNOWN = {
     *("logits_to_keep", "return_dict", "num_items_in_batch", "cache_position", "shift_labels"),
     *("tokenizer", "assistant_tokenizer"),  # generate passes them on
 }
+# Arguments that mean nothing with these values; others with the same values may mean something.
+UNSET = {
+    **dict.fromkeys(("token_type_ids", "inputs_embeds"), (None,)),
+    **dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"), (None,)),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), (None, False)),
+}
 
 
 @dataclass(slots=True)
@@ -65,6 +71,8 @@ def fast_forward(
         raise NotNative("training with gradients")
     given = [value for value in arguments.values() if isinstance(value, Tensor)]
     reason = why_not_plain([*parameters, *given])
+    if not reason and any(tensor.is_meta for tensor in (*parameters, *given)):
+        reason = "there are tensors without memory"
     if needs_grad and not reason:
         reason = why_no_later_graph(model.device.type)
     if reason:
@@ -109,14 +117,14 @@ def _output_dtype(model: Any) -> torch.dtype:
 
 def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardCall:
     input_ids = arguments.get("input_ids")
-    check_known(arguments, _KNOWN)
+    check_known(arguments, _KNOWN, UNSET)
     for key in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, key, False):
             raise NotNative(f"config.{key} is set")
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
         raise NotNative("input_ids is not a tensor (B, T)")
-    if input_ids.dtype not in ID_DTYPES or input_ids.is_meta:
-        raise NotNative("input_ids are no ids, or have no memory")
+    if input_ids.dtype not in ID_DTYPES:
+        raise NotNative("input_ids are no ids")
     cache = arguments.get("past_key_values")
     use_cache = arguments.get("use_cache")
     use_cache = model.config.use_cache if use_cache is None else bool(use_cache)
@@ -124,7 +132,7 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
         if not use_cache and arguments.get("attention_mask") is None:
             _check_unpacked(arguments.get("position_ids"))
         cache = new_cache(model, own)
-    elif not isinstance(cache, BlockCache) or cache.has_tensors:
+    elif type(cache) is not BlockCache or cache.has_tensors:
         raise NotNative("past_key_values is another kind of cache")
     past, (batch_size, length) = cache.get_seq_length(), input_ids.shape
     if past == 0:
@@ -205,9 +213,13 @@ def _mask(mask: Any, batch_size: int, length: int) -> Bools | None:
 
 def _columns(logits_to_keep: Any, length: int) -> Ints:
     if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dtype not in (*ID_DTYPES, torch.bool):
+            raise NotNative("logits_to_keep is of another dtype than indices have")
         columns: Ints = np.arange(length)[logits_to_keep.cpu().numpy()]
     else:
-        columns = np.arange(length)[-int(logits_to_keep) :]
+        if not isinstance(logits_to_keep, int):
+            raise NotNative("logits_to_keep is not a number")
+        columns = np.arange(length)[-logits_to_keep:]
     if columns.ndim != 1 or not len(columns):
         raise NotNative("logits_to_keep keeps nothing, or is not a list")
     return columns
@@ -222,6 +234,8 @@ def _positions(position_ids: Any, batch_size: int, past: int, length: int) -> In
         (batch_size, length),
     ):
         raise NotNative("position_ids are not (B, T)")
+    if position_ids.dtype not in ID_DTYPES:
+        raise NotNative("position_ids are no integers that an embedding takes")
     return np.broadcast_to(position_ids.cpu().numpy().astype(np.int64), (batch_size, length))
 
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.utils.generic import can_return_tuple
 
+from fastgen.hf.assistants import drafter_of_call
 from fastgen.hf.beams import beam_call, search_beams
 from fastgen.hf.cache import BlockCache
 from fastgen.hf.forward import fast_forward, new_cache
-from fastgen.hf.modules import has_global_hooks, why_not_settings
+from fastgen.hf.functions import LOOPS
+from fastgen.hf.modules import has_global_hooks
 from fastgen.hf.not_native import NotNative
 from fastgen.hf.packing import PackedModel
 from fastgen.hf.sampling import generate_natively, native_call
@@ -23,16 +26,23 @@ from fastgen.hf.streamers import RowStreamers, as_streamer, readers_told_of_erro
 from fastgen.hf.tracing import why_not_plain
 
 _Own = transformers.GPT2LMHeadModel
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 _FORWARD = tuple(inspect.signature(_Own.forward).parameters)[1:]
-# What transformers' loops call in each step: somebody may have put something else in its place.
+# What transformers' loops call: somebody may have put something else in its place.
 _EACH_STEP = (
-    *("__call__", "forward", "prepare_inputs_for_generation", "_prefill"),
-    *("_update_model_kwargs_for_generation", "_get_top_k_continuations"),
+    *("__call__", "forward", "prepare_inputs_for_generation"),
+    *(name for name in vars(GenerationMixin) if name in LOOPS.read and not name.endswith("__")),
 )
+_ASSISTED = inspect.signature(_Own._assisted_decoding)
 _GENERATE = tuple(inspect.signature(_Own.generate).parameters)[1:]
 
 
-class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
+def _in_place_of(method: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """functools.wraps(method); for type checkers, what is decorated keeps its own type."""
+    return cast("Callable[[_Method], _Method]", functools.wraps(method))
+
+
+class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
     """Use it as transformers' class of this name: the same calls, results, warnings and errors.
 
     It holds two copies of the weights: PyTorch's, and one packed for the decoder, made before the
@@ -46,6 +56,14 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         last_reason: why it did not go a faster way; "" if it did.
     """
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """transformers initializes what a checkpoint lacks otherwise for classes defined elsewhere
+        than in its own modules. This one stands for its own; a subclass is custom, as one of its.
+        """
+        found = cls.is_remote_code() if cls is GPT2LMHeadModel else super().is_custom_code()
+        return bool(found)
+
     @property
     def last_path(self) -> str:
         return self._packed.last_path
@@ -55,7 +73,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         return self._packed.last_reason
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    @functools.wraps(_Own.forward)
+    @_in_place_of(_Own.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a trace is to hold transformers' operations
             return super().forward(*args, **kwargs)
@@ -63,12 +81,15 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
         try:
             output = fast_forward(self, self._packed, self._own_forward, arguments)
         except NotNative as unfit:
-            self._packed.note("transformers", unfit)
-            return super().forward(**arguments)
-        self._packed.note("forward")
-        return output
+            reason = str(unfit)
+        else:
+            self._packed.note("forward")
+            return output
+        # Not in the handler: an error of transformers' is to have no other as its context.
+        self._packed.note("transformers", reason)
+        return super().forward(**arguments)
 
-    @functools.wraps(_Own.generate)
+    @_in_place_of(_Own.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(_GENERATE, args, strict=False)), **kwargs}
         if arguments.get("streamer") is not None:
@@ -122,16 +143,30 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
 
         return self._first_way(native, theirs, synced_gpus, generation_config, model_kwargs)
 
-    @functools.wraps(_Own._assisted_decoding)
+    @_in_place_of(_Own._assisted_decoding)
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        output = super()._assisted_decoding(*args, **kwargs)
-        if self.last_path == "forward":
-            self._packed.note("forward", "drafts are checked by transformers' loop")
-        return output
+        arguments = _ASSISTED.bind(self, *args, **kwargs).arguments
+        config, model_kwargs = arguments["generation_config"], arguments.get("model_kwargs", {})
+
+        def native() -> Any:
+            call = native_call(
+                arguments["input_ids"], arguments["logits_processor"],
+                arguments["stopping_criteria"], config, arguments.get("streamer"), model_kwargs,
+            )  # fmt: skip
+            kv = self._packed.kv_rows(self)
+            known = (GPT2LMHeadModel, _Own)
+            drafter = drafter_of_call(self._packed, kv, config, arguments, known)
+            return generate_natively(kv, call, drafter)
+
+        def theirs() -> Any:
+            return super(GPT2LMHeadModel, self)._assisted_decoding(*args, **kwargs)
+
+        synced_gpus = arguments.get("synced_gpus", False)
+        return self._first_way(native, theirs, synced_gpus, config, model_kwargs)
 
     def _check_unseen(self, synced_gpus: bool) -> None:
         """fastgen's loops do not call the model: nobody may count on seeing each call."""
-        if reason := why_not_plain(self.parameters()):
+        if reason := why_not_plain(self.parameters()) or LOOPS.why_not():
             raise NotNative(reason)
         hooked = self._forward_hooks or self._forward_pre_hooks or has_global_hooks()
         changed = any(
@@ -181,7 +216,7 @@ class GPT2LMHeadModel(_Own):  # type: ignore[misc, valid-type]
             needs_tensors
             or generation_config.output_attentions
             or generation_config.output_hidden_states
-            or why_not_settings(self)
+            or self._packed.why_not(self)
         ):
             model_kwargs["past_key_values"] = new_cache(self, self._own_forward)
 

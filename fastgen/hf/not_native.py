@@ -10,8 +10,10 @@ class NotNative(Exception):  # noqa: N818
     """fastgen cannot do this exactly as transformers would; the message says what."""
 
 
-def check_known(arguments: Mapping[str, Any], known: Container[str]) -> None:
-    """Raise NotNative for the first argument that is given, and not known."""
+def check_known(
+    arguments: Mapping[str, Any], known: Container[str], unset: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise NotNative for the first argument that is not known, nor unset by its value."""
     for key, value in arguments.items():
-        if key not in known and value is not None and value is not False:
+        if key not in known and not any(value is each for each in unset.get(key, ())):
             raise NotNative(f"{key} was given")

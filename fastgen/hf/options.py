@@ -103,6 +103,10 @@ def native_options(
     prompts: Prompts, processor_list: Iterable[Any], criteria_list: Iterable[Any], *, sampled: bool
 ) -> NativeOptions:
     """Raises NotNative for a processor or criterion that the engine does not know."""
+    if type(processor_list) is not processors.LogitsProcessorList:
+        raise NotNative(f"its processors are a {type(processor_list).__name__}")
+    if type(criteria_list) is not criteria.StoppingCriteriaList:
+        raise NotNative(f"its stopping criteria are a {type(criteria_list).__name__}")
     options = NativeOptions()
     kinds: set[type] = set()
     for criterion in criteria_list:

@@ -19,7 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from fastgen.engine.requests import Request, Row
 from fastgen.errors import NothingToDrawError, ended_early
 from fastgen.hf.cache import BlockCache
-from fastgen.hf.forward import ID_DTYPES, check_tokens
+from fastgen.hf.forward import ID_DTYPES, UNSET, check_tokens
 from fastgen.hf.kv_rows import Ints, KvRows, logits_of
 from fastgen.hf.not_native import NotNative, check_known
 from fastgen.hf.options import NativeOptions, Prompts, native_options
@@ -27,6 +27,7 @@ from fastgen.hf.stop_strings import StopStringSink
 from fastgen.hf.streamers import RowStreamers
 from fastgen.sampling.params import SamplingParams
 from fastgen.sampling.philox import sample_seed
+from fastgen.speculation.drafter import Drafter
 
 _KNOWN = {
     *("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"),
@@ -102,14 +103,17 @@ def native_call(
     )
 
 
-def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
+def generate_natively(kv: KvRows, call: SamplingCall, drafter: Drafter | None = None) -> Any:
     """Run the call's rows to their ends; returns what transformers' loop returns.
+
+    Args:
+        drafter: guesses their tokens, in place of the engine's own.
 
     Raises:
         NotNative: the rows cannot run; nothing has been streamed.
     """
     check_tokens(call.prompts.token_ids, kv.vocab_size)
-    rows = _start(kv, call)
+    rows = _start(kv, call, drafter)
     run = _Run(kv, call, rows)
     try:
         run.to_the_end()
@@ -136,7 +140,9 @@ def generate_natively(kv: KvRows, call: SamplingCall) -> Any:
 
 def check_arguments(config: Any, arguments: Mapping[str, Any]) -> None:
     """Raise NotNative for what needs transformers' own forward, or its loop."""
-    check_known(arguments, _KNOWN)
+    check_known(arguments, _KNOWN, UNSET)
+    if not isinstance(arguments.get("logits_to_keep", 1), int):
+        raise NotNative("logits_to_keep is not a number")
     for key in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, key):
             raise NotNative(f"{key} was asked for")
@@ -159,6 +165,8 @@ def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
             raise NotNative("padding that is not on the left")
         starts = length - attended.sum(axis=1)
     if positions is not None:
+        if not isinstance(positions, Tensor) or positions.dtype not in ID_DTYPES:
+            raise NotNative("position_ids are no integers that an embedding takes")
         expected = np.maximum(np.arange(length) - starts[:, None], 0)
         given = positions.cpu().numpy()
         shapes = ((1, length), (batch_size, length))
@@ -170,7 +178,7 @@ def starts_of(token_ids: Tensor, arguments: Mapping[str, Any]) -> Ints:
 def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[str, Any]) -> None:
     if cache is None:
         return
-    if not isinstance(cache, BlockCache) or cache.has_tensors:
+    if type(cache) is not BlockCache or cache.has_tensors:
         raise NotNative("past_key_values is another kind of cache")
     past = cache.get_seq_length()
     if past == 0:
@@ -188,7 +196,7 @@ def _check_cache(cache: Any, prompts: Prompts, config: Any, arguments: Mapping[s
         raise NotNative("the cache was made of other tokens")
 
 
-def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
+def _start(kv: KvRows, call: SamplingCall, drafter: Drafter | None) -> list[Row]:
     """Add each row to the engine."""
     prompts = [
         ids[start:].tolist()
@@ -207,7 +215,7 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
         with kv.room_for(len(prompt) + call.num_drawn for prompt in prompts):
             for row, prompt in enumerate(prompts):
                 params = params_of(call.options.bans_of(row)).with_seed(sample_seed(seed, row))
-                requests.append(_add(kv, call, row, prompt, params))
+                requests.append(_add(kv, call, row, prompt, params, drafter))
     except BaseException as error:
         for request in requests:
             kv.engine.cancel(request)
@@ -218,11 +226,18 @@ def _start(kv: KvRows, call: SamplingCall) -> list[Row]:
 
 
 def _add(
-    kv: KvRows, call: SamplingCall, row: int, prompt: list[int], params: SamplingParams
+    kv: KvRows,
+    call: SamplingCall,
+    row: int,
+    prompt: list[int],
+    params: SamplingParams,
+    drafter: Drafter | None,
 ) -> Request:
     stops, padded = call.options.stop_strings, call.prompts.token_ids[row].tolist()
     sinks = None if stops is None else [StopStringSink(stops, padded)]
-    return kv.engine.add_request(prompt, params, sinks=sinks, keeps_logits=call.keeps_logits)
+    return kv.engine.add_request(
+        prompt, params, sinks=sinks, keeps_logits=call.keeps_logits, drafter=drafter
+    )
 
 
 def _remember(call: SamplingCall, sequences: Ints) -> None:

@@ -136,6 +136,7 @@ class SamplingParams:
                 f"min_new_tokens={self.min_new_tokens} exceeds"
                 f" max_new_tokens={self.max_new_tokens}",
                 "min_new_tokens",
+                f"{self.min_new_tokens} exceeds the most new tokens, {self.max_new_tokens}",
             )
         if self.best_of is not None and self.best_of < self.n:
             raise OptionError(f"best_of={self.best_of} is less than n={self.n}", "best_of")

@@ -13,13 +13,13 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen.server import endpoints, tokens
+from fastgen.server.cors import Cors
 from fastgen.server.errors import ApiError, api_error
 from fastgen.server.schema import schema_of
 from fastgen.server.scoring import score
@@ -67,17 +67,9 @@ def make_app(service: Service) -> Starlette:
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """For pages of these origins. It stands before the keys: a browser asks first, without one,
-    and a page may read what an error says. Cookies are never let through: keys come in a header.
-    """
-    if not origins:
-        return []
-    return [
-        Middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-            allow_headers=["*"], expose_headers=["x-request-id"],
-        )
-    ]  # fmt: skip
+    """It stands before the keys: a browser asks first, without one, and a page may read what an
+    error says."""
+    return [Middleware(Cors, origins=origins)] if origins else []
 
 
 def _answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:

@@ -33,7 +33,8 @@ LONGEST_SALT = 256  # characters
 _BAD_TEXT = 16_384  # characters of all bad words: some 50 ms, for which other requests wait
 # What is not the sampler's.
 OTHERS = ("model", "prompt", "stream", "stream_options", "logprobs", "echo", "suffix", "user",
-          "timeout", "priority", "cache_salt", "return_token_ids")  # fmt: skip
+          "timeout", "priority", "cache_salt", "return_token_ids",
+          "add_special_tokens")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class CompletionRequest:
     include_usage: bool
     echo: bool
     return_token_ids: bool
+    add_special_tokens: bool  # to prompts that are texts
     timeout: float
     priority: int
     cache_salt: str | None
@@ -81,6 +83,7 @@ def completion_request(body: dict[str, Any], limits: ServerLimits) -> Completion
         include_usage=_include_usage(given.get("stream_options"), stream),
         echo=echo,
         return_token_ids=boolean("return_token_ids", given.get("return_token_ids", False)),
+        add_special_tokens=boolean("add_special_tokens", given.get("add_special_tokens", False)),
         timeout=timeout_of(given, limits),
         priority=integer("priority", given.get("priority", 0), 0, 1000),
         cache_salt=text("cache_salt", given["cache_salt"]) if "cache_salt" in given else None,

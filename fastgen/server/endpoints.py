@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from fastgen.errors import about
 from fastgen.frontends.async_engine import AsyncStream
 from fastgen.frontends.engine_thread import estimate_size
 from fastgen.results import Generation
@@ -36,6 +37,8 @@ async def completions(request: Request) -> Any:
     asked = replace(asked, model=model.name)
     check_answer(asked, model.max_seq_len, service.limits)
     salt = salt_of(request, asked.cache_salt)
+    if asked.add_special_tokens:
+        asked = replace(asked, prompts=await _with_special_tokens(model, asked.prompts))
     if asked.stream:
         return await _streamed(model, asked, salt)
     generations = await unless_disconnected(
@@ -48,6 +51,15 @@ async def completions(request: Request) -> Any:
     answer = Answer(asked, model.generator.tokenizer)
     size = sum(_answer_size(asked, generation) for generation in generations)
     return await off_loop(size, lambda: json_response(answer.whole(generations)))
+
+
+async def _with_special_tokens(model: ServedModel, prompts: list[Any]) -> list[Any]:
+    """Prompts as the ids that /tokenize has for them. All of them are texts, or all are ids."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not texts:
+        return prompts
+    with about("prompt"):
+        return await model.engine.tokenize(texts, add_special_tokens=True)
 
 
 def _answer_size(asked: CompletionRequest, generation: Generation) -> int:

@@ -24,6 +24,7 @@ from fastgen.sampling.options import OPTIONS
 
 # What fastgen calls it, and what callers of this protocol do.
 NAMES = {option.name: option.server_name for option in OPTIONS if option.server_name}
+NAMES["prompt_logprobs"] = "logprobs"  # with `echo` it is of the prompt, too
 _LONGEST_MESSAGE = 1000  # a message may quote what it was sent
 
 # Status and code of every error, and its type, which OpenAI's clients know.

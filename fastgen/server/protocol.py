@@ -6,17 +6,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import sys
+from collections.abc import Sequence
 from http import HTTPStatus
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fastgen.server.cors import answer_headers
 from fastgen.server.errors import ApiError
 from fastgen.server.limits import ServerLimits
 
 _SEND_BUFFER = 128 << 10  # bytes; Linux takes twice as many
+_ORIGIN = re.compile(rb"\r?\norigin:[ \t]*([^\r\n]*[^\r\n \t])[ \t]*\r?\n", re.IGNORECASE)
 _LINGER = 1.0  # seconds for which a refused client may go on sending, so that it sees why
 
 
@@ -24,6 +28,7 @@ class BoundedProtocol(H11Protocol):
     """See `bounded`."""
 
     limits = ServerLimits()
+    allow_origins: Sequence[str] = ()
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
     _is_refused = False  # what it sends is no longer looked at
@@ -89,6 +94,7 @@ class BoundedProtocol(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            *answer_headers(self.allow_origins, self._origin()),
         ]
         for event in (
             h11.Response(status_code=error.status, headers=headers, reason=reason),
@@ -98,6 +104,14 @@ class BoundedProtocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.write_eof()
         self.loop.call_later(_LINGER, self.transport.close)
+
+    def _origin(self) -> bytes | None:
+        """The page's that has sent what is refused; None where the header has not been seen."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            return dict(self.headers).get(b"origin")
+        head, _ = self.conn.trailing_data
+        found = _ORIGIN.search(head)
+        return None if found is None else found[1]
 
     def _watch_headers(self) -> None:
         """The time for a request's headers begins with the connection, or with their first byte.
@@ -120,6 +134,7 @@ class BoundedProtocol(H11Protocol):
             self.flow.resume_reading()
 
 
-def bounded(limits: ServerLimits) -> type[BoundedProtocol]:
+def bounded(limits: ServerLimits, allow_origins: Sequence[str] = ()) -> type[BoundedProtocol]:
     """The protocol with these limits, for uvicorn's `http`."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
+    own = {"limits": limits, "allow_origins": allow_origins}
+    return type("BoundedProtocol", (BoundedProtocol,), own)

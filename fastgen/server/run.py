@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
                 host=address.host,
                 port=address.port,
                 uds=address.uds,
-                http=bounded(limits),
+                http=bounded(limits, service.allow_origins),
                 ws="none",
                 lifespan="off",
                 log_config=None,

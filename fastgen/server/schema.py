@@ -31,10 +31,11 @@ def schema_of(service: Service) -> Schema:
                            _score(service, names)),
         "/tokenize": _post("Token ids of a text", _object(
             {"model": _model(names), "prompt": {"type": "string"},
-             "add_special_tokens": {"const": False}}, ["prompt"])),
+             "add_special_tokens": {"type": "boolean"}}, ["prompt"])),
         "/detokenize": _post("The text of token ids, special tokens written out", _object(
             {"model": _model(names), "tokens": _ids()}, ["tokens"])),
-        "/tokenizer_info": _get("The tokens that begin, end and pad texts", _in_query("model")),
+        "/tokenizer_info": _get("Special tokens by role, and the template for chats",
+                                _in_query("model")),
         "/v1/models": _get("The models"),
         "/v1/models/{name}": _get("One of them", _in_path("name")),
         "/health": _open("Whether requests are taken and steps make progress"),
@@ -76,6 +77,7 @@ def _completion(service: Service, limits: RequestLimits, names: list[str]) -> Sc
         "priority": _integer(0, 1000) | {"description": "lower is sooner"},
         "cache_salt": _salt(),
         "return_token_ids": {"type": "boolean"},
+        "add_special_tokens": {"type": "boolean"},
     }
     sampling = {name: _resolved(option.schema, limits) for name, option in SAMPLING.items()}
     told = f"never past the context of {context} tokens"

@@ -13,19 +13,19 @@ from fastgen.server.bodies import read_json
 from fastgen.server.calls import json_response, off_loop, service_of
 from fastgen.server.completions import check_names, text, without_nulls
 from fastgen.server.errors import ApiError
+from fastgen.text.special_tokens import ROLES
 
 
 async def tokenize(request: Request) -> Response:
-    """The ids that a prompt of this text has."""
+    """The ids that a prompt of this text has; special tokens are added if that is asked for."""
     service = service_of(request)
     given = without_nulls(await read_json(request, service.limits))
     check_names(given, ["model", "prompt", "add_special_tokens"])
     served = service.model(text("model", given.get("model", "")))
-    if boolean("add_special_tokens", given.get("add_special_tokens", False)):
-        told = "add_special_tokens: prompts get none here; write those that you want into the text"
-        raise ApiError(400, told, "add_special_tokens")
+    adds = boolean("add_special_tokens", given.get("add_special_tokens", False))
     with about("prompt"):
-        [ids] = await served.engine.tokenize([text("prompt", given.get("prompt"))])
+        texts = [text("prompt", given.get("prompt"))]
+        [ids] = await served.engine.tokenize(texts, add_special_tokens=adds)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": served.max_seq_len}
     return await off_loop(len(ids), lambda: json_response(answer))
 
@@ -47,18 +47,11 @@ async def detokenize(request: Request) -> dict[str, Any]:
 
 
 async def tokenizer_info(request: Request) -> dict[str, Any]:
-    """The tokens with which the model's texts begin, end and are padded, as texts."""
+    """What the tokenizer's files say: the tokens that have a role, as texts, and the template for
+    chats, which the caller has to apply: this server continues text."""
     served = service_of(request).model(request.query_params.get("model", ""))
-    tokenizer, config = served.generator.tokenizer, served.generator.config
+    tokenizer = served.generator.tokenizer
     if tokenizer is None:
         raise ApiError(400, "this model has no tokenizer", "model")
-
-    def shown(token_id: int | None) -> str | None:
-        return None if token_id is None else tokenizer.token_text(token_id)
-
-    return {
-        "bos_token": shown(config.bos_token_id),
-        "eos_token": shown(next(iter(config.eos_token_ids), None)),
-        "pad_token": shown(config.pad_token_id),
-        "chat_template": None,  # this server continues text
-    }
+    roles: dict[str, Any] = {role: tokenizer.roles.get(role) for role in ROLES}
+    return roles | {"chat_template": tokenizer.chat_template}

@@ -46,6 +46,20 @@ class Speculation:
     draft: Checkpoint | None
     options: LoadOptions
 
+    def plan(self, checkpoint: Checkpoint) -> DecoderPlan:
+        """The model's decoder, and in its scratch memory what drafters keep; a draft model has a
+        plan of its own.
+
+        Raises:
+            ValueError: an option that cannot be met, with what can.
+        """
+        plan = plan_decoder(checkpoint, self.options)
+        if not self._has_suffix(plan):
+            return plan
+        limits = plan.limits
+        beside = SuffixDrafter.planned_bytes(limits.num_seats, limits.max_seq_len)
+        return plan_decoder(checkpoint, self.options, beside)
+
     def drafters(self, target: DecoderPlan) -> Sequence[Drafter]:
         """In the order in which they are asked; a draft model is loaded now.
 
@@ -55,12 +69,16 @@ class Speculation:
         if not isinstance(self.speculate, str):
             return [FunctionDrafter(self.speculate)]
         drafters: list[Drafter] = []
-        exact = target.limits.batch_invariant
-        if self.speculate == "suffix" or (self.speculate == "auto" and exact):
+        if self._has_suffix(target):
             drafters.append(SuffixDrafter())
         if self.draft is not None:
             drafters.append(self._model(self.draft, target))
         return drafters
+
+    def _has_suffix(self, target: DecoderPlan) -> bool:
+        """Where it is not asked for by name, it is used where no token can depend on it."""
+        exact = target.limits.batch_invariant
+        return self.speculate == "suffix" or (self.speculate == "auto" and exact)
 
     def _model(self, draft: Checkpoint, target: DecoderPlan) -> Drafter:
         left = self.options.max_memory

@@ -73,6 +73,7 @@ class SuffixAutomaton:
         self._begin()
 
     def add(self, token_ids: Sequence[int]) -> None:
+        """Take the row's next tokens; ValueError, and none is taken, if one is no token id."""
         for token_id in _checked(token_ids):
             if len(self.tokens) == self.max_tokens:
                 self._restart()
@@ -99,18 +100,19 @@ class SuffixAutomaton:
         state = self._matched
         if state is None:
             return []
-        after = self.tokens[state.recent + 1 :]
-        repeats = state.length >= 2 * len(after)
+        first = state.recent + 1
+        distance = len(self.tokens) - first
+        repeats = state.length >= 2 * distance
         limit = draft_length(state.length, state.hits, state.misses, most)
         if limit > 0 and repeats:
             limit = min(most, MAX_DRAFT)
         ids: list[int] = []
-        at: _State | None = state
-        while len(ids) < limit:
-            if at is not None and ids and not repeats and at.misses > at.hits:
+        following = None if repeats else state
+        for at in range(limit):
+            if at > 0 and following is not None and following.misses > following.hits:
                 break
-            ids.append(after[len(ids) % len(after)])
-            at = None if at is None else at.edges.get(ids[-1])
+            ids.append(self.tokens[first + at] if at < distance else ids[at - distance])
+            following = None if following is None else following.edges.get(ids[-1])
         return ids
 
     @property
@@ -215,7 +217,8 @@ class OutputStore:
         return sum(ring.itemsize * len(ring) for ring in rings)
 
     def add(self, salt: bytes, token_ids: Sequence[int], start: int = 0) -> None:
-        """Keep token_ids[start:], the newest if they are more than the ring takes.
+        """Keep token_ids[start:], the newest if they are more than the ring takes; three or fewer
+        are not kept.
 
         Args:
             salt: 32 bytes, a digest.
@@ -331,6 +334,9 @@ class SuffixRow:
 
         Returns:
             At most `most` ids that may follow, and their level (`draft_level`).
+
+        Raises:
+            ValueError: the row has fewer tokens than before, or what are no token ids.
         """
         automaton = self._automaton
         automaton.add(_from(token_ids, automaton.num_tokens))

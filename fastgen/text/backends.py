@@ -4,7 +4,7 @@ that transformers has in Python only."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,9 +19,14 @@ _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenizerBackend(Protocol):
-    """One tokenizer library. All ids and texts are plain Python."""
+    """One tokenizer library. All ids and texts are plain Python.
 
-    def encode(self, texts: list[str]) -> list[list[int]]: ...
+    `roles`: the special tokens that have a role ("bos_token", ...), as texts.
+    """
+
+    roles: Mapping[str, str]
+
+    def encode(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]: ...
     def decode(self, token_ids: Sequence[int]) -> str: ...
     def decode_all(self, token_ids: Sequence[int]) -> str: ...
     def detokenizer(self) -> Detokenizer: ...
@@ -34,18 +39,19 @@ class TokenizerBackend(Protocol):
 class FastBackend:
     """A `tokenizers.Tokenizer`."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str]) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer, self.roles = tokenizer, roles
         added = tokenizer.get_added_tokens_decoder()
         self._special = {i: self.token_text(i) for i in added if self._is_left_out(i)}
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = dict.fromkeys(self._special, b"")
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
+    def encode(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        encode = self._tokenizer.encode_batch_fast
         try:
-            encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            encoded = encode(texts, add_special_tokens=add_special_tokens)
         except BaseException as error:
             if not is_librarys(error):
                 raise
@@ -108,13 +114,14 @@ class TransformersBackend:
 
     max_chars_per_token = None
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, roles: Mapping[str, str]) -> None:
+        self._tokenizer, self.roles = tokenizer, roles
         ids = tokenizer.all_special_ids
         self._special = dict(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True))
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    def encode(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        encode = self._tokenizer.encode
+        return [encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without transformers' clean-up of spaces: it would take back what a stream has shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from fastgen.text.tokenizer_files import TokenizerFiles
 class Tokenizer:
     """One model's tokenizer. Prompts are encoded as they stand: no special token is added, but one
     that is written out in the text, such as `<|endoftext|>`, becomes its id (as in transformers).
+
+    Attributes:
+        chat_template: the Jinja source for chats that lies beside it; None if there is none.
     """
 
-    def __init__(self, backend: TokenizerBackend) -> None:
-        self._backend = backend
+    def __init__(self, backend: TokenizerBackend, chat_template: str | None = None) -> None:
+        self._backend, self.chat_template = backend, chat_template
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer | None:
@@ -29,11 +32,25 @@ class Tokenizer:
             CheckpointError: a file is there but cannot be used, or not as transformers' class that
                 the folder names would use it; says why.
         """
-        backend = open_backend(TokenizerFiles(folder))
-        return None if backend is None else cls(backend)
+        files = TokenizerFiles(folder)
+        backend = open_backend(files)
+        return None if backend is None else cls(backend, files.chat_template())
 
-    def encode(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """Texts of the special tokens that have a role, by role: "bos_token", "pad_token", ..."""
+        return self._backend.roles
+
+    def encode(
+        self, texts: list[str], max_tokens: int | None = None, *, add_special_tokens: bool = False
+    ) -> list[list[int]]:
         """Token ids of each text; the GIL is released while it runs.
+
+        Args:
+            texts: a string each.
+            max_tokens: the most that are of use, if anything bounds them.
+            add_special_tokens: add those that transformers' tokenizer adds by default: none for a
+                GPT-2's usual files, `[CLS]` and `[SEP]` for BERT's.
 
         Raises:
             OptionTypeError, OptionError: not a string, not valid Unicode, or certainly longer than
@@ -41,7 +58,7 @@ class Tokenizer:
         """
         for text in texts:
             self._check_text(text, max_tokens)
-        return self._backend.encode(texts)
+        return self._backend.encode(texts, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids, without special tokens, or with them written out."""

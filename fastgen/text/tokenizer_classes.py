@@ -12,15 +12,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastgen.errors import CheckpointError, shown
 from fastgen.text.backends import FastBackend, TokenizerBackend, TransformersBackend
-from fastgen.text.special_tokens import add_special_tokens, special_tokens
+from fastgen.text.special_tokens import ROLES, add_special_tokens, special_tokens
 from fastgen.text.tokenizer_files import JSON_FILE, TokenizerFiles, usable
 
 _GPT2, _BERT = "GPT2Tokenizer", "BertTokenizer"
 _STORED = "TokenizersBackend"  # reads tokenizer.json as it stands
+Roles = Mapping[str, str]  # special tokens as texts, by role
+# The tokens of roles that no file names.
+_GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_BERT_TOKENS = {
+    f"{role}_token": f"[{role.upper()}]" for role in ("unk", "sep", "pad", "cls", "mask")
+}
 # Read by the class `_STORED`, whatever the model: the class's names before and since version 5.
 _ALIASES = {
     **dict.fromkeys(("PreTrainedTokenizer", "PythonBackend", "BloomTokenizer"), _STORED),
@@ -64,7 +70,7 @@ def open_backend(files: TokenizerFiles) -> TokenizerBackend | None:
     class_name = _known_class(files)
     _check_files(files, class_name)
     if class_name in (_GPT2, _BERT, _STORED):
-        return FastBackend(usable(_where(files, class_name), lambda: _built(files, class_name)))
+        return usable(_where(files, class_name), lambda: _built(files, class_name))
     return _opened_by_transformers(files, class_name)
 
 
@@ -118,30 +124,66 @@ def _where(files: TokenizerFiles, class_name: str) -> str:
     return f"{files.folder}/{', '.join(names)}"
 
 
-def _built(files: TokenizerFiles, class_name: str) -> tokenizers.Tokenizer:
+def _built(files: TokenizerFiles, class_name: str) -> FastBackend:
     """As the class's own constructor in transformers makes it."""
+    build, defaults = {
+        _GPT2: (_gpt2, _GPT2_TOKENS),
+        _BERT: (_bert, _BERT_TOKENS),
+        _STORED: (_as_stored, _padding_token(files) if class_name == _STORED else {}),
+    }[class_name]
+    tokens = special_tokens(files, defaults)
+    tokenizer = build(files, tokens.roles)
+    add_special_tokens(tokenizer, tokens)
+    tokenizer.encode_special_tokens = files.switch("split_special_tokens", False)
     if class_name == _GPT2:
-        tokenizer, defaults = _gpt2(files)
+        tokenizer.post_processor = _gpt2_ends(files, tokenizer, tokens.roles)
     elif class_name == _BERT:
-        tokenizer, defaults = _bert(files)
-    else:
-        tokenizer, defaults = _as_stored(files)
-    add_special_tokens(tokenizer, special_tokens(files, defaults))
-    tokenizer.encode_special_tokens = files.settings.get("split_special_tokens") is True
-    return tokenizer
+        tokenizer.post_processor = _bert_ends(tokenizer, tokens.roles)
+    return FastBackend(tokenizer, tokens.roles)
 
 
-def _gpt2(files: TokenizerFiles) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]]:
-    """Byte-level BPE. Of a tokenizer.json only the vocabulary and merges count."""
+def _gpt2(files: TokenizerFiles, roles: Roles) -> tokenizers.Tokenizer:
+    """Byte-level BPE. Of a tokenizer.json only the vocabulary and merges count, and what it adds to
+    a text."""
     if files.holds(JSON_FILE):
         model = _plain_bpe(files)
     else:
         model = models.BPE.from_file(*(str(files.path(name)) for name in _FILES_OF[_GPT2]))
     tokenizer = tokenizers.Tokenizer(model)
-    spaced = files.settings.get("add_prefix_space") is True
+    spaced = files.switch("add_prefix_space", False)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return tokenizer
+
+
+def _gpt2_ends(files: TokenizerFiles, tokenizer: tokenizers.Tokenizer, roles: Roles) -> Any:
+    """What `add_special_tokens` adds to a text: what tokenizer.json says, else the settings."""
+    if files.holds(JSON_FILE):
+        return files.stored.post_processor
+    begins, ends = (
+        roles.get(role) if _is_on(files.settings.get(f"add_{role}")) else None
+        for role in ("bos_token", "eos_token")
+    )
+    named = [token for token in (begins, ends) if token is not None]
+    return _template(begins, ends, {token: _id(tokenizer, token, roles) for token in named})
+
+
+def _is_on(setting: Any) -> bool:
+    """A string is not a switch: it is a token with a name of its own."""
+    return bool(setting) and not isinstance(setting, str)
+
+
+def _id(tokenizer: tokenizers.Tokenizer, token: str, roles: Roles) -> int | None:
+    """Of a token that cannot be added, since it is empty, that of the unknown token."""
+    found = tokenizer.token_to_id(token)
+    return tokenizer.token_to_id(roles.get("unk_token", "")) if found is None else found
+
+
+def _template(
+    begins: str | None, ends: str | None, ids: Mapping[str, int | None]
+) -> processors.TemplateProcessing:
+    parts = [f"{part}:0" for part in (begins, "$A", ends) if part is not None]
+    return processors.TemplateProcessing(single=" ".join(parts), special_tokens=list(ids.items()))
 
 
 def _plain_bpe(files: TokenizerFiles) -> models.BPE:
@@ -160,11 +202,9 @@ def _vocab_and_merges(files: TokenizerFiles) -> tuple[dict[str, int], list[tuple
     return stored["vocab"], [(first, second) for first, second in merges]
 
 
-def _bert(files: TokenizerFiles) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]]:
+def _bert(files: TokenizerFiles, roles: Roles) -> tokenizers.Tokenizer:
     """WordPiece. Of a tokenizer.json only the vocabulary counts."""
-    settings = files.settings
-    unknown = settings.get("unk_token", "[UNK]")
-    unknown = str(unknown["content"] if isinstance(unknown, dict) else unknown)
+    unknown, strips = roles.get("unk_token", "None"), files.settings.get("strip_accents")
     if files.holds(JSON_FILE):
         _stored_model(files, models.WordPiece, _BERT)
         model = models.WordPiece(files.stored_json["model"]["vocab"], unk_token=unknown)
@@ -173,19 +213,33 @@ def _bert(files: TokenizerFiles) -> tuple[tokenizers.Tokenizer, Mapping[str, Any
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=files.switch("tokenize_chinese_chars", True),
+        strip_accents=None if strips is None else files.switch("strip_accents", False),
+        lowercase=files.switch("do_lower_case", True),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    roles = ("unk", "sep", "pad", "cls", "mask")
-    return tokenizer, {f"{role}_token": f"[{role.upper()}]" for role in roles}
+    return tokenizer
 
 
-def _as_stored(files: TokenizerFiles) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]]:
+def _bert_ends(tokenizer: tokenizers.Tokenizer, roles: Roles) -> processors.TemplateProcessing:
+    """`[CLS]` before a text and `[SEP]` after it; where a file says null, ids 2 and 3."""
+    ids: dict[str, int | None] = {}
+    for role, default in (("cls_token", 2), ("sep_token", 3)):
+        token = roles.get(role)
+        found = None if token is None else _id(tokenizer, token, roles)
+        ids[str(token)] = default if found is None else found
+    begins, ends = (str(roles.get(role)) for role in ("cls_token", "sep_token"))
+    return _template(begins, ends, ids)
+
+
+def _as_stored(files: TokenizerFiles, roles: Roles) -> tokenizers.Tokenizer:
+    return files.stored
+
+
+def _padding_token(files: TokenizerFiles) -> Roles:
     padding = files.stored.padding
-    return files.stored, {} if padding is None else {"pad_token": padding["pad_token"]}
+    return {} if padding is None else {"pad_token": padding["pad_token"]}
 
 
 def _stored_model(files: TokenizerFiles, kind: type[Any], class_name: str) -> Any:
@@ -216,9 +270,10 @@ def _opened_by_transformers(files: TokenizerFiles, class_name: str) -> Tokenizer
         opened = kind.from_pretrained(files.folder, local_files_only=True)
     except Exception as error:  # whatever transformers meets in the files
         raise CheckpointError(f"{path}: {class_name} cannot read it: {error}") from error
+    roles = {role: str(text) for role in ROLES if (text := getattr(opened, role)) is not None}
     plain = transformers.PreTrainedTokenizerFast
     if isinstance(opened, plain) and all(
         getattr(kind, method) is getattr(plain, method) for method in ("_encode_plus", "_decode")
     ):
-        return FastBackend(opened.backend_tokenizer)
-    return TransformersBackend(opened)
+        return FastBackend(opened.backend_tokenizer, roles)
+    return TransformersBackend(opened, roles)

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 
-from fastgen.checkpoints.files import checked_file, holds, read_json
+from fastgen.checkpoints.files import checked_file, holds, read_json, read_text
 from fastgen.errors import CheckpointError, shown
 
+T = TypeVar("T")
+
 JSON_FILE = "tokenizer.json"
+CONFIG_FILE, _TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 # Files that hold a vocabulary, whether or not they can be read here.
 _VOCABULARIES = (
     *(JSON_FILE, "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
@@ -39,7 +42,7 @@ class TokenizerFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.vocabularies = [name for name in _VOCABULARIES if holds(folder, name)]
-        self.settings = self.json_object("tokenizer_config.json") if self.vocabularies else {}
+        self.settings = self.json_object(CONFIG_FILE) if self.vocabularies else {}
         self.class_name = self._class_name() if self.vocabularies else None
         self._check_settings()
 
@@ -60,6 +63,41 @@ class TokenizerFiles:
             raise CheckpointError(f"{self.folder / name}: must hold a JSON object")
         return value
 
+    def switch(self, name: str, default: bool) -> bool:
+        """A setting that is true or false.
+
+        Raises:
+            CheckpointError: it is anything else, null too.
+        """
+        value = self.settings.get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(
+                f"{self.folder}/{CONFIG_FILE}: {name} must be true or false, not {shown(value)}"
+            )
+        return value
+
+    def chat_template(self) -> str | None:
+        """The Jinja source for chats: chat_template.jinja, else what tokenizer_config.json has.
+
+        Of several with names it is the one that is named "default", as in transformers'
+        `get_chat_template()`. The folder additional_chat_templates/ is not read.
+        """
+        if self.holds(_TEMPLATE_FILE):
+            return read_text(self.folder, _TEMPLATE_FILE)
+        value = self.settings.get("chat_template")
+        if isinstance(value, list):  # [{"name": ..., "template": ...}, ...]
+            listed = [one if isinstance(one, dict) else {} for one in value]
+            value = {one.get("name"): one.get("template") for one in listed}
+        if value is None:
+            return None
+        named = value if isinstance(value, dict) else {"default": value}
+        if not all(isinstance(text, str) for item in named.items() for text in item):
+            raise CheckpointError(
+                f"{self.folder}/{CONFIG_FILE}: chat_template must be a string or a list of "
+                f'{{"name": ..., "template": ...}}, not {shown(self.settings["chat_template"])}'
+            )
+        return named.get("default")
+
     @cached_property
     def stored_json(self) -> dict[str, Any]:
         """tokenizer.json, as it stands; empty if there is none, or it holds no object."""
@@ -74,7 +112,7 @@ class TokenizerFiles:
         return usable(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
 
     def _class_name(self) -> str | None:
-        for file in ("tokenizer_config.json", "config.json"):
+        for file in (CONFIG_FILE, "config.json"):
             name = self.json_object(file).get("tokenizer_class")
             if isinstance(name, str):
                 return name.removesuffix("Fast")
@@ -89,9 +127,7 @@ class TokenizerFiles:
         if set(self.settings.get("fast_tokenizer_files") or ()) > {JSON_FILE}:
             found.append("fast_tokenizer_files")
         if found:
-            raise CheckpointError(
-                f"{self.folder}/tokenizer_config.json: {found[0]} is not supported"
-            )
+            raise CheckpointError(f"{self.folder}/{CONFIG_FILE}: {found[0]} is not supported")
 
     def _check_merges(self) -> None:
         """What a merge cuts off must be there: elsewhere the library may cut within a character,
@@ -110,7 +146,7 @@ class TokenizerFiles:
                 )
 
 
-def usable(where: Path | str, build: Callable[[], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
+def usable(where: Path | str, build: Callable[[], T]) -> T:
     """What `build` makes; CheckpointError, with `where`, if the library cannot make it."""
     try:
         return build()

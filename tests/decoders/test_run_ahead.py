@@ -12,6 +12,7 @@ import pytest
 import fastgen
 from decoder_names import DECODERS as BUILT
 from decoder_names import INTERPRETED
+from drafters import KnowingDrafter, drafted_by
 from engine_harness import (
     assert_idle,
     greedy,
@@ -194,7 +195,7 @@ def test_a_row_that_ended_well_gets_no_error_of_a_later_step(
     scheduler = scheduler_of(engine)
     schedule = scheduler.schedule
 
-    def fail() -> None:
+    def fail(make_drafts: object) -> None:
         monkeypatch.setattr(scheduler, "schedule", schedule)
         raise MemoryError("injected")
 
@@ -210,3 +211,31 @@ def test_close_waits_for_the_step_under_way(variant: Callable[[str], Path]) -> N
     run_to(engine, request, 2)
     engine.close()
     assert request.done and not steps_under_way(engine)
+
+
+@pytest.mark.parametrize("kind", ["spoiled", "wrong", "none"])
+def test_drafts_and_steps_that_run_ahead_give_the_same_tokens(engine: Engine, kind: str) -> None:
+    """A step with drafts is waited for; a text without any soon runs ahead."""
+    options: list[dict[str, Any]] = [{"temperature": 0}, {"top_k": 20}, {"presence_penalty": 0.5}]
+    params = [
+        fastgen.SamplingParams(max_new_tokens=20, ignore_eos=True, seed=seed, **own)
+        for seed, own in enumerate(options)
+    ]
+    plain = [engine.add_request(*each) for each in zip(PROMPTS, params, strict=False)]
+    run_all(engine, plain)
+    known: Any = {
+        (request.prompt_token_ids, row.params.seed): tuple(row.new_token_ids)
+        for request in plain
+        for row in request.rows
+    }
+    before = engine.stats.drafted_tokens, engine.stats.accepted_tokens
+    start = len(recorder_of(engine).batches)
+    with drafted_by(engine, KnowingDrafter(known, 200, kind)):
+        drafted = [engine.add_request(*each) for each in zip(PROMPTS, params, strict=False)]
+        run_all(engine, drafted)
+    assert list(map(new_tokens, drafted)) == list(map(new_tokens, plain))
+    num_drafted = engine.stats.drafted_tokens - before[0]
+    num_accepted = engine.stats.accepted_tokens - before[1]
+    assert (num_drafted > 0, num_accepted > 0) == (kind != "none", kind == "spoiled")
+    ahead = fed_back(recorder_of(engine).batches[start:])
+    assert ahead == 0 if kind != "none" else ahead > 4

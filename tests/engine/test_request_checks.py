@@ -34,6 +34,7 @@ NOT_FLAGS: list[Any] = [0, 1, None, "yes"]
 BAD: dict[str, list[Any]] = {
     "n": [*NOT_INTEGERS, None, 0, -1, 2**16 + 1, 2**31, 2**63],
     "best_of": [*NOT_INTEGERS, 0, -1, 2**16 + 1],
+    "speculate": [*NOT_FLAGS, "off"],
     "rank": [3, "max", [len]],
     "max_new_tokens": [*NOT_INTEGERS, None, -1, 2**31, 0],  # 0 generates nothing
     "min_new_tokens": [*NOT_INTEGERS, None, -1, 129],  # more than max_new_tokens

@@ -6,7 +6,7 @@ import asyncio
 import functools
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from itertools import chain
 from typing import Any, ParamSpec, TypeVar
@@ -36,20 +36,7 @@ from waits import WITHIN, wait_in_loop_until, wait_until
 T = TypeVar("T")
 P = ParamSpec("P")
 
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=4, max_seq_len=256) as loaded:
-        yield loaded
-
-
-@pytest.fixture(autouse=True)
-def left_idle(model: fastgen.Generator) -> Iterator[None]:
-    """Afterwards nothing runs and nothing has leaked, and the model works without an engine."""
-    yield
-    wait_until(lambda: model.engine.num_unfinished == 0)
-    assert len(model.generate("And", max_new_tokens=2)) == 1
-    assert_idle(model.engine)
+pytestmark = pytest.mark.usefixtures("left_idle")
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -11,6 +11,7 @@ import fastgen
 from engine_harness import assert_pickles, greedy
 from fastgen import OptionError, OptionTypeError, RequestLimits
 from fastgen.frontends.threaded_engine import ThreadedEngine
+from fastgen.native import native
 
 SHORT = greedy(max_new_tokens=3, ignore_eos=True)
 SEVERAL: Any = ["A", "B"]
@@ -59,6 +60,42 @@ def test_an_error_in_an_option_names_it(
 ) -> None:
     with pytest.raises(kind) as caught:
         call(shared)
+    assert type(caught.value) is kind and getattr(caught.value, "option") == option  # noqa: B009
+    assert_pickles(caught.value)
+
+
+LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"model": 5}, OptionTypeError, "model"),
+    ({"dtyp": "float32"}, OptionTypeError, "dtyp"),
+    ({"device": 5}, OptionTypeError, "device"),
+    ({"device": "nowhere"}, OptionError, "device"),
+    ({"device": "meta", "decoder": "cpu"}, OptionError, "device"),
+    ({"dtype": "float8"}, OptionError, "dtype"),
+    ({"dtype": "float16", "quantize": "int8"}, OptionError, "dtype"),
+    ({"quantize": "int3"}, OptionError, "quantize"),
+    ({"quantize": "int8", "decoder": "torch"}, OptionError, "quantize"),
+    ({"kv_dtype": "fp8"}, OptionError, "kv_dtype"),
+    ({"kv_dtype": "int8"}, OptionError, "kv_dtype"),
+    ({"decoder": "tpu"}, OptionError, "decoder"),
+    ({"decoder": "cuda", "device": "cpu"}, OptionError, "decoder"),
+    ({"max_batch_size": 0}, OptionError, "max_batch_size"),
+    ({"max_batch_size": None}, OptionTypeError, "max_batch_size"),
+    ({"num_threads": True}, OptionTypeError, "num_threads"),
+    ({"max_seq_len": 1025}, OptionError, "max_seq_len"),
+    ({"max_seq_len": 1.5}, OptionTypeError, "max_seq_len"),
+    ({"max_memory": 1}, OptionError, "max_memory"),
+    ({"batch_invariant": "yes"}, OptionTypeError, "batch_invariant"),
+    ({"batch_invariant": True, "decoder": "torch"}, OptionError, "batch_invariant"),
+]
+
+
+@pytest.mark.skipif(native is None, reason="the CPU decoder was not built")
+@pytest.mark.parametrize(("options", "kind", "option"), LOAD)
+def test_an_error_in_an_option_of_load_names_it(
+    options: dict[str, Any], kind: type[Exception], option: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        fastgen.load(**options)
     assert type(caught.value) is kind and getattr(caught.value, "option") == option  # noqa: B009
     assert_pickles(caught.value)
 

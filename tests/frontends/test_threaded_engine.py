@@ -6,7 +6,6 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -32,20 +31,7 @@ from fastgen.frontends.threaded_engine import ThreadedEngine, ThreadedStream
 from held_steps import LONG, TEXTS, facts, held, pieces_joined, stepping
 from waits import WITHIN, wait_until
 
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[fastgen.Generator]:
-    with fastgen.load(max_batch_size=4, max_seq_len=256) as loaded:
-        yield loaded
-
-
-@pytest.fixture(autouse=True)
-def left_idle(model: fastgen.Generator) -> Iterator[None]:
-    """Afterwards nothing runs and nothing has leaked, and the model works without an engine."""
-    yield
-    wait_until(lambda: model.engine.num_unfinished == 0)
-    assert len(model.generate("And", max_new_tokens=2)) == 1
-    assert_idle(model.engine)
+pytestmark = pytest.mark.usefixtures("left_idle")
 
 
 def test_sizes_are_counted_no_further_than_until_it_is_certain_that_they_are_large() -> None:

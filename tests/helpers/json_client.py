@@ -8,6 +8,7 @@ import re
 import urllib.request
 from typing import Any
 
+from fastgen.server.errors import NAMES
 from server_harness import RunningServer
 from waits import WITHIN
 
@@ -55,6 +56,12 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     assert error["type"].endswith("_error") and 5 < len(error["message"]) < 1100
     assert_tells_nothing(error["message"])
     return error  # type: ignore[no-any-return]
+
+
+def assert_names_of_the_protocol(error: dict[str, Any]) -> None:
+    """What the library calls otherwise is not named so."""
+    words = set(re.findall(r"\w+", error["message"]))
+    assert not words & NAMES.keys(), error["message"]
 
 
 def assert_tells_nothing(message: str) -> None:

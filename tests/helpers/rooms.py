@@ -98,12 +98,12 @@ ROOMS = (
     ),
     Room(
         "hf",
-        "words sampling checkpoints decoders engine",
+        "words sampling checkpoints decoders speculation engine",
         (
-            "checksums gradients kv_rows modules not_native stop_strings streamers tracing",
-            "cache options",
+            "checksums functions gradients kv_rows not_native stop_strings streamers tracing",
+            "cache modules options",
             "packing",
-            "forward",
+            "assistants forward",
             "sampling",
             "beams",
             "model",
@@ -115,6 +115,7 @@ ROOMS = (
         (
             "limits",
             "errors logprobs metrics openai_values",
+            "cors",
             "bodies protocol service streaming",
             "completions",
             "calls schema",
@@ -126,7 +127,7 @@ ROOMS = (
     ),
     Room(
         "bench",
-        "words sampling checkpoints decoders engine frontends",
+        "words sampling checkpoints decoders speculation engine frontends",
         (
             "fallbacks interleave machine peer_process plain_checkpoint plot recording shapes"
             " table",

@@ -238,6 +238,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bert japanese": (write_bert_japanese, "BertJapaneseTokenizer"),
     "albert": (_spm("AlbertTokenizer"), "AlbertTokenizer"),
     "big bird": (_spm("BigBirdTokenizer"), "BigBirdTokenizer"),
+    "cpm": (_spm("CpmTokenizer"), "CpmTokenizer"),
     "gpt-sw3": (_spm("GPTSw3Tokenizer"), "GPTSw3Tokenizer"),
     "t5": (_spm("T5Tokenizer"), "T5Tokenizer"),
     "t5, tokenizer.json": (

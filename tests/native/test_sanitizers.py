@@ -1,4 +1,5 @@
-"""The sampler, the decoder and drafts under sanitizers: alone, and inside Python; the thread pool.
+"""The sampler, the decoder and drafts under sanitizers: alone, and inside Python; the thread pool
+and the checksums.
 
 AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
 ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
 POOL = ROOT / "csrc" / "common" / "thread_pool.cpp"
+CHECKSUM_DRIVER = ROOT / "tests" / "native" / "checksum_driver.cpp"
+CHECKSUM = ROOT / "csrc" / "common" / "checksum.cpp"
 DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
 DRAFTS_DRIVER = ROOT / "tests" / "native" / "speculation_driver.cpp"
 COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
@@ -34,6 +37,7 @@ ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-fsanitize=thread",)
 SECONDS = 60  # of each driver of the sampler
 POOL_SECONDS = 20
+CHECKSUM_SECONDS = 5
 DECODER_SECONDS = 60
 DRAFTS_SECONDS = 20
 
@@ -173,6 +177,60 @@ def test_the_pool_drivers_checks_can_fail(
     broken, program = tmp_path / POOL.name, tmp_path / "pool"
     broken.write_text(source.replace(old, new))
     run(compiler("g++"), *COMMON, *flags, INCLUDE, broken, POOL_DRIVER, "-o", program)
+    assert complaint in failure(program, 5)
+
+
+@pytest.mark.parametrize(
+    "flags", [pytest.param(ADDRESS, id="address"), pytest.param(THREAD, id="thread")]
+)
+def test_checksums(flags: tuple[str, ...], tmp_path: Path) -> None:
+    program = tmp_path / "checksum"
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, CHECKSUM, POOL, CHECKSUM_DRIVER, "-o", program)
+    print(counts(program, CHECKSUM_SECONDS, r"(\d+) cases", (50,)), "cases")
+
+
+@pytest.mark.parametrize(
+    ("flags", "old", "new", "complaint"),
+    [
+        pytest.param(
+            ADDRESS,
+            "end - at >= 8; at += 8",
+            "end > at; at += 8",
+            "AddressSanitizer",
+            id="past the end",
+        ),
+        pytest.param(
+            ADDRESS,
+            "std::min(kPiece, spans[i].bytes - at)",
+            "kPiece",
+            "AddressSanitizer",
+            id="whole pieces",
+        ),
+        pytest.param(ADDRESS, "kPrime5, 11", "kPrime5, 12", "reference", id="another sum"),
+        pytest.param(
+            ADDRESS,
+            "  std::memcpy(&word, at, sizeof word);",
+            "  word = *reinterpret_cast<const Word*>(at);",
+            "misaligned",
+            id="odd addresses",
+        ),
+        pytest.param(
+            THREAD,
+            "for (int i = begin; i < end; ++i) pieces",
+            "static volatile int last = 0;\nfor (int i = begin; i < end; last = ++i) pieces",
+            "ThreadSanitizer: data race",
+            id="race",
+        ),
+    ],
+)
+def test_the_checksum_drivers_checks_can_fail(
+    flags: tuple[str, ...], old: str, new: str, complaint: str, tmp_path: Path
+) -> None:
+    source = CHECKSUM.read_text()
+    assert source.count(old) == 1
+    broken, program = tmp_path / CHECKSUM.name, tmp_path / "checksum"
+    broken.write_text(source.replace(old, new))
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, broken, POOL, CHECKSUM_DRIVER, "-o", program)
     assert complaint in failure(program, 5)
 
 

@@ -44,8 +44,14 @@ PRIVATE = {
         "_attended _hidden _inner _model _normed _query _sampler _slots", "bytes held, counted",
     ),
     "decoders/test_select.py": ("_has_gpu", "a machine with a GPU"),
+    "engine/test_drafts.py": ("_closed _draw _rows _sources", "what of a row is kept; a close"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
     "hf/test_checksums.py": ("_CHUNK", "a size, made small"),
+    "hf/test_class.py": (
+        "_attn_implementation _auto_class _extra_content _from_config _init_weights _model_mapping",
+        "names of transformers'",
+    ),
+    "hf/test_notices.py": ("_has_gpu", "a machine with a GPU"),
     "hf/test_options.py": ("_PROCESSORS", "the classes that are read, and their order"),
     "hf/test_weights.py": (
         "_attn_implementation _fastgen _init_weights _packed _version",

@@ -55,7 +55,7 @@ WRONG: dict[str, list[Any]] = {
         *((1, math.nan), (1, math.inf), (1, "1"), (1, None), (1, 1e9), [[1, 1.1]], {}),
     ],
     "rank logits_processor": [1, "f", [], [len], {}],
-    "include_stop ignore_eos": [0, 1, None, "yes"],
+    "include_stop ignore_eos speculate": [0, 1, None, "yes"],
 }  # fmt: skip
 BAD = [(name, value) for names in WRONG for name in names.split() for value in WRONG[names]]
 

@@ -54,8 +54,10 @@ CASES: list[dict[str, Any]] = [
     {"stop_token_ids": [11, 13, 256, 260], "max_tokens": 60}, {"top_n_sigma": 0.5},
     {"ignore_eos": True, "logit_bias": {"0": 100}, "logprobs": 1},
     {"timeout": 60.5, "priority": 3, "cache_salt": "mine"}, {"return_token_ids": True, "n": 2},
+    {"add_special_tokens": False}, {"add_special_tokens": True},
+    {"speculate": False, "max_tokens": 60},
 ]  # fmt: skip
-INERT = {*OTHERS, "n"}  # without these the model is not asked for other tokens
+INERT = {*OTHERS, "n", "speculate"}  # without these the model is not asked for other tokens
 
 
 def arguments(prompt: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 
 import fastgen
 from fastgen.server.service import Keys, checked_origins
+from raw_client import exchange, get, replies
 from server_harness import MODEL, RunningServer, ServerProcess, serving
 from waits import WITHIN
 
@@ -114,6 +115,64 @@ def test_pages_of_other_origins_read_nothing(server: RunningServer, origin: str)
     for headers in (KEY, {}):
         found = ask(server.port, "POST", "/v1/completions", SHORT, origin=origin, **headers)
         assert ALLOWS + "origin" not in found.cors
+
+
+@pytest.mark.parametrize(
+    ("origin", "method", "lines", "told"),
+    [
+        (FOREIGN, "POST", {}, "of this origin may not call this server: see --allow-origin"),
+        (PAGE, "DELETE", {}, "may only use GET and POST"),
+        (PAGE, "POST", {"access_control_request_private_network": "true"}, "public network"),
+    ],
+)
+def test_a_refused_preflight_is_an_error_as_others_are(
+    server: RunningServer, origin: str, method: str, lines: dict[str, str], told: str
+) -> None:
+    found = ask(
+        server.port, "OPTIONS", "/v1/models", origin=origin, access_control_request_method=method,
+        **lines,
+    )  # fmt: skip
+    assert found.status == 400 and found.headers["content-type"] == "application/json"
+    assert found.cors.get(ALLOWS + "origin") == (PAGE if origin == PAGE else None)
+    [error] = json.loads(found.body).values()
+    assert told in error.pop("message")
+    assert error == {"type": "invalid_request_error", "param": None, "code": None}
+    assert "Origin" in found.headers["vary"] and found.headers["x-request-id"]
+
+
+# What is refused before the application sees it: bytes, and how they are answered.
+EARLY: dict[str, tuple[list[bytes], int]] = {
+    "headers in pieces": ([b"a: " + b"b" * 20_000 + b"\r\n"] * 2, 431),
+    "no chunk": ([b"transfer-encoding: chunked\r\n\r\nxyz\r\n"], 400),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+@pytest.mark.parametrize("after", [b"", get("/health").replace(b"connection: close\r\n", b"")])
+def test_what_the_connection_refuses_can_be_read(
+    server: RunningServer, open_server: RunningServer, case: str, after: bytes
+) -> None:
+    """On a new connection, and after a request of a page that has no origin."""
+    parts, status = EARLY[case]
+
+    def cors_of(port: int, origin: str) -> dict[str, str]:
+        begin = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nOrigin:  {origin} \r\n".encode()
+        *_, reply = replies(exchange(port, after + begin + parts[0], *parts[1:]))
+        assert reply.status == status and reply.message
+        assert "origin" in reply.headers["vary"].lower()
+        return {n: v for n, v in reply.headers.items() if n.startswith(ALLOWS)}
+
+    for origin in (PAGE, OTHER):
+        assert cors_of(server.port, origin) == {ALLOWS + "origin": origin}
+    assert cors_of(server.port, FOREIGN) == {}
+    assert cors_of(open_server.port, FOREIGN) == {ALLOWS + "origin": "*"}
+
+
+def test_what_is_no_http_has_no_origin(server: RunningServer, open_server: RunningServer) -> None:
+    for running, allowed in ((server, None), (open_server, "*")):
+        [reply] = replies(exchange(running.port, f"EHLO\r\norigin: {PAGE}\r\n\r\n".encode()))
+        assert reply.status == 400
+        assert reply.headers.get(ALLOWS + "origin") == allowed
 
 
 def test_every_page_without_credentials(open_server: RunningServer) -> None:

@@ -18,7 +18,7 @@ from engine_harness import assert_idle
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
-from json_client import checked, exchange, refusal
+from json_client import assert_names_of_the_protocol, checked, exchange, refusal
 from server_harness import MODEL, RunningServer, serving
 from text_parts import detokenizer_of, tokenizer_of
 from waits import WITHIN, wait_until
@@ -61,6 +61,7 @@ BAD: dict[str, list[Any]] = {
     "sequence_bias": [5, [], {"": 1}, {"1,": 1}, {"1,4096": 1}, {"1 2": 1}, {"1": "1"},
                       {"1": -100.5}],
     "return_token_ids": [1, "yes", []],
+    "add_special_tokens": [1, "yes", []],
     "repetition_penalty": [*NO_NUMBERS, 0, -1, 1e7],
     "no_repeat_ngram_size": NO_COUNTS,
     "bad_words": [5, True, {}, [5], [[]], [""], "", [["a"]], [[4096]], [[True]], [None], [LONE],
@@ -79,6 +80,7 @@ BAD: dict[str, list[Any]] = {
     "stop_token_ids": [*NO_IDS, list(range(129))],
     "include_stop": NO_BOOLS,
     "ignore_eos": NO_BOOLS,
+    "speculate": NO_BOOLS,
 }  # fmt: skip
 # Names that are none, and what their error says.
 UNKNOWN = {
@@ -114,7 +116,7 @@ ELSEWHERE: dict[str, list[Any]] = {
     ],
     "/tokenize": [{}, {"prompt": None}, {"prompt": 5}, {"prompt": ["a"]}, {"prompt": LONE},
                   {"prompt": "a", "text": "b"}, {"prompt": "a", "model": 5},
-                  {"prompt": "a", "add_special_tokens": True},
+                  {"prompt": "a", "add_special_tokens": "yes"},
                   {"prompt": "a", "add_special_tokens": 0}],
     "/detokenize": [{}, {"tokens": "a"}, {"tokens": [-1]}, {"tokens": [4096]}, {"tokens": [True]},
                     {"tokens": [1.5]}, {"tokens": [None]}, {"tokens": [[1]]}, {"tokens": [HUGE]},
@@ -145,6 +147,7 @@ def test_a_bad_value_is_refused_by_its_name(server: RunningServer, name: str) ->
         assert error["type"] == "invalid_request_error"
         assert error["param"] == name, error
         assert name in error["message"]
+        assert_names_of_the_protocol(error)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,9 @@ def test_a_bad_value_is_refused_by_its_name(server: RunningServer, name: str) ->
 def test_options_that_do_not_go_together_are_refused(
     server: RunningServer, options: dict[str, Any], param: str
 ) -> None:
-    assert refusal(server, body(**options))["param"] == param
+    error = refusal(server, body(**options))
+    assert error["param"] == param and param in error["message"]
+    assert_names_of_the_protocol(error)
 
 
 def test_an_unknown_field_is_named_with_the_nearest_known_one(server: RunningServer) -> None:
@@ -192,7 +197,7 @@ def test_the_other_paths_name_the_field_that_is_wrong(server: RunningServer) -> 
         ("/v1/score", "labels", {"prompt": "a", "labels": [LONE]}),
         ("/v1/score", "timeout", {"input": "a", "timeout": 0}),
         ("/tokenize", "prompt", {"prompt": LONE}),
-        ("/tokenize", "add_special_tokens", {"prompt": "a", "add_special_tokens": True}),
+        ("/tokenize", "add_special_tokens", {"prompt": "a", "add_special_tokens": 1}),
         ("/detokenize", "tokens", {"tokens": [4096]}),
     ]:  # fmt: skip
         assert refusal(server, sent, path)["param"] == param

@@ -5,22 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from fastgen.sampling.params import SamplingParams
+from draft_rows import PlainRow
 from fastgen.speculation.drafter import Draft, FunctionDrafter
-
-
-@dataclass(eq=False)
-class Row:
-    token_ids: list[int]
-    prompt_len: int = 0
-    cache_salt: str | None = None
-    max_len: int = 100
-    params: SamplingParams = field(default_factory=SamplingParams)
 
 
 def test_the_function_sees_the_ids_and_how_many_are_wanted() -> None:
@@ -31,7 +21,7 @@ def test_the_function_sees_the_ids_and_how_many_are_wanted() -> None:
         return [token_ids[-1] + 1]
 
     drafter = FunctionDrafter(function)
-    rows = [Row([1, 2]), Row([7])]
+    rows = [PlainRow([1, 2]), PlainRow([7])]
     assert drafter.propose(rows, [3, 1]) == [Draft([3]), Draft([8])]
     rows[0].token_ids.append(9)
     assert drafter.propose(rows[:1], [2]) == [Draft([10])]
@@ -40,7 +30,7 @@ def test_the_function_sees_the_ids_and_how_many_are_wanted() -> None:
 
 @pytest.mark.parametrize("ids", [(), [5, 6], (5, 6, 7, 8), itertools.count(5)])
 def test_as_many_are_taken_as_were_asked_for(ids: Any) -> None:
-    [draft] = FunctionDrafter(lambda *_: ids).propose([Row([1])], [3])
+    [draft] = FunctionDrafter(lambda *_: ids).propose([PlainRow([1])], [3])
     assert draft.ids == [5, 6, 7][: len(draft.ids)] and draft.level == 0
     assert len(draft.ids) == min(3, 3 if isinstance(ids, itertools.count) else len(ids))
 
@@ -62,7 +52,7 @@ def test_what_fails_for_one_row_ends_its_drafts_alone(
         return wrong(token_ids, most) if token_ids[0] == 1 else [most]
 
     drafter = FunctionDrafter(function)
-    rows = [Row([0]), Row([1]), Row([2])]
+    rows = [PlainRow([0]), PlainRow([1]), PlainRow([2])]
     with caplog.at_level(logging.ERROR, logger="fastgen"):
         for _ in range(3):
             assert drafter.propose(rows, [4, 4, 4]) == [Draft([4]), Draft(()), Draft([4])]
@@ -79,4 +69,4 @@ def test_an_interrupt_is_nobodys_failure() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        FunctionDrafter(interrupted).propose([Row([1])], [1])
+        FunctionDrafter(interrupted).propose([PlainRow([1])], [1])

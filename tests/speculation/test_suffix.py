@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from draft_rows import PlainRow
 from fastgen.native import native
-from fastgen.sampling.params import SamplingParams
 from fastgen.speculation.drafter import MAX_LEVEL, Drafter, DraftRow
 from fastgen.speculation.suffix import CONTEXT_TOKENS, STORE_TOKENS, SuffixDrafter
 
 MB = 2**20
-
-
-@dataclass(eq=False)
-class Row:
-    token_ids: list[int]
-    prompt_len: int = 0
-    cache_salt: str | None = None
-    max_len: int = 10_000
-    params: SamplingParams = field(default_factory=SamplingParams)
 
 
 @pytest.fixture(params=["C++", "Python"])
@@ -42,7 +32,11 @@ def ids_of(drafter: Drafter, row: DraftRow, most: int = 4) -> list[int]:
 
 
 def test_rows_get_drafts_from_their_own_tokens(drafter: SuffixDrafter) -> None:
-    first, second, third = Row([1, 2, 3, 1, 2]), Row([3, 2, 7, 7, 3, 2]), Row([1, 2, 3])
+    first, second, third = (
+        PlainRow([1, 2, 3, 1, 2]),
+        PlainRow([3, 2, 7, 7, 3, 2]),
+        PlainRow([1, 2, 3]),
+    )
     drafts = drafter.propose([first, second, third], [3, 1, 9])
     assert [list(draft.ids) for draft in drafts] == [[3, 1, 2], [7], []]
     first.token_ids.append(3)
@@ -57,28 +51,28 @@ def test_rows_get_drafts_from_their_own_tokens(drafter: SuffixDrafter) -> None:
 def test_tokens_may_come_without_being_asked_for(drafter: SuffixDrafter) -> None:
     """A row gets the same drafts whether it is asked for at each token or for the first time."""
     generator = random.Random(5)
-    row = Row([])
+    row = PlainRow([])
     for _ in range(200):
         row.token_ids.append(generator.randrange(4))
         if generator.random() < 0.7:
-            assert ids_of(drafter, row, 6) == ids_of(drafter, Row(list(row.token_ids)), 6)
+            assert ids_of(drafter, row, 6) == ids_of(drafter, PlainRow(list(row.token_ids)), 6)
 
 
 def test_outputs_are_learnt_when_their_rows_end(drafter: SuffixDrafter) -> None:
     prompt, output = list(range(100)), list(range(500, 600))
-    row = Row(prompt + output, len(prompt))
-    assert ids_of(drafter, Row([500, 501, 502])) == []  # while it runs, it is its own
+    row = PlainRow(prompt + output, len(prompt))
+    assert ids_of(drafter, PlainRow([500, 501, 502])) == []  # while it runs, it is its own
     drafter.ended(row)
-    assert ids_of(drafter, Row([500, 501, 502])) == [503, 504, 505, 506]
-    assert ids_of(drafter, Row([7, *prompt[-3:]])) == [500, 501, 502, 503]  # from the first on
-    assert ids_of(drafter, Row(prompt[:50])) == []  # of the prompt only what leads there
+    assert ids_of(drafter, PlainRow([500, 501, 502])) == [503, 504, 505, 506]
+    assert ids_of(drafter, PlainRow([7, *prompt[-3:]])) == [500, 501, 502, 503]  # from the first on
+    assert ids_of(drafter, PlainRow(prompt[:50])) == []  # of the prompt only what leads there
     start = len(prompt) - CONTEXT_TOKENS
-    assert ids_of(drafter, Row(prompt[start - 1 : start + 2])) == []
-    assert ids_of(drafter, Row(prompt[start : start + 3])) == prompt[start + 3 : start + 7]
+    assert ids_of(drafter, PlainRow(prompt[start - 1 : start + 2])) == []
+    assert ids_of(drafter, PlainRow(prompt[start : start + 3])) == prompt[start + 3 : start + 7]
 
 
 def test_rows_that_were_never_asked_for_end_too(drafter: SuffixDrafter) -> None:
-    for row in (Row([]), Row([], 5), Row([1, 2, 3], 3), Row([1, 2, 3, 4], 3)):
+    for row in (PlainRow([]), PlainRow([], 5), PlainRow([1, 2, 3], 3), PlainRow([1, 2, 3, 4], 3)):
         drafter.ended(row)
         drafter.ended(row)
     drafter.close()
@@ -99,18 +93,18 @@ def test_rows_that_were_never_asked_for_end_too(drafter: SuffixDrafter) -> None:
 def test_only_rows_with_the_same_salt_learn(
     drafter: SuffixDrafter, mine: str | None, yours: str | None, learns: bool
 ) -> None:
-    drafter.ended(Row([1, 2, 3, 4, 5], 1, mine))
-    assert ids_of(drafter, Row([1, 2, 3], 0, yours)) == ([4, 5] if learns else [])
+    drafter.ended(PlainRow([1, 2, 3, 4, 5], 1, mine))
+    assert ids_of(drafter, PlainRow([1, 2, 3], 0, yours)) == ([4, 5] if learns else [])
 
 
 def test_what_is_closed_has_forgotten(drafter: SuffixDrafter) -> None:
-    drafter.ended(Row([1, 2, 3, 4, 5], 1))
+    drafter.ended(PlainRow([1, 2, 3, 4, 5], 1))
     drafter.close()
-    assert ids_of(drafter, Row([1, 2, 3])) == []
+    assert ids_of(drafter, PlainRow([1, 2, 3])) == []
 
 
 def test_a_row_that_lost_tokens_is_refused(drafter: SuffixDrafter) -> None:
-    row = Row([1, 2, 3])
+    row = PlainRow([1, 2, 3])
     drafter.propose([row], [1])
     row.token_ids.pop()
     with pytest.raises(ValueError, match="fewer tokens"):
@@ -128,7 +122,7 @@ def _through(drafter: SuffixDrafter, num_tokens: int) -> None:
     generator = random.Random(num_tokens)
     for number in range(num_tokens // 1000):
         salt = None if number % 3 == 0 else str(number) * (number % 100)
-        row = Row(generator.choices(range(50_000), k=1000), 100, salt)
+        row = PlainRow(generator.choices(range(50_000), k=1000), 100, salt)
         drafter.propose([row], [4])
         drafter.ended(row)
 
@@ -145,9 +139,9 @@ def test_the_store_stays_within_its_memory(store_tokens: int, num_tokens: int) -
     before = _resident()
     _through(drafter, num_tokens)
     assert _resident() - before < 2 * MB  # an allocator's play; the tokens alone are 40 MB
-    row = Row(list(range(60_000, 60_030)), 5)
+    row = PlainRow(list(range(60_000, 60_030)), 5)
     drafter.ended(row)
-    assert ids_of(drafter, Row([60_010, 60_011, 60_012])) == list(range(60_013, 60_017))
+    assert ids_of(drafter, PlainRow([60_010, 60_011, 60_012])) == list(range(60_013, 60_017))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")

@@ -4,6 +4,7 @@ a search through all of the text says.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,6 +134,19 @@ def test_what_was_wrong_is_trusted_less(parts: Any) -> None:
         assert automaton.match()[3] == max(0, number - 1)  # misses
         automaton.add([100 + number])
     assert lengths == [0, 2, *[1] * 8, *[0] * 10]
+
+
+@parts_named
+def test_what_is_long_past_counts_less(parts: Any) -> None:
+    """After 32 times, half of it all."""
+    automaton = parts.SuffixAutomaton()
+    misses = 0
+    for number in range(80):
+        automaton.add([5])
+        assert automaton.match()[2:] == (0, misses)
+        if number > 0:
+            misses = 16 if misses == 31 else misses + 1
+        automaton.add([100 + number])
 
 
 @parts_named
@@ -267,6 +281,17 @@ def test_no_salt_finds_what_has_another(parts: Any, outputs: list[tuple[bool, li
 
 
 @parts_named
+def test_tokens_do_not_pass_for_a_salt(parts: Any) -> None:
+    """An output's salt is overwritten with ids that are another salt's words, in a ring of 64."""
+    words = list(range(1, 9))
+    store = parts.OutputStore(64)
+    store.add(array("i", [1, *range(90, 97)]).tobytes(), list(range(100, 140)))
+    store.add(OTHER_SALT, [*range(200, 208), *words])
+    assert store.find(array("i", words).tobytes(), [110, 111, 112], 5)[0] == 0
+    assert store.find(OTHER_SALT, [206, 207, 1], 5) == (3, 0, 0, [2, 3, 4, 5, 6])
+
+
+@parts_named
 def test_the_newest_of_equal_matches_and_how_many_agree(parts: Any) -> None:
     store = parts.OutputStore(1024)
     for follower in (50, 60, 50, 70, 50):
@@ -275,6 +300,15 @@ def test_the_newest_of_equal_matches_and_how_many_agree(parts: Any) -> None:
     store.add(SALT, [8, 1, 2, 3, 60, 61, 62])
     assert store.find(SALT, [8, 1, 2, 3], 2) == (4, 1, 4, [60, 61])
     assert store.find(SALT, [1, 2], 5) == store.find(SALT, [3, 60, 62], 5) == (0, 0, 0, [])
+
+
+@parts_named
+def test_what_was_overwritten_is_not_counted_again(parts: Any) -> None:
+    """Each output takes a quarter of the ring, so that new ones lie exactly where old ones lay."""
+    store = parts.OutputStore(64)
+    for number in range(1, 12):
+        store.add(SALT, [1, 2, 3, 4, 5, 6, 7, 8])
+        assert store.find(SALT, [1, 2, 3], 2) == (3, min(number, 4) - 1, 0, [4, 5])
 
 
 @parts_named
@@ -352,5 +386,5 @@ def test_the_memory_of_a_row_is_bounded(text: Any) -> None:
         ids = [text(at, count - 1) for at in range(count)]
         for end in (count - 1, count):  # the last alone
             row.propose(ids[:end], 1)
-        assert row.num_bytes <= 124 * min(max(64, 2 * count), MAX_TOKENS) + 64
-        assert row.num_bytes < 2**20 / 2
+        tokens = min(MAX_TOKENS, 1 << max(6, (count - 1).bit_length()))
+        assert row.num_bytes <= 108 * tokens + 20  # of the root

@@ -193,10 +193,10 @@ def test_malformed_vocabulary(tmp_path: Path, file: str, text: str, cause: str) 
     assert_refused(tmp_path, file, cause)
 
 
-USABLE = "not a usable tokenizer"
+USABLE, BY_ID = "not a usable tokenizer", "tokenizer_config.json: added_tokens_decoder: "
 ADDED = {
-    "list": ("tokenizer_config.json", {"added_tokens_decoder": [1]}, USABLE),
-    "null": ("tokenizer_config.json", {"added_tokens_decoder": None}, USABLE),
+    "list": ("tokenizer_config.json", {"added_tokens_decoder": [1]}, BY_ID),
+    "null": ("tokenizer_config.json", {"added_tokens_decoder": None}, BY_ID),
     "id no number": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "'x'"),
     "id after a gap": (
         "tokenizer_config.json",
@@ -208,13 +208,17 @@ ADDED = {
         {"added_tokens_decoder": {"-1": {"content": "<x>"}}},
         "'<x>' cannot have id -1",
     ),
-    "text": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<x>"}}, USABLE),
-    "number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 5}}}, USABLE),
+    "text": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<x>"}}, BY_ID),
+    "number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 5}}}, BY_ID),
     "unknown field": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"a": 1}}}, USABLE),
     "older, list": ("added_tokens.json", ["<x>"], "added_tokens.json: must hold a JSON object"),
     "older, id after a gap": ("added_tokens.json", {"<x>": 9}, "'<x>' cannot have id 9"),
-    "older, id text": ("added_tokens.json", {"<x>": "3"}, USABLE),
-    "older, mixed ids": ("added_tokens.json", {"<x>": 3, "<y>": "4"}, USABLE),
+    "older, id text": ("added_tokens.json", {"<x>": "3"}, "added_tokens.json: '<x>': '3' is not a"),
+    "older, mixed ids": (
+        "added_tokens.json",
+        {"<x>": 3, "<y>": "4"},
+        "'<y>': '4' is not a token id",
+    ),
     "map list": ("special_tokens_map.json", [], "special_tokens_map.json: must hold a JSON object"),
 }
 
@@ -228,8 +232,13 @@ def test_malformed_added_tokens(tmp_path: Path, file: str, content: Any, cause: 
 
 def test_settings_of_odd_types(tmp_path: Path) -> None:
     write_vocabulary(write_checkpoint(tmp_path))
-    settings = {"bos_token": 5, "eos_token": {"content": [1]}, "unk_token": None,
-                "add_prefix_space": "yes"}  # fmt: skip
+    settings: dict[str, Any] = {
+        "bos_token": None,
+        "unk_token": None,
+        "add_bos_token": 5,
+        "errors": [],
+        "model_max_length": "long",
+    }
     write_json(tmp_path / "tokenizer_config.json", settings)
     assert_loads(tmp_path)
 

@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from fastgen.errors import CheckpointError
+from fastgen.text.special_tokens import ROLES
 from fastgen.text.tokenizer import Tokenizer
 from text_parts import tokenizer_at
 from tokenizer_folders import (
@@ -126,6 +127,8 @@ def assert_same(folder: Path, seed: object) -> None:
     texts = [*TEXTS, *MENTIONS]
     ids = [theirs.encode(text, add_special_tokens=False) for text in texts]
     assert ours.encode(texts) == ids
+    assert ours.encode(texts, add_special_tokens=True) == [theirs(t)["input_ids"] for t in texts]
+    assert ours.roles == {r: t for r in ROLES if (t := getattr(theirs, r)) is not None}
     rng = random.Random(str(seed))
     ids += [rng.choices(range(SIZE - 5, len(theirs)), k=rng.randrange(8)) for _ in range(20)]
     for row in ids:

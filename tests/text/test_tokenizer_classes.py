@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fastgen.errors import CheckpointError
+from fastgen.text.special_tokens import ROLES
 from fastgen.text.tokenizer import Tokenizer
 from text_parts import tokenizer_at
 from tokenizer_folders import (
@@ -44,6 +45,8 @@ def assert_same(folder: Path, seed: str) -> None:
     texts = [*TEXTS, *random_texts(seed)]
     ids = [theirs.encode(text, add_special_tokens=False) for text in texts]
     assert ours.encode(texts) == ids
+    assert ours.encode(texts, add_special_tokens=True) == [theirs(t)["input_ids"] for t in texts]
+    assert ours.roles == {r: t for r in ROLES if (t := getattr(theirs, r)) is not None}
     rng = random.Random(seed)
     ids += [rng.choices(range(len(theirs)), k=rng.randrange(12)) for _ in range(100)]
     options = {"clean_up_tokenization_spaces": False}
@@ -104,6 +107,58 @@ def test_add_prefix_space_of_a_tokenizer_json(
 def test_add_prefix_space_of_a_vocabulary(setting: bool, tmp_path: Path) -> None:
     write_vocab_and_merges(tmp_path, "GPT2Tokenizer", add_prefix_space=setting)
     assert_same(tmp_path, "spaces")
+
+
+# Special tokens at the ends of a text
+
+
+@pytest.mark.parametrize("write", [write_vocab_and_merges, write_tokenizer_json])
+@pytest.mark.parametrize("bos", [True, False, None])
+@pytest.mark.parametrize("eos", [True, False])
+def test_add_bos_and_eos_token(
+    write: Callable[[Path], None], bos: bool | None, eos: bool, tmp_path: Path
+) -> None:
+    """They count for a vocabulary; a tokenizer.json says itself what it adds."""
+    write(tmp_path)
+    settings = {"add_bos_token": bos, "add_eos_token": eos, "bos_token": "<s>", "eos_token": "ing"}
+    write_json(tmp_path, "tokenizer_config.json", settings)
+    assert_same(tmp_path, "ends")
+    opened = tokenizer_at(tmp_path)
+    [plain] = opened.encode(["a b"])
+    [whole] = opened.encode(["a b"], add_special_tokens=True)
+    adds = write is write_vocab_and_merges
+    assert len(whole) == len(plain) + (adds and bool(bos)) + (adds and eos)
+
+
+@pytest.mark.parametrize("missing", ["bos_token", "eos_token"])
+def test_a_token_that_is_none_is_not_added(missing: str, tmp_path: Path) -> None:
+    write_vocab_and_merges(tmp_path)
+    settings = {"add_bos_token": True, "add_eos_token": True, missing: None}
+    write_json(tmp_path, "tokenizer_config.json", settings)
+    assert_same(tmp_path, missing)
+
+
+@pytest.mark.parametrize("class_name", [None, "PreTrainedTokenizerFast"])
+def test_what_a_tokenizer_json_adds(class_name: str | None, tmp_path: Path) -> None:
+    def add(tokenizer: tokenizers.Tokenizer) -> None:
+        tokens = [("ing", tokenizer.token_to_id("ing")), ("<|endoftext|>", 0)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A ing", special_tokens=tokens
+        )
+
+    write_changed_json(tmp_path, add, class_name)
+    assert_same(tmp_path, "template")
+    [ids] = tokenizer_at(tmp_path).encode([""], add_special_tokens=True)
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("named", [{"cls_token": "hello"}, {"sep_token": "<sep>"},
+                                   {"cls_token": None, "sep_token": None}])  # fmt: skip
+@pytest.mark.parametrize("unknown", [{}, {"unk_token": "[PAD]"}])
+def test_what_bert_adds(named: dict[str, Any], unknown: dict[str, Any], tmp_path: Path) -> None:
+    write_bert(tmp_path, **named)
+    write_json(tmp_path, "special_tokens_map.json", unknown)
+    assert_same(tmp_path, "bert")
 
 
 # What a tokenizer.json says beside its vocabulary
@@ -221,6 +276,15 @@ def test_without_transformers_an_unknown_class_is_refused(
     write_tokenizer_json(tmp_path, "SomebodysTokenizer")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(CheckpointError, match="'SomebodysTokenizer' is not supported"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_package_that_a_class_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sentencepiece(tmp_path, SPIECE, "CpmTokenizer")
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    with pytest.raises(CheckpointError, match=r"spiece\.model: CpmTokenizer .* rjieba"):
         Tokenizer.from_folder(tmp_path)
 
 

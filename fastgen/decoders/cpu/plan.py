@@ -11,7 +11,7 @@ from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.cpu.decoder import CpuDecoder
 from fastgen.decoders.machine import free_memory, granted_cores
 from fastgen.decoders.memory import plan_memory
-from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
+from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions, unmet
 from fastgen.native import native
 from fastgen.sampling.definition import SCORED_AT_ONCE
 
@@ -19,7 +19,7 @@ _STEP_TOKENS = 256  # weights are read once a step: for more tokens that no long
 _MOST_INT8_INPUTS = 2**31 // (255 * 127)  # whose products' sum fits 32 bits
 
 
-def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
+def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> DecoderPlan:
     """See fastgen.decoders.select.plan_decoder."""
     _check(checkpoint.config, options)
     config = checkpoint.config
@@ -31,7 +31,7 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     shape = decoder_shape(checkpoint, dtype, weights, limits.max_tokens, limits.max_logits)
     weight_bytes, scratch_bytes, block_bytes = native.decoder_bytes(shape)
     scratch_bytes += native.sampler_bytes(seats, config.vocab_size, max_seq_len, num_threads)
-    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES
+    scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES + beside
     memory = plan_memory(
         weights=weight_bytes,
         scratch=scratch_bytes,
@@ -88,20 +88,22 @@ def decoder_shape(
 
 def _check(config: GPT2Config, options: LoadOptions) -> None:
     if native is None:
-        raise ValueError("decoder='cpu': fastgen's C++ extension was not built; use 'torch'")
+        raise unmet("decoder", "cpu", "fastgen's C++ extension was not built; use 'torch'")
     if not (options.is_cpu or options.device == "auto"):
-        raise ValueError(f"device={options.device!r}: decoder='cpu' runs on the CPU only")
+        raise unmet("device", options.device, "decoder='cpu' runs on the CPU only")
     if options.kv_dtype != "auto":
-        raise ValueError(
-            f"kv_dtype={options.kv_dtype!r}: the CPU decoder keeps keys and values as activations "
-            "are; only the CUDA decoder (device='cuda') can do this"
+        raise unmet(
+            "kv_dtype",
+            options.kv_dtype,
+            "the CPU decoder keeps keys and values as activations are; only the CUDA decoder "
+            "(device='cuda') can do this",
         )
     if options.quantize is None:
         return
     if options.dtype_name == "float16":
-        raise ValueError("dtype='float16': with quantize='int8' it is bfloat16 or float32")
+        raise unmet("dtype", "float16", "with quantize='int8' it is bfloat16 or float32")
     if max(config.hidden_size, config.inner_size) > _MOST_INT8_INPUTS:
-        raise ValueError(f"quantize='int8': layers of more than {_MOST_INT8_INPUTS} inputs")
+        raise unmet("quantize", "int8", f"layers of more than {_MOST_INT8_INPUTS} inputs")
 
 
 def _dtypes(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, str]:

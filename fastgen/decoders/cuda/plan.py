@@ -15,7 +15,7 @@ from fastgen.decoders.cuda.sampler import sampler_bytes
 from fastgen.decoders.cuda.weights import CudaWeights, weight_bytes
 from fastgen.decoders.interface import Capacity
 from fastgen.decoders.memory import BLOCK_SIZE, plan_memory
-from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
+from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions, unmet
 from fastgen.decoders.torch.plan import chosen_device, chosen_dtype, free_device_memory
 from fastgen.kernels.launch import INTERPRETED, SHARED_MEMORY, Settings
 
@@ -48,7 +48,7 @@ def plan_cuda(checkpoint: Checkpoint, options: LoadOptions) -> DecoderPlan:
     """See fastgen.decoders.select.plan_decoder."""
     config = checkpoint.config
     if reason := why_not_cuda(config, options):
-        raise ValueError(f"decoder='cuda': {reason}")
+        raise unmet("decoder", "cuda", reason)
     device = _device(options)
     dtype = chosen_dtype(options.dtype_name, device, checkpoint)
     if options.quantize is not None and options.dtype_name == "auto" and not INTERPRETED:

@@ -13,6 +13,7 @@ from fastgen.decoders.memory import BLOCK_SIZE, plan_memory
 from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions
 from fastgen.decoders.torch.decoder import TorchDecoder
 from fastgen.decoders.torch.weights import Weights, weight_bytes
+from fastgen.errors import OptionError
 from fastgen.native import native
 from fastgen.sampling.definition import SCORED_AT_ONCE
 
@@ -20,7 +21,9 @@ _STEP_TOKENS = {"cpu": 256}  # a step's tokens: longer chunks are no faster ther
 _STEP_TOKENS_GPU = 2048
 
 
-def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> DecoderPlan:
+def plan_torch(
+    checkpoint: Checkpoint, options: LoadOptions, reason: str, beside: int = 0
+) -> DecoderPlan:
     config = checkpoint.config
     device = chosen_device(options.device)
     dtype = chosen_dtype(options.dtype_name, device, checkpoint)
@@ -32,7 +35,8 @@ def plan_torch(checkpoint: Checkpoint, options: LoadOptions, reason: str) -> Dec
     memory = plan_memory(
         weights=weight_bytes(checkpoint, device, dtype),
         scratch=_scratch_bytes(config, dtype, limits.max_tokens, limits.max_logits)
-        + _sampler_bytes(config, device, seats, max_seq_len, num_threads),
+        + _sampler_bytes(config, device, seats, max_seq_len, num_threads)
+        + (beside if device.type == "cpu" else 0),
         block_bytes=block_bytes,
         max_batch_size=seats,
         max_seq_len=max_seq_len,
@@ -66,7 +70,8 @@ def chosen_device(name: str) -> torch.device:
         torch.zeros(1, device=device).tolist()  # a "meta" tensor holds nothing to bring back
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
         cause = str(error).splitlines()[0]
-        raise ValueError(f"device={name!r} cannot be used: {cause}") from error
+        problem = f"cannot be used: {cause}"
+        raise OptionError(f"device={name!r} {problem}", "device", problem) from error
     return device
 
 
