@@ -187,8 +187,9 @@ def beside_peers(run: Run) -> Iterator[Record]:
             for peer in PEERS:
                 scratch = run.scratch / f"{peer}-{dtype}"
                 found = peer_pairs(
-                    peer, run.pythons, stack, folder=str(folder), scratch=str(scratch),
-                    precision=dtype, threads=run.threads, max_len=MOST_TOKENS,
+                    peer, run.pythons, stack, cases["free"][0], folder=str(folder),
+                    scratch=str(scratch), precision=dtype, threads=run.threads,
+                    max_len=MOST_TOKENS,
                 )  # fmt: skip
                 if isinstance(found, str):
                     yield {"part": "peers", "dtype": dtype, "engine": peer, "why_not": found}

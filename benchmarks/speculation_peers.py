@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from speculation_runs import Cases, Pair, Turn
-from speculation_tasks import NEW
+from speculation_tasks import NEW, Case
 
-from fastgen.bench.peer_process import PeerProcess, start
+from fastgen.bench.peer_process import PeerError, PeerProcess, start
 
 # Modules of peers/, and how many tokens each drafts: as its documentation has it; llama.cpp's has
 # 10, and 2 for CPUs.
@@ -34,13 +34,22 @@ class Peer:
 
 
 def peer_pairs(
-    peer: str, pythons: Mapping[str, str], stack: ExitStack, **job: Any
+    peer: str, pythons: Mapping[str, str], stack: ExitStack, trial: Case, **job: Any
 ) -> list[Pair] | str:
-    """The peer, without speculation and with, in a process that ends with `stack`; or why not."""
+    """The peer, without speculation and with, in a process that ends with `stack`; or why not.
+
+    Each has made `trial` once: a build may hold instructions that the machine does not have.
+    """
     fields = {"device": "cpu", "batch": 1, "load": {}, "exact": False, **job}
     process = stack.enter_context(start(peer, pythons, **fields))
     if "version" not in process.ready:
         kind, what = next(iter(process.ready.items()))
         return f"{kind}: {what}"
     baseline = Peer(f"{peer} without", process, 0)
-    return [Pair(baseline, Peer(f"{peer} {count}", process, count)) for count in PEERS[peer]]
+    pairs = [Pair(baseline, Peer(f"{peer} {count}", process, count)) for count in PEERS[peer]]
+    try:
+        for subject in (baseline, *(pair.subject for pair in pairs)):
+            subject.take([trial], None)
+    except PeerError as error:
+        return f"failed: {error}"
+    return pairs

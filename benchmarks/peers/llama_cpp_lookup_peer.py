@@ -3,7 +3,8 @@
 `num_drafts` of a request is LlamaPromptLookupDecoding's `num_pred_tokens`, 0 for none; its
 documentation has 10, and 2 for CPUs. `biases`: see transformers_lookup_peer.py. With a draft model
 it computes the logits of each token of the prompt; so without one another context is used, which
-does not.
+does not. It shows a logits processor the drafts as if they were the text already (0.3.36), and so
+changes what is generated; here the processor knows the text by itself.
 """
 
 from __future__ import annotations
@@ -51,18 +52,21 @@ def _open(job: Job, lookup: LlamaPromptLookupDecoding | None) -> Llama:
 
 def _continued(model: Llama, prompt: list[int], new_tokens: int, biases: Biases) -> list[int]:
     model.reset()  # or it would find the prompt of the turn before
-    processors = LogitsProcessorList([_biased(biases)] if biases else [])
+    text = list(prompt)
+    processors = LogitsProcessorList([_biased(biases, text)] if biases else [])
     tokens = model.generate(prompt, temp=0.0, repeat_penalty=1.0, logits_processor=processors)
-    return list(itertools.islice(tokens, new_tokens))
+    for token_id in itertools.islice(tokens, new_tokens):
+        text.append(token_id)
+    return text[len(prompt) :]
 
 
-def _biased(biases: Biases) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _biased(biases: Biases, text: list[int]) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Adds to the logit of a sequence's last id where the text ends with the others."""
     found = {tuple(ids[:-1]): (ids[-1], bias) for ids, bias in biases}
     length = max(len(ids) - 1 for ids, _ in biases)
 
-    def process(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        if (at := found.get(tuple(np.asarray(ids[-length:]).tolist()))) is not None:
+    def process(_: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        if (at := found.get(tuple(text[-length:]))) is not None:
             token_id, bias = at
             scores[token_id] += bias
         return scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -253,7 +252,7 @@ def test_transformers_lookup(tiny: Path, tmp_path: Path) -> None:
         [text] = written(model, [case])
     with ExitStack() as stack:
         [pair] = peers.peer_pairs(
-            "transformers_lookup", {}, stack, folder=str(tiny), scratch=str(tmp_path),
+            "transformers_lookup", {}, stack, case, folder=str(tiny), scratch=str(tmp_path),
             precision="float32", threads=1, max_len=256,
         )  # fmt: skip
         plain = pair.baseline.take([case], None)
@@ -270,19 +269,12 @@ def test_transformers_lookup(tiny: Path, tmp_path: Path) -> None:
 def test_a_peer_that_is_absent_says_so(tiny: Path, tmp_path: Path) -> None:
     with ExitStack() as stack:
         found = peers.peer_pairs(
-            "no_such", {}, stack, folder=str(tiny), scratch=str(tmp_path),
+            "no_such", {}, stack, tasks.Case([1], {}), folder=str(tiny), scratch=str(tmp_path),
             precision="float32", threads=1, max_len=256,
         )  # fmt: skip
     assert found == "absent: no_such_peer"
 
 
-needs_speculation = pytest.mark.skipif(
-    "speculate" not in inspect.signature(fastgen.load).parameters,
-    reason="fastgen.load does not speculate yet",
-)
-
-
-@needs_speculation
 def test_drafts_of_the_engine_are_counted(texts: Any) -> None:
     """A quote is drafted and accepted, and its tokens are those of plain decoding."""
     cases = tasks.quoting(texts, 2)
@@ -294,7 +286,6 @@ def test_drafts_of_the_engine_are_counted(texts: Any) -> None:
     assert [turn.drafted for turn in turns["off"]] == [0]
 
 
-@needs_speculation
 def test_an_oracles_drafts_are_accepted_as_often_as_they_are_right(tiny: Path) -> None:
     oracle = runs.Oracle(50_257)
     with fastgen.load(tiny, speculate="off") as off, fastgen.load(tiny, speculate=oracle) as on:
