@@ -46,6 +46,7 @@ PRIVATE = {
     "decoders/test_select.py": ("_has_gpu", "a machine with a GPU"),
     "engine/test_drafts.py": ("_closed _draw _rows _sources", "what of a row is kept; a close"),
     "engine/test_queue.py": ("_heap", "the weight of rows that have left"),
+    "hf/test_assisted.py": ("_packed", "whose engine has drafted"),
     "hf/test_checksums.py": ("_CHUNK", "a size, made small"),
     "hf/test_class.py": (
         "_attn_implementation _auto_class _extra_content _from_config _init_weights _model_mapping",
