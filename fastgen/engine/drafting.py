@@ -24,6 +24,7 @@ from fastgen.speculation.lengths import choose_lengths, choose_rounds
 logger = logging.getLogger("fastgen")
 MOST_DRAFTED = 32  # tokens of one row in a step
 _DRY = 8  # steps without a draft after which no step waits for a row any more
+_SELDOM = 16  # steps without a draft after which a row is asked for at every fourth only
 _PROBE = 32  # steps after which it is asked again, or a draft is tried that seems not worth it
 _SMOOTHING = 0.1  # the weight of a new time in the price of a drafter's token
 _NOTHING = Draft(())
@@ -66,8 +67,10 @@ class _RowDrafts:
 
     def may_use(self, at: int, has_draft: bool) -> bool:
         """Whether to ask source `at`: it has not failed, and is more often right than the draft
-        that the row has."""
+        that the row has. Asking costs time as well."""
         if at >= len(self.sources) or self.sources[at] in self.failed:
+            return False
+        if self.dry > _SELDOM and self.dry % 4:
             return False
         return not has_draft or self.acceptances[at].share(0) > self.share
 

@@ -75,6 +75,7 @@ class RequestHandle:
         self.notify = notify
         self._thread, self._streams = thread, streams
         self._is_pending = False  # it waits to be notified of, or its owner has not acknowledged
+        self._steps: dict[int, int] = {}  # of each row, the last in which it got a token
 
     @property
     def done(self) -> bool:
@@ -120,9 +121,14 @@ class RequestHandle:
     def row_drew(self, row: Row) -> None:
         if not self._streams:
             return
-        if self.reader is not None and row.finish_reason is None:
+        # The first token of a step alone: nobody can read between that and the next.
+        if self.reader is not None and row.finish_reason is None and self._is_new_step(row):
             self._cut_off(self.reader.num_unread(row))
         self._announce()
+
+    def _is_new_step(self, row: Row) -> bool:
+        last, self._steps[row.index] = self._steps.get(row.index, 0), row.num_steps
+        return row.num_steps != last
 
     def _cut_off(self, num_unread: int) -> None:
         if num_unread > self._thread.queue_config.max_unread and not self.stalled:

@@ -186,6 +186,8 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
         """fastgen's loop, or transformers' where that is not for this call."""
         try:
             self._check_unseen(synced_gpus)
+            if why_not := self._packed.why_not(self):  # first: the caches of such a model differ
+                raise NotNative(why_not)
             output = native()
         except NotNative as unfit:
             reason = str(unfit)
@@ -195,9 +197,10 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
         if isinstance(model_kwargs.get("past_key_values"), BlockCache):
             # the decoder cuts prompts itself; transformers' pieces may be padding in some rows
             generation_config.prefill_chunk_size = None
-        output = theirs()
-        self._packed.note(self.last_path, reason)
-        return output
+        try:
+            return theirs()
+        finally:
+            self._packed.note(self.last_path, reason)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -245,6 +245,8 @@ def _why_not_module(name: str, module: nn.Module, expected: nn.Module | None) ->
     if _is_hooked(own):
         return f"{name} has a forward hook, or a forward of its own"
     if name == "transformer":
+        if own["_buffers"] or own["_parameters"]:
+            return f"{name} has buffers, or parameters"
         return _why_not_attributes(name, own, _transformers_own())
     if expected is None:
         return ""

@@ -25,6 +25,7 @@ from engine_threads import (
     num_unread,
 )
 from fastgen import EngineError, QueueFull, SamplingParams
+from fastgen.engine.drafting import MOST_DRAFTED
 from fastgen.frontends.async_engine import AsyncEngine, AsyncStream
 from fastgen.frontends.engine_thread import QueueConfig, RequestHandle
 from fastgen.frontends.threaded_engine import ThreadedEngine
@@ -259,7 +260,8 @@ async def test_a_reader_that_stalls_is_cut_off_and_others_go_on(model: fastgen.G
             await read(stream)
         assert stream.request is not None
         [row] = stream.request.rows
-        assert row.finish_reason == "cancelled" and 8 < len(row.new_token_ids) <= 11
+        most = 8 + 2 * (1 + MOST_DRAFTED)  # what a step had begun, and the one before gave
+        assert row.finish_reason == "cancelled" and 8 < len(row.new_token_ids) <= most
 
 
 @in_loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,13 @@ from engine_harness import assert_linear
 from fastgen.frontends.generator import BUNDLED_MODEL
 from variant_cases import load_transformers
 from waits import WITHIN, wait_until
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[fastgen.Generator]:
+    """As load makes it, in place of this folder's."""
+    with fastgen.load() as loaded:
+        yield loaded
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "torch"])

@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "no prompt": ("native", {"input_ids": None}),
     "guidance": ("forward", {"guidance_scale": 1.4}),
     "guidance, with beams": ("native", {"guidance_scale": 1.4, "num_beams": 2}),
-    "prompt lookup": ("forward", {"input_ids": IDS[:1], "prompt_lookup_num_tokens": 3}),
+    "prompt lookup": ("native", {"input_ids": IDS[:1], "prompt_lookup_num_tokens": 3}),
     "a static cache": ("transformers", {"cache_implementation": "static"}),
     "attentions": ("transformers", {"output_attentions": True, "return_dict_in_generate": True}),
     "an unknown option": ("error", {"temprature": 0.5}),

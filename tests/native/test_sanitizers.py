@@ -1,5 +1,4 @@
-"""The sampler, the decoder and drafts under sanitizers: alone, and inside Python; the thread pool
-and the checksums.
+"""The sampler, the decoder and drafts under sanitizers: alone, and inside Python; the thread pool.
 
 AddressSanitizer and UndefinedBehaviorSanitizer look for wrong memory and arithmetic,
 ThreadSanitizer for races between threads that share a step, libFuzzer for bytes that reach
@@ -8,11 +7,8 @@ new code.
 
 from __future__ import annotations
 
-import itertools
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -22,22 +18,25 @@ from pathlib import Path
 import pybind11
 import pytest
 
-import processes
+from sanitizers import (
+    ADDRESS,
+    COMMON,
+    INCLUDE,
+    POOL,
+    ROOT,
+    THREAD,
+    compiler,
+    counts,
+    failure,
+    run,
+)
 
-ROOT = Path(__file__).parents[2]
 DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
-POOL = ROOT / "csrc" / "common" / "thread_pool.cpp"
-CHECKSUM_DRIVER = ROOT / "tests" / "native" / "checksum_driver.cpp"
-CHECKSUM = ROOT / "csrc" / "common" / "checksum.cpp"
 DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
 DRAFTS_DRIVER = ROOT / "tests" / "native" / "speculation_driver.cpp"
-COMMON = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread")
-ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-THREAD = ("-fsanitize=thread",)
 SECONDS = 60  # of each driver of the sampler
 POOL_SECONDS = 20
-CHECKSUM_SECONDS = 5
 DECODER_SECONDS = 60
 DRAFTS_SECONDS = 20
 
@@ -48,53 +47,11 @@ def core_of(sources: Path) -> list[Path]:
 
 
 CORE = core_of(ROOT / "csrc")
-INCLUDE = f"-I{ROOT / 'csrc'}"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are set up for Linux"),
 ]
-
-
-def compiler(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
-    """Its output; fails with all of it where the command does."""
-    process = processes.run(
-        command,
-        env={**os.environ, **(env or {})},
-        stderr=subprocess.STDOUT,
-        errors="replace",
-        cwd=ROOT,
-    )
-    assert process.returncode == 0, process.stdout[-8000:]
-    return process.stdout
-
-
-def counts(program: Path, seconds: int, pattern: str, least: tuple[int, ...]) -> list[int]:
-    """What a driver says it has done, run over and over with new seeds until that is enough."""
-    totals = [0] * len(least)
-    while any(total < wanted for total, wanted in zip(totals, least, strict=True)):
-        seed = str(int.from_bytes(os.urandom(3), "big"))
-        print(f"{program.name} with seed {seed}")
-        [found] = re.findall(pattern, run(program, str(seconds), seed))
-        new = [found] if isinstance(found, str) else found
-        totals = [total + int(count) for total, count in zip(totals, new, strict=True)]
-    return totals
-
-
-def failure(program: Path, seconds: int) -> str:
-    """What it says when it fails, run over and over until it does."""
-    for seed in itertools.count(1):
-        process = processes.run([program, str(seconds), str(seed)], errors="replace")
-        if process.returncode != 0:
-            return process.stderr
-    raise AssertionError
 
 
 @pytest.mark.parametrize(
@@ -177,60 +134,6 @@ def test_the_pool_drivers_checks_can_fail(
     broken, program = tmp_path / POOL.name, tmp_path / "pool"
     broken.write_text(source.replace(old, new))
     run(compiler("g++"), *COMMON, *flags, INCLUDE, broken, POOL_DRIVER, "-o", program)
-    assert complaint in failure(program, 5)
-
-
-@pytest.mark.parametrize(
-    "flags", [pytest.param(ADDRESS, id="address"), pytest.param(THREAD, id="thread")]
-)
-def test_checksums(flags: tuple[str, ...], tmp_path: Path) -> None:
-    program = tmp_path / "checksum"
-    run(compiler("g++"), *COMMON, *flags, INCLUDE, CHECKSUM, POOL, CHECKSUM_DRIVER, "-o", program)
-    print(counts(program, CHECKSUM_SECONDS, r"(\d+) cases", (50,)), "cases")
-
-
-@pytest.mark.parametrize(
-    ("flags", "old", "new", "complaint"),
-    [
-        pytest.param(
-            ADDRESS,
-            "end - at >= 8; at += 8",
-            "end > at; at += 8",
-            "AddressSanitizer",
-            id="past the end",
-        ),
-        pytest.param(
-            ADDRESS,
-            "std::min(kPiece, spans[i].bytes - at)",
-            "kPiece",
-            "AddressSanitizer",
-            id="whole pieces",
-        ),
-        pytest.param(ADDRESS, "kPrime5, 11", "kPrime5, 12", "reference", id="another sum"),
-        pytest.param(
-            ADDRESS,
-            "  std::memcpy(&word, at, sizeof word);",
-            "  word = *reinterpret_cast<const Word*>(at);",
-            "misaligned",
-            id="odd addresses",
-        ),
-        pytest.param(
-            THREAD,
-            "for (int i = begin; i < end; ++i) pieces",
-            "static volatile int last = 0;\nfor (int i = begin; i < end; last = ++i) pieces",
-            "ThreadSanitizer: data race",
-            id="race",
-        ),
-    ],
-)
-def test_the_checksum_drivers_checks_can_fail(
-    flags: tuple[str, ...], old: str, new: str, complaint: str, tmp_path: Path
-) -> None:
-    source = CHECKSUM.read_text()
-    assert source.count(old) == 1
-    broken, program = tmp_path / CHECKSUM.name, tmp_path / "checksum"
-    broken.write_text(source.replace(old, new))
-    run(compiler("g++"), *COMMON, *flags, INCLUDE, broken, POOL, CHECKSUM_DRIVER, "-o", program)
     assert complaint in failure(program, 5)
 
 

@@ -59,7 +59,9 @@ BEHIND = body("The LORD is my", max_tokens=8)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fastgen.Generator]:
     folder = save_poisoned(tmp_path_factory.mktemp("poisoned"))
-    with fastgen.load(folder, decoder="cpu", max_batch_size=3, max_seq_len=256) as loaded:
+    with fastgen.load(
+        folder, decoder="cpu", max_batch_size=3, max_seq_len=256, speculate="off"
+    ) as loaded:  # each step gives a token
         yield loaded
 
 

@@ -35,7 +35,7 @@ def test_where_each_token_costs_as_much_as_the_first_none_is_taken() -> None:
     assert choose_lengths([0.9, 0.99], [8, 8], 2, 2, LINEAR, 60) == [0, 0]
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 7, 8])
+@pytest.mark.parametrize("num_rows", [1, 4, 6, 8])
 def test_a_tile_is_filled_and_its_border_not_crossed(num_rows: int) -> None:
     lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, num_rows, TILES, 60)
     assert num_rows + sum(lengths) == (8 if num_rows > 1 else 4)
@@ -63,7 +63,7 @@ def test_no_other_choice_gives_more_tokens_a_second(
     shares: list[float], seconds: list[float]
 ) -> None:
     """Of all lengths up to three; but what adds less than a fiftieth of a token, or makes it less
-    than a fiftieth faster, is left."""
+    than a twentieth faster, is left."""
     growing = np.cumsum(seconds)
     costs = costs_of(lambda size: float(growing[min(size, 16) - 1]))
     num_rows = len(shares)
