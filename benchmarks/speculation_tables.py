@@ -31,7 +31,7 @@ Record = dict[str, Any]
 
 def speculation() -> str:
     """How many times as fast each task is by itself, and the machine."""
-    if not PATH.exists():
+    if not _has("tasks"):
         return NOT_YET
     record = _record()
     head = ("", "text", "repeats its prompt, itself", "right of the drafts", "tokens a step")
@@ -47,7 +47,7 @@ def speculation() -> str:
 
 def speculation_oracle() -> str:
     """Drafts that are right with a given probability."""
-    if not PATH.exists():
+    if not _has("oracle"):
         return NOT_YET
     record = _record()
     head = ("", "each token right", "right of the drafts", "tokens a step")
@@ -60,7 +60,7 @@ def speculation_oracle() -> str:
 
 def speculation_draft() -> str:
     """124M's shape as the draft model of XL's."""
-    if not PATH.exists():
+    if not _has("draft"):
         return NOT_YET
     record = _record()
     head = ("", "right of the drafts", "tokens a step")
@@ -73,7 +73,7 @@ def speculation_draft() -> str:
 
 def speculation_peers() -> str:
     """Other engines' own speculation on the same requests, at batch 1."""
-    if not PATH.exists():
+    if not _has("peers"):
         return NOT_YET
     rows, absent = [], []
     for row in _rows(_record(), "peers"):
@@ -119,6 +119,11 @@ def _groups(record: Record, part: str, *keys: str) -> list[list[Record]]:
 
 def _rows(record: Record, part: str) -> list[Record]:
     return [row for row in record["rows"] if row["part"] == part]
+
+
+def _has(part: str) -> bool:
+    """Whether the record has something of this part."""
+    return PATH.exists() and bool(_rows(_record(), part))
 
 
 def _record() -> Record:

@@ -112,7 +112,7 @@ class Drafting:
         if drafted:
             shares = [states[at].share for at in drafted]
             most = [len(drafts[at]) for at in drafted]
-            lengths = choose_lengths(shares, most, num_rows, num_rows, self.costs, room)
+            lengths = choose_lengths(shares, most, num_rows, self.costs, room)
             room -= sum(lengths)
             for at, length in zip(drafted, lengths, strict=True):
                 tried = _tried(states[at], length, room)
@@ -124,9 +124,10 @@ class Drafting:
         """The decoder's step; of those that only decode, what they cost is remembered."""
         started = time.monotonic()
         step = decoder.step(plan.batch)
-        num_tokens = len(plan.batch.token_ids)
-        if self.is_on and not step.is_async and num_tokens == plan.num_decoding + plan.num_drafted:
-            self.costs.observe(num_tokens, time.monotonic() - started)
+        only_decodes = plan.num_decoding == len(plan.entries)
+        if self.is_on and only_decodes and not step.is_async:
+            seconds = time.monotonic() - started
+            self.costs.observe(plan.num_decoding, plan.num_drafted, seconds)
         return step
 
     def holds_up(self, rows: Iterable[Row]) -> bool:
@@ -211,7 +212,7 @@ class Drafting:
         most = [min(MOST_DRAFTED, row.max_len - 1 - len(row.token_ids)) for row in rows]
         rounds = 0
         if not source.drafter.is_free:
-            rounds = choose_rounds(shares, max(most), num_rows, num_rows, self.costs, source.price)
+            rounds = choose_rounds(shares, max(most), num_rows, self.costs, source.price)
             source.unasked = 0 if rounds else source.unasked + 1
             if source.unasked == _PROBE:  # texts change
                 rounds, source.unasked = 1, 0

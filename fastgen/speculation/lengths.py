@@ -19,7 +19,6 @@ _LEAST = 0.02  # tokens that add less are not looked at
 def choose_lengths(
     shares: Sequence[float],
     most: Sequence[int],
-    num_tokens: int,
     num_rows: int,
     costs: StepCosts,
     room: int,
@@ -29,8 +28,7 @@ def choose_lengths(
     Args:
         shares: the probability of each row with a draft that its next drafted token is right.
         most: how many tokens its draft has.
-        num_tokens: tokens of the step without drafts.
-        num_rows: rows of the step; each gets at least one token of it.
+        num_rows: rows of the step; each feeds a token, and gets at least one.
         room: drafted tokens that the step has place for.
     """
     gains = sorted(
@@ -41,11 +39,11 @@ def choose_lengths(
         ),
         reverse=True,
     )[:room]
-    without = costs.seconds(num_tokens)
+    without = costs.seconds(num_rows)
     expected, best, num_best = float(num_rows), _MARGIN * num_rows / without if without else 0.0, 0
     for count, (gain, _) in enumerate(gains, 1):
         expected += gain
-        seconds = costs.seconds(num_tokens + count)
+        seconds = costs.seconds(num_rows, count)
         rate = expected / seconds if seconds else expected
         if rate > best:
             best, num_best = rate, count
@@ -58,19 +56,18 @@ def choose_lengths(
 def choose_rounds(
     shares: Sequence[float],
     most: int,
-    num_tokens: int,
     num_rows: int,
     costs: StepCosts,
     price: float,
 ) -> int:
     """How many tokens a drafter is asked for that takes time itself, `price` seconds for one token
     of all its rows."""
-    best, num_best = _MARGIN * num_rows / max(costs.seconds(num_tokens), 1e-9), 0
+    best, num_best = _MARGIN * num_rows / max(costs.seconds(num_rows), 1e-9), 0
     expected, chances = float(num_rows), [1.0] * len(shares)
     for count in range(1, most + 1):
         chances = [chance * share for chance, share in zip(chances, shares, strict=True)]
         expected += sum(chances)
-        seconds = costs.seconds(num_tokens + count * len(shares)) + count * price
+        seconds = costs.seconds(num_rows, count * len(shares)) + count * price
         if seconds and expected / seconds > best:
             best, num_best = expected / seconds, count
     return num_best

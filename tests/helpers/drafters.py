@@ -109,9 +109,7 @@ class KnowingDrafter:
 def all_tried() -> Iterator[None]:
     """All that is drafted is tried, whatever it costs."""
 
-    def lengths_of(
-        shares: Sequence[float], most: Sequence[int], num_tokens: int, *rest: Any
-    ) -> list[int]:
+    def lengths_of(shares: Sequence[float], most: Sequence[int], *rest: Any) -> list[int]:
         room, lengths = rest[-1], []
         for count in most:
             lengths.append(min(count, room))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from fastgen.speculation.lengths import choose_lengths, choose_rounds
 
 
 def costs_of(seconds: Callable[[int], float]) -> StepCosts:
+    """As if every size were measured."""
     costs = StepCosts()
-    for size in range(1, 65):
-        costs.observe(size, seconds(size))
+    with mock.patch("fastgen.speculation.costs.SIZES", range(1, 65)):
+        costs.measure(seconds, 64)
     return costs
 
 
@@ -28,31 +30,31 @@ TILES = costs_of(lambda size: 1.0 + -(-size // 8))  # 8 rows a tile
 
 
 def test_where_tokens_cost_nothing_all_that_may_be_right_are_taken() -> None:
-    assert choose_lengths([0.9, 0.5, 0.01], [8, 3, 4], 3, 3, FLAT, 60) == [8, 3, 0]
+    assert choose_lengths([0.9, 0.5, 0.01], [8, 3, 4], 3, FLAT, 60) == [8, 3, 0]
 
 
 def test_where_each_token_costs_as_much_as_the_first_none_is_taken() -> None:
-    assert choose_lengths([0.9, 0.99], [8, 8], 2, 2, LINEAR, 60) == [0, 0]
+    assert choose_lengths([0.9, 0.99], [8, 8], 2, LINEAR, 60) == [0, 0]
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 6, 8])
 def test_a_tile_is_filled_and_its_border_not_crossed(num_rows: int) -> None:
-    lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, num_rows, TILES, 60)
+    lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, TILES, 60)
     assert num_rows + sum(lengths) == (8 if num_rows > 1 else 4)
 
 
 def test_a_border_is_crossed_where_that_pays() -> None:
-    assert sum(choose_lengths([0.99] * 8, [7] * 8, 8, 8, TILES, 120)) > 40
+    assert sum(choose_lengths([0.99] * 8, [7] * 8, 8, TILES, 120)) > 40
 
 
 def test_rows_that_are_right_more_often_get_more() -> None:
-    lengths = choose_lengths([0.3, 0.9, 0.6], [6, 6, 6], 3, 3, TILES, 60)
+    lengths = choose_lengths([0.3, 0.9, 0.6], [6, 6, 6], 3, TILES, 60)
     assert lengths[1] > lengths[2] >= lengths[0] and sum(lengths) >= 5
 
 
 def test_the_room_is_kept() -> None:
-    assert choose_lengths([0.9, 0.9], [8, 8], 2, 2, FLAT, 5) in ([3, 2], [2, 3])
-    assert choose_lengths([0.9], [8], 1, 1, FLAT, 0) == [0]
+    assert choose_lengths([0.9, 0.9], [8, 8], 2, FLAT, 5) in ([3, 2], [2, 3])
+    assert choose_lengths([0.9], [8], 1, FLAT, 0) == [0]
 
 
 @given(
@@ -71,39 +73,56 @@ def test_no_other_choice_gives_more_tokens_a_second(
     def rate(lengths: tuple[int, ...]) -> float:
         gains = (share**place for share, n in zip(shares, lengths, strict=True)
                  for place in range(1, n + 1))  # fmt: skip
-        return (num_rows + sum(gains)) / costs.seconds(num_rows + sum(lengths))
+        return (num_rows + sum(gains)) / costs.seconds(num_rows, sum(lengths))
 
-    chosen = tuple(choose_lengths(shares, [3] * num_rows, num_rows, num_rows, costs, 60))
+    chosen = tuple(choose_lengths(shares, [3] * num_rows, num_rows, costs, 60))
     best = max(map(rate, itertools.product(range(4), repeat=num_rows)))
     assert rate(chosen) >= best / 1.13
 
 
 def test_a_drafter_that_takes_time_is_asked_for_less() -> None:
-    rounds = [choose_rounds([0.8], 16, 1, 1, FLAT, price) for price in (0.0, 0.1, 0.4, 0.9)]
+    rounds = [choose_rounds([0.8], 16, 1, FLAT, price) for price in (0.0, 0.1, 0.4, 0.9)]
     assert rounds[0] == 16 and rounds == sorted(rounds, reverse=True) and rounds[-1] == 0
     assert 1 <= rounds[2] <= 4
 
 
-def test_costs_are_the_least_that_was_measured_lately() -> None:
+def test_without_a_table_each_token_costs_a_little_more() -> None:
     costs = StepCosts()
-    assert not costs.is_measured and costs.seconds(5) == 0
-    costs.observe(1, 1.0)
+    assert not costs.is_measured and costs.seconds(5, 3) == 0
+    costs.observe(1, 0, 1.0)
     assert costs.is_measured and costs.seconds(1) == 1.0
-    assert 1.0 < costs.seconds(8) < 2.0, "a guess"
-    for seconds in (0.5, 3.0, 3.0):
-        costs.observe(1, seconds)
-    assert 0.5 < costs.seconds(1) < 0.52
-    for _ in range(400):
-        costs.observe(1, 2.0)
-    assert costs.seconds(1) == 2.0
-    costs.observe(9, 4.0)
-    assert costs.seconds(5) == pytest.approx(3.0)
-    costs.observe(5, 1.0)
-    assert costs.seconds(5) == 2.0, "not less than with fewer tokens"
-    costs.observe(400, 1.0)
-    costs.observe(0, 1.0)
-    costs.observe(2, 0.0)
-    assert costs.seconds(2) == 2.0 and costs.seconds(5000) == costs.seconds(256) > 4.0
+    assert 1.2 < costs.seconds(1, 7) < 1.5 and 1.2 < costs.seconds(8) < 1.5
+    costs.observe(0, 0, 1.0)
+    costs.observe(2, 0, 0.0)
+    assert costs.seconds(1) == 1.0 and costs.seconds(1, 5000) == costs.seconds(1, 5000)
+
+
+def test_rows_that_grow_slower_make_no_draft_look_free() -> None:
+    """With their contexts all steps take longer; what drafts add is what it was."""
+    costs = costs_of(lambda size: 1.0 + 0.1 * size)
+    for at in range(200):
+        costs.observe(4, 0, 1.4 + 0.02 * at)
+    assert costs.seconds(4) == pytest.approx(5.4, abs=0.3)
+    assert costs.seconds(4, 5) - costs.seconds(4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("real", [0.03, 0.1, 0.4])
+def test_what_drafts_add_is_learned_from_steps_that_had_some(real: float) -> None:
+    costs = costs_of(lambda size: 1.0 + 0.1 * size)
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        drafted = int(rng.integers(0, 8))
+        noise = float(rng.uniform(0.95, 1.05))
+        costs.observe(4, drafted, (1.4 + real * drafted) * noise)
+    assert costs.seconds(4) == pytest.approx(1.4, abs=0.15)
+    assert costs.seconds(4, 8) - costs.seconds(4) == pytest.approx(8 * real, rel=0.2, abs=0.1)
+
+
+def test_a_step_that_something_else_held_up_counts_little() -> None:
+    costs = costs_of(lambda size: 1.0)
+    costs.observe(1, 0, 1.0)
+    costs.observe(1, 0, 50.0)
+    assert costs.seconds(1) < 1.2
 
 
 def test_a_table_is_measured_up_to_what_a_step_may_have() -> None:
@@ -117,6 +136,7 @@ def test_a_table_is_measured_up_to_what_a_step_may_have() -> None:
     costs.measure(step, 20)
     assert set(seen) == {1, 2, 3, 4, 6, 8, 10, 12, 16, 20} and len(seen) == 30
     assert costs.seconds(14) == pytest.approx(2.4)
+    assert costs.seconds(14, 16) == pytest.approx(4.0), "beyond it, as between the last two"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
