@@ -27,6 +27,7 @@ _DRY = 8  # steps without a draft after which no step waits for a row any more
 _SELDOM = 16  # steps without a draft after which a row is asked for at every fourth only
 _PROBE = 32  # steps after which it is asked again, or a draft is tried that seems not worth it
 _SMOOTHING = 0.1  # the weight of a new time in the price of a drafter's token
+_TRIES = 2  # drafts of a new row of which one token is tried, worth it or not
 _NOTHING = Draft(())
 
 
@@ -58,6 +59,7 @@ class _RowDrafts:
     level: int = 0
     dry: int = 0
     unused: int = 0
+    num_tries: int = 0
     failed: set[_Source] = field(default_factory=set)
 
     @property
@@ -276,11 +278,13 @@ class Drafting:
 
 
 def _tried(state: _RowDrafts, length: int, room: int) -> int:
-    """Its length, or now and then one token of a draft that did not seem worth its time."""
+    """Its length, or one token of a draft that does not seem worth its time: of a row's first, and
+    now and then."""
     if length:
         state.dry = state.unused = 0
         return length
     state.unused += 1
-    if state.unused % _PROBE == 0 and room:
+    if room > 0 and (state.num_tries < _TRIES or state.unused % _PROBE == 0):
+        state.num_tries += 1
         return 1
     return 0

@@ -6,7 +6,8 @@ from fastgen.speculation.drafter import MAX_LEVEL
 
 _PRIOR = 0.4  # as long as nothing is known
 _PRIOR_WEIGHT = 2.0  # tokens' worth of evidence
-_SHARED_WEIGHT = 4.0  # of all rows', in one row's estimate
+_SHARED_WEIGHT = 2.0  # of all rows', in one row's estimate
+_MOST_TRUSTED = 0.5  # of all rows' share: another text may be nothing like theirs
 _SHARED_MEMORY = 1 / 512  # the share of the evidence that each new token replaces
 _ROW_MEMORY = 1 / 24
 _HIGHEST = 0.995
@@ -16,7 +17,7 @@ class Acceptance:
     """The share of drafted tokens that were right, given that those before them were; a level each.
 
     Evidence fades: a text that begins to repeat itself is believed soon. `shared` is what a new
-    row starts with.
+    row starts with, if that is not too good.
     """
 
     __slots__ = ("_memory", "_right", "_shared", "_tried")
@@ -32,7 +33,7 @@ class Acceptance:
         if self._shared is None:
             prior, weight = _PRIOR, _PRIOR_WEIGHT
         else:
-            prior, weight = self._shared.share(level), _SHARED_WEIGHT
+            prior, weight = min(self._shared.share(level), _MOST_TRUSTED), _SHARED_WEIGHT
         share = (self._right[level] + weight * prior) / (self._tried[level] + weight)
         return min(share, _HIGHEST)
 

@@ -180,7 +180,7 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_draft_model_that_does_not_fit_says_so_and_leaves_nothing() -> None:
-    with fastgen.load(max_batch_size=1, speculate="off") as model:
+    with fastgen.load(max_batch_size=1) as model:
         used = -(-model.plan.memory.total // 2**20)
     with pytest.raises(ValueError, match=r"draft_model: one context of .* tokens needs"):
         fastgen.load(max_batch_size=1, max_memory=used + 1, draft_model=fastgen.BUNDLED_MODEL)
