@@ -37,7 +37,7 @@ def test_where_each_token_costs_as_much_as_the_first_none_is_taken() -> None:
     assert choose_lengths([0.9, 0.99], [8, 8], 2, LINEAR, 60) == [0, 0]
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 6, 8])
+@pytest.mark.parametrize("num_rows", [1, 4, 5, 8])
 def test_a_tile_is_filled_and_its_border_not_crossed(num_rows: int) -> None:
     lengths = choose_lengths([0.3] * num_rows, [5] * num_rows, num_rows, TILES, 60)
     assert num_rows + sum(lengths) == (8 if num_rows > 1 else 4)
@@ -65,7 +65,7 @@ def test_no_other_choice_gives_more_tokens_a_second(
     shares: list[float], seconds: list[float]
 ) -> None:
     """Of all lengths up to three; but what adds less than a fiftieth of a token, or makes it less
-    than a twentieth faster, is left."""
+    than a tenth faster, is left."""
     growing = np.cumsum(seconds)
     costs = costs_of(lambda size: float(growing[min(size, 16) - 1]))
     num_rows = len(shares)
@@ -77,7 +77,7 @@ def test_no_other_choice_gives_more_tokens_a_second(
 
     chosen = tuple(choose_lengths(shares, [3] * num_rows, num_rows, costs, 60))
     best = max(map(rate, itertools.product(range(4), repeat=num_rows)))
-    assert rate(chosen) >= best / 1.13
+    assert rate(chosen) >= best / 1.18
 
 
 def test_a_drafter_that_takes_time_is_asked_for_less() -> None:
