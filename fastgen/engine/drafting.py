@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from fastgen.checks import is_integer
@@ -26,7 +26,7 @@ MOST_DRAFTED = 32  # tokens of one row in a step
 _DRY = 8  # steps without a draft after which no step waits for a row any more
 _SELDOM = 16  # steps without a draft after which a row is asked for at every fourth only
 _PROBE = 32  # steps after which it is asked again, or a draft is tried that seems not worth it
-_SMOOTHING = 0.1  # the weight of a new time in the price of a drafter's token
+_RISE = 1.05  # times itself that the price of a drafter's token becomes at most with a new time
 _TRIES = 2  # drafts of a new row of which one token is tried, worth it or not
 _NOTHING = Draft(())
 
@@ -60,6 +60,7 @@ class _RowDrafts:
     dry: int = 0
     unused: int = 0
     num_tries: int = 0
+    was_asked: bool = False
     failed: set[_Source] = field(default_factory=set)
 
     @property
@@ -67,12 +68,12 @@ class _RowDrafts:
         """The probability that the next token of its draft is right."""
         return self.acceptances[self.used].share(self.level)
 
-    def may_use(self, at: int, has_draft: bool) -> bool:
+    def may_use(self, at: int, has_draft: bool, num_tokens: int) -> bool:
         """Whether to ask source `at`: it has not failed, and is more often right than the draft
         that the row has. Asking costs time as well."""
         if at >= len(self.sources) or self.sources[at] in self.failed:
             return False
-        if self.dry > _SELDOM and self.dry % 4:
+        if self.dry > _SELDOM and num_tokens % 4:
             return False
         return not has_draft or self.acceptances[at].share(0) > self.share
 
@@ -91,7 +92,7 @@ class Drafting:
         self._vocab_size = vocab_size
         self.drafters: tuple[Drafter, ...] = ()
         self.is_on = False
-        self._sources: dict[Drafter, _Source] = {}
+        self._sources: dict[int, _Source] = {}  # by id() of the drafter, which they keep
         self._rows: dict[Row, _RowDrafts] = {}
 
     def use(self, drafters: Sequence[Drafter]) -> None:
@@ -160,12 +161,13 @@ class Drafting:
             with self._guarded(source, state):
                 source.drafter.ended(row)
             source.num_rows -= 1
-            if not source.num_rows and source.drafter not in self.drafters:
-                del self._sources[source.drafter]
+            if not source.num_rows and not any(one is source.drafter for one in self.drafters):
+                del self._sources[id(source.drafter)]
 
     def close(self) -> None:
-        for drafter in self.drafters:
-            drafter.close()
+        with ExitStack() as drafters:
+            for drafter in self.drafters:
+                drafters.callback(drafter.close)
 
     def _state(self, row: Row) -> _RowDrafts:
         state = self._rows.get(row)
@@ -180,9 +182,9 @@ class Drafting:
         return state
 
     def _source_of(self, drafter: Drafter) -> _Source:
-        source = self._sources.get(drafter)
+        source = self._sources.get(id(drafter))
         if source is None:
-            source = self._sources[drafter] = _Source(drafter)
+            source = self._sources[id(drafter)] = _Source(drafter)
         source.num_rows += 1
         return source
 
@@ -197,7 +199,7 @@ class Drafting:
         """Ask the drafters that come at this turn, for rows with which they may do better."""
         asked: dict[_Source, list[int]] = {}  # indices of rows
         for at, state in enumerate(states):
-            if state.may_use(turn, bool(drafts[at])):
+            if state.may_use(turn, bool(drafts[at]), len(rows[at].token_ids)):
                 asked.setdefault(state.sources[turn], []).append(at)
         for source, places in asked.items():
             shares = [states[at].acceptances[turn].share(0) for at in places]
@@ -223,9 +225,12 @@ class Drafting:
             most = [min(rounds, count) for count in most]
         started = time.monotonic()
         drafts = self._proposed(source, rows, most)
-        if rounds:
+        states = [self._rows[row] for row in rows]
+        if rounds and all(state.was_asked for state in states):  # else it caught up with a prompt
             price = (time.monotonic() - started) / rounds
-            source.price += (_SMOOTHING if source.price else 1) * (price - source.price)
+            source.price = min(price, _RISE * source.price) if source.price else price
+        for state in states:
+            state.was_asked = True
         return drafts
 
     def _proposed(

@@ -191,8 +191,10 @@ class Engine:
         with self._step_lock.held(wait=True):
             self._process_inbox()
             self._drain_steps()
-            self.drafting.close()
-            self.decoder.close()
+            try:
+                self.drafting.close()
+            finally:
+                self.decoder.close()
 
     @property
     def survives_fork(self) -> bool:
@@ -277,8 +279,7 @@ class Engine:
             afterwards.callback(self._free, rows)
             outputs = step_outputs(plan, step)  # all first: logits are gone after another call
             self.stats.count(plan)
-            for entry, output in zip(plan.entries, outputs, strict=True):
-                self._hand_out.give(entry, output)
+            self._hand_out.give(plan.entries, outputs)
 
     def _free(self, rows: Sequence[Row]) -> None:
         """The oldest step holds its rows no more; those that have ended give back what they had,
@@ -371,10 +372,11 @@ class Engine:
                 self.decoder.release(row.schedule.seat)
         finally:
             row.schedule.is_bound = False
-            if row.schedule.seat >= 0:
-                self.drafting.ended(row)
+            had_seat = row.schedule.seat >= 0
             self._scheduler.remove(row)
             row.request.row_ended()
+            if had_seat:
+                self.drafting.ended(row)
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for request in dict.fromkeys(row.request for row in rows):

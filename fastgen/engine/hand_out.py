@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastgen.engine.drafting import Drafting
 from fastgen.engine.outputs import StepOutput
-from fastgen.engine.requests import Row
 from fastgen.engine.scheduler import ScheduledRow, Scheduler
 from fastgen.engine.stats import EngineStats
 from fastgen.errors import NothingToDrawError
@@ -32,28 +31,32 @@ class HandOut:
         self._scheduler, self._drafting, self._stats = scheduler, drafting, stats
         self._eos_ids, self._between_tokens = eos_ids, between_tokens
 
-    def give(self, entry: ScheduledRow, output: StepOutput) -> None:
-        """Give a row what it got of a step; what goes wrong ends it alone."""
-        row = entry.row
-        if row.has_ended:
-            return  # it ended while the step was under way
-        row.num_steps += 1
-        if not entry.drafts:
-            self._give_one(entry, output)
-            return
-        draws = output if isinstance(output, list) else [output]
-        num_given = 0
-        for draw in draws:
-            if num_given and self._ends_before_next(row):
-                break
-            self._give_one(ScheduledRow(row, entry.start + num_given, 1, True), draw)
-            num_given += 1
-        self._settle(entry, num_given)
+    def give(self, entries: Sequence[ScheduledRow], outputs: Sequence[StepOutput]) -> None:
+        """Give the rows what they got of a step: every row's first token, then every row's second,
+        as steps of plain decoding would. What goes wrong ends its row alone."""
+        drafted: list[tuple[ScheduledRow, list[StepOutput]]] = []
+        for entry, output in zip(entries, outputs, strict=True):
+            row = entry.row
+            if row.has_ended:
+                continue  # while the step was under way
+            row.num_steps += 1
+            if not entry.drafts:
+                self._give_one(entry, output)
+                continue
+            drafted.append((entry, list(output) if isinstance(output, list) else [output]))
+            self._give_next(entry, 0, drafted[-1][1])
+        num_given = dict.fromkeys(range(len(drafted)), 1)
+        for place in range(1, max((len(draws) for _, draws in drafted), default=0)):
+            self._between_tokens()
+            for at, (entry, draws) in enumerate(drafted):
+                if place < len(draws) and not entry.row.has_ended:
+                    self._give_next(entry, place, draws)
+                    num_given[at] += 1
+        for at, (entry, _) in enumerate(drafted):
+            self._settle(entry, num_given[at])
 
-    def _ends_before_next(self, row: Row) -> bool:
-        """Whether plain decoding would have ended the row before it drew another token."""
-        self._between_tokens()
-        return row.has_ended
+    def _give_next(self, entry: ScheduledRow, place: int, draws: Sequence[StepOutput]) -> None:
+        self._give_one(ScheduledRow(entry.row, entry.start + place, 1, True), draws[place])
 
     def _settle(self, entry: ScheduledRow, num_given: int) -> None:
         """What came of a row's drafts: their places in the cache are its own as far as they were

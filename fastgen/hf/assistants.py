@@ -19,7 +19,6 @@ _OTHER_WAYS = ("assistant_early_exit", "use_mtp", "speculation_type")
 
 
 def drafter_of_call(
-    packed: PackedModel,
     kv: KvRows,
     config: Any,
     arguments: Mapping[str, Any],
@@ -46,7 +45,7 @@ def drafter_of_call(
         if getattr(config, way, None):
             raise NotNative(f"drafts of {way}")
     if getattr(config, "prompt_lookup_num_tokens", None) is not None:
-        return None if kv.engine.drafting.is_on else SuffixDrafter()
+        return None if kv.engine.drafting.drafters else SuffixDrafter()
     assistant = arguments.get("assistant_model")
     if assistant is None:
         raise NotNative("drafts of another kind")
@@ -56,11 +55,11 @@ def drafter_of_call(
     own = packed_of(assistant)
     if own is None:
         raise NotNative(f"the assistant is a {type(assistant).__name__}")
-    return _drafter(assistant, own.drafts_for.setdefault(packed, Assistant()), kv.vocab_size)
+    return _drafter(assistant, own.drafts_for.setdefault(kv, Assistant()), kv.vocab_size)
 
 
 def _drafter(model: nn.Module, assistant: Assistant, vocab_size: int) -> Drafter:
-    """Of the assistant's weights as they are now, on a decoder that drafts for one model alone.
+    """Of the assistant's weights as they are now, on a decoder that drafts for one engine alone.
 
     Raises:
         NotNative: they cannot be run, or their vocabulary is another.

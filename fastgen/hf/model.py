@@ -154,7 +154,7 @@ class GPT2LMHeadModel(_Own, GenerationMixin):  # type: ignore[misc, valid-type]
                 arguments["stopping_criteria"], config, arguments.get("streamer"), model_kwargs,
             )  # fmt: skip
             kv = self._packed.kv_rows(self)
-            drafter = drafter_of_call(self._packed, kv, config, arguments, _packed_of)
+            drafter = drafter_of_call(kv, config, arguments, _packed_of)
             return generate_natively(kv, call, drafter)
 
         def theirs() -> Any:

@@ -54,8 +54,8 @@ class PackedModel:
         self._kv: KvRows | None = None
         self._refused = ""  # why these weights cannot be run
         self._logged: set[str] = set()
-        # For other models, whose calls it assists.
-        self.drafts_for: WeakKeyDictionary[PackedModel, Assistant] = WeakKeyDictionary()
+        # For the engines of other models, whose calls it assists.
+        self.drafts_for: WeakKeyDictionary[KvRows, Assistant] = WeakKeyDictionary()
 
     def kv_rows(self, model: nn.Module, cache: BlockCache | None = None) -> KvRows:
         """The decoder of the model's weights as they are now.

@@ -59,9 +59,11 @@ class DraftModelDrafter:
         budget = self._decoder.limits.max_tokens
         counts = []  # of tokens that each row's first step feeds
         for row, seat, wanted in zip(rows, seats, most, strict=True):
-            if seat is None or not budget:
+            if seat is None:
                 continue
             seat.draft, seat.wanted = [], wanted
+            if not budget:
+                continue
             count = min(self._missing(row, seat), budget)
             if count:
                 budget -= count

@@ -15,6 +15,7 @@ from fastgen.speculation.costs import StepCosts
 # Times as many tokens a second as without drafts are expected, or there are none: the engine's own
 # work with them is in no step's time.
 _MARGIN = 1.1
+_UNKNOWN = 3  # tokens of a drafter that takes time, as long as no step's time is known
 _LEAST = 0.02  # tokens that add less are not looked at
 
 
@@ -64,6 +65,8 @@ def choose_rounds(
 ) -> int:
     """How many tokens a drafter is asked for that takes time itself, `price` seconds for one token
     of all its rows."""
+    if not costs.is_measured:
+        return min(most, _UNKNOWN)
     best, num_best = _MARGIN * num_rows / max(costs.seconds(num_rows), 1e-9), 0
     expected, chances = float(num_rows), [1.0] * len(shares)
     for count in range(1, most + 1):

@@ -112,6 +112,30 @@ def test_a_deadline_within_a_step_ends_it_at_that_token(
     assert request.rows[0].finish_reason == "timeout"
 
 
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_row_that_another_ends_has_what_plain_decoding_gives_it(engine: Engine, at: int) -> None:
+    """It gets its token of the same round, whichever stands first in the step."""
+    for order in (1, -1):
+        plain_engine = make_counting_engine()
+        found = []
+        for one in (plain_engine, engine):
+            victims: list[Request] = []
+
+            def cancel(row: Row, one: Engine = one, victims: list[Request] = victims) -> None:
+                one.cancel(victims[0], if_idle=False)
+
+            watcher = Watcher(at, cancel)
+            prompts = [([5], watcher), ([6], None)][::order]
+            requests = [
+                one.add_request(prompt, greedy(max_new_tokens=30), listener=listener)
+                for prompt, listener in prompts
+            ]
+            victims.append(requests[1 if order == 1 else 0])
+            run_all(one, requests)
+            found.append([new_tokens(request) for request in requests])
+        assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("at", [2, 5, 9])
 def test_closed_within_a_step_all_rows_end(at: int) -> None:
     engine = make_counting_engine()
