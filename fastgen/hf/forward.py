@@ -135,6 +135,8 @@ def _call(model: Any, own: OwnForward, arguments: Mapping[str, Any]) -> ForwardC
     elif type(cache) is not BlockCache or cache.has_tensors:
         raise NotNative("past_key_values is another kind of cache")
     past, (batch_size, length) = cache.get_seq_length(), input_ids.shape
+    if model.transformer is not model._modules.get("transformer"):
+        raise NotNative("an attribute hides the transformer")
     if past == 0:
         model.transformer.warn_if_padding_and_no_attention_mask(
             input_ids, arguments.get("attention_mask")

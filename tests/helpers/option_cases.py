@@ -40,6 +40,7 @@ def greedy(value: Any, generated: tuple[int, ...] = (), **others: Any) -> Case:
 CASES: dict[str, Case] = {
     "n": Case(3),
     "best_of": Case(2),
+    "speculate": Case(False),
     "rank": Case(len, {"best_of": 2}),
     "max_new_tokens": Case(9),
     "logit_bias": greedy({2: 50.0}),
