@@ -49,8 +49,9 @@ class _RowDrafts:
     each was right.
 
     `used`: whose its last draft is, and `level` that draft's. `dry`: steps since that. `unused`:
-    drafts that did not seem worth their time since one was used. `failed`: drafters that failed
-    with this row, and are not asked again.
+    drafts that did not seem worth their time since one was used, and `num_tries`, of how many a
+    token was tried all the same. `was_asked`: a drafter that takes time has been asked for it.
+    `failed`: drafters that failed with this row, and are not asked again.
     """
 
     sources: tuple[_Source, ...]
@@ -214,19 +215,18 @@ class Drafting:
     ) -> Sequence[Draft]:
         """What the drafter proposes for its rows, as far as asking it is worth its time."""
         most = [min(MOST_DRAFTED, row.max_len - 1 - len(row.token_ids)) for row in rows]
-        rounds = 0
-        if not source.drafter.is_free:
-            rounds = choose_rounds(shares, max(most), num_rows, self.costs, source.price)
-            source.unasked = 0 if rounds else source.unasked + 1
-            if source.unasked == _PROBE:  # texts change
-                rounds, source.unasked = 1, 0
-            if not rounds:
-                return [_NOTHING] * len(rows)
-            most = [min(rounds, count) for count in most]
+        if source.drafter.is_free:
+            return self._proposed(source, rows, most)
+        rounds = choose_rounds(shares, max(most), num_rows, self.costs, source.price)
+        source.unasked = 0 if rounds else source.unasked + 1
+        if source.unasked == _PROBE:  # texts change
+            rounds, source.unasked = 1, 0
+        if not rounds:
+            return [_NOTHING] * len(rows)
         started = time.monotonic()
-        drafts = self._proposed(source, rows, most)
+        drafts = self._proposed(source, rows, [min(rounds, count) for count in most])
         states = [self._rows[row] for row in rows]
-        if rounds and all(state.was_asked for state in states):  # else it caught up with a prompt
+        if all(state.was_asked for state in states):  # else it caught up with a prompt
             price = (time.monotonic() - started) / rounds
             source.price = min(price, _RISE * source.price) if source.price else price
         for state in states:

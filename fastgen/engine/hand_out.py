@@ -45,15 +45,15 @@ class HandOut:
                 continue
             drafted.append((entry, list(output) if isinstance(output, list) else [output]))
             self._give_next(entry, 0, drafted[-1][1])
-        num_given = dict.fromkeys(range(len(drafted)), 1)
+        num_given = [1] * len(drafted)
         for place in range(1, max((len(draws) for _, draws in drafted), default=0)):
             self._between_tokens()
             for at, (entry, draws) in enumerate(drafted):
                 if place < len(draws) and not entry.row.has_ended:
                     self._give_next(entry, place, draws)
                     num_given[at] += 1
-        for at, (entry, _) in enumerate(drafted):
-            self._settle(entry, num_given[at])
+        for (entry, _), count in zip(drafted, num_given, strict=True):
+            self._settle(entry, count)
 
     def _give_next(self, entry: ScheduledRow, place: int, draws: Sequence[StepOutput]) -> None:
         self._give_one(ScheduledRow(entry.row, entry.start + place, 1, True), draws[place])
