@@ -119,9 +119,8 @@ def test_an_exception_inside_hands_it_on() -> None:
 @pytest.fixture
 def models() -> Iterator[list[fastgen.Generator]]:
     with ExitStack() as stack:
-        two = [
-            stack.enter_context(fastgen.load(max_batch_size=2, max_seq_len=256)) for _ in range(2)
-        ]
+        options: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 256, "speculate": "off"}
+        two = [stack.enter_context(fastgen.load(**options)) for _ in range(2)]
         yield two
         wait_until(lambda: not any(model.engine.num_unfinished for model in two))
         for model in two:

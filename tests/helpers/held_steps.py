@@ -77,4 +77,4 @@ def facts(generation: fastgen.Generation) -> list[tuple[Any, ...]]:
 TEXTS = ["And it came to pass", "In the beginning", "Blessed are the meek:", "The LORD is my"]
 
 
-LONG = greedy(max_new_tokens=240, ignore_eos=True)
+LONG = greedy(max_new_tokens=240, ignore_eos=True, speculate=False)  # a token a step

@@ -17,7 +17,8 @@ from waits import WITHIN, wait_until
 
 Address = int | str  # a port of this machine, or the path of a Unix socket
 CANARY = {"prompt": "And it came to pass", "max_tokens": 12, "temperature": 0}
-LONG = {"prompt": "In the beginning", "max_tokens": 900, "temperature": 0, "ignore_eos": True}
+LONG = {"prompt": "In the beginning", "max_tokens": 900, "temperature": 0, "ignore_eos": True,
+        "speculate": False}  # a token a step: as long as it looks  # fmt: skip
 INSIDE = (b"Traceback", b".py", bytes(Path(__file__).parents[2]), b"/tmp", b"/usr", b"object at 0x")
 
 
