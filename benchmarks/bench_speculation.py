@@ -272,7 +272,7 @@ def main() -> None:
     print(f"{'':8} {'task':18} {'':3} {'':22} {'tokens/s':>8} {'without':>8} {'faster':>6} "
           f"{'lowest':>6} {'high':>6} {'a step':>6} {'right':>6} {'same':>6} {'prompt':>6} "
           f"{'itself':>6}")  # fmt: skip
-    rows = []
+    about, rows = {"new_tokens": NEW, "threads": options.threads}, list[Record]()
     with tempfile.TemporaryDirectory() as name:
         run = Run(Path(name), options.dtypes, options.batch_sizes, options.rounds,
                   options.seconds, options.threads, pythons)  # fmt: skip
@@ -280,7 +280,8 @@ def main() -> None:
             for row in PARTS[part](run):
                 rows.append(row)
                 show(row)
-    about = {"new_tokens": NEW, "threads": options.threads}
+            if options.save:  # an hour's work is not lost if a later part fails
+                harness.keep("bench_speculation", {**about, "rows": rows}, packages=["numpy"])
     harness.report("bench_speculation", {**about, "rows": rows}, save=options.save,
                    packages=["numpy"])  # fmt: skip
 
