@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # tokens of the steps that are measured
+_ROUNDS = 3
+_MOST_BITS = 9
 _MOST = 256  # larger steps are not told apart
 _PRIOR = 0.05  # of one token's step for each token more, as long as nothing was measured
-_SMOOTHING = 0.1  # the weight of a new time, once several are known
-_OUTLIER = 2.0  # times what was expected that a new time counts for at most
 _FACTORS = (0.25, 8.0)
+# Standard deviations: of one measurement and of what the rows' time moves by from step to step, as
+# shares of it; of a factor at first and at most, and of what it moves by. A time counts for so many
+# of them above what was expected at most.
+_NOISE, _DRIFT = 0.1, 0.01
+_FACTOR_DEVIATION, _FACTOR_DRIFT = 1.0, 0.01
+_OUTLIER = 2.0
+
+
+@dataclass(slots=True)
+class _Estimate:
+    value: float
+    variance: float
 
 
 class StepCosts:
@@ -17,18 +32,22 @@ class StepCosts:
 
     What rows cost grows with their contexts, and is followed by the time of each step. What further
     tokens of the same rows cost depends on the tiles of the products: a table of whole steps,
-    measured by `measure`, says how it grows, and a factor how much of that is seen.
+    measured by `measure`, says how it grows, and a factor how much of that is seen: one each for
+    one drafted token, 2 or 3, 4 to 7, and so on, since the first of a step costs more than its
+    place in a tile.
     """
 
     def __init__(self) -> None:
         self._table: list[float] = []  # of a step with n tokens of one row; empty: not measured
-        self._seconds: dict[int, float] = {}  # by rows, without drafts
-        self._factor = 1.0
+        self._rows: dict[int, _Estimate] = {}  # seconds without drafts
+        self._factors: dict[int, _Estimate] = {}  # by the bits of the number of drafted tokens
+        self._factor_of = [1.0] * (_MOST_BITS + 1)  # the same, and where nothing is known
+        self._covariances: dict[tuple[int, int], float] = {}  # of a time and a factor
 
     @property
     def is_measured(self) -> bool:
         """Whether there is any time yet."""
-        return bool(self._table or self._seconds)
+        return bool(self._table or self._rows)
 
     def measure(self, step: Callable[[int], float], most: int) -> None:
         """Fill the table.
@@ -37,57 +56,103 @@ class StepCosts:
             step: makes a step with so many tokens of one row, and returns the seconds it took.
             most: tokens that a step may have.
         """
-        found = {size: min(step(size) for _ in range(3)) for size in SIZES if size <= most}
+        sizes = [size for size in SIZES if size <= most]
+        found = dict.fromkeys(sizes, math.inf)
+        for _ in range(_ROUNDS):  # of all sizes: the first steps are slower than those after them
+            for size in sizes:
+                found[size] = min(found[size], step(size))
         if min(found.values(), default=0) > 0:
             self._table = _interpolated(found)
-            self._factor = 1.0
+            self._factors.clear()
+            self._covariances.clear()
+            self._spread_factors()
 
     def observe(self, num_rows: int, num_drafted: int, seconds: float) -> None:
         """A step with a token for each of so many rows, and so many drafted ones, took so long."""
         if num_rows < 1 or seconds <= 0:
             return
-        if num_rows not in self._seconds:
-            self._seconds[num_rows] = max(seconds - self._extra(num_rows, num_drafted), seconds / 4)
+        rows = self._rows.get(num_rows)
+        if rows is None:
+            seconds = max(seconds - self._extra(num_rows, num_drafted), seconds / 4)
+            self._rows[num_rows] = _Estimate(seconds, (_NOISE * seconds) ** 2)
             return
-        # Normalized least mean squares (Widrow and Hoff), of the rows' time and of the factor.
+        rows.variance += (_DRIFT * rows.value) ** 2
+        self._correct(num_rows, num_drafted, seconds)
+
+    def _correct(self, num_rows: int, num_drafted: int, seconds: float) -> None:
+        """seconds = rows + extra * factor: a Kalman filter (Kalman, 1960) of two values."""
+        rows, factor = self._rows[num_rows], self._known_factor(num_drafted)
         expected = self.seconds(num_rows, num_drafted)
-        shape = self._shape(num_rows)
-        share = (self._shape(num_rows + num_drafted) - shape) / shape
-        seconds = min(seconds, _OUTLIER * expected)
-        step = _SMOOTHING * (seconds - expected) / (1 + share**2)
-        self._seconds[num_rows] = max(self._seconds[num_rows] + step, seconds / 4)
-        factor = self._factor + step * share / shape
-        self._factor = min(max(factor, _FACTORS[0]), _FACTORS[1])
+        extra = self._extra_of_table(num_rows, num_drafted)
+        key = num_rows, _bits(num_drafted)
+        most = 0.9 * (rows.variance * factor.variance) ** 0.5  # others have changed either since
+        both = min(max(self._covariances.get(key, 0.0), -most), most)
+        of_rows, of_factor = rows.variance + extra * both, both + extra * factor.variance
+        total = of_rows + extra * of_factor + (_NOISE * expected) ** 2
+        error = min(seconds - expected, _OUTLIER * total**0.5)
+        rows.value = max(rows.value + of_rows / total * error, rows.value / 2)
+        factor.value = min(max(factor.value + of_factor / total * error, _FACTORS[0]), _FACTORS[1])
+        rows.variance -= of_rows**2 / total
+        factor.variance -= of_factor**2 / total
+        self._covariances[key] = both - of_rows * of_factor / total
+        if num_drafted:
+            self._spread_factors()
 
     def seconds(self, num_rows: int, num_drafted: int = 0) -> float:
         """Of a step with so many rows and drafted tokens; 0 if nothing is known."""
-        return self._rows(num_rows) + self._extra(num_rows, num_drafted)
+        return self._without(num_rows) + self._extra(num_rows, num_drafted)
 
-    def _rows(self, num_rows: int) -> float:
-        known = self._seconds.get(num_rows)
-        if known is not None or not self.is_measured:
-            return known or 0.0
-        if not self._seconds:
-            return self._table[min(num_rows, _MOST)]
-        nearest = min(self._seconds, key=lambda rows: abs(rows - num_rows))
-        return self._seconds[nearest] * self._shape(num_rows) / self._shape(nearest)
+    def _without(self, num_rows: int) -> float:
+        known = self._rows.get(num_rows)
+        if known is not None:
+            return known.value
+        if not self._rows:
+            return self._table[min(num_rows, _MOST)] if self._table else 0.0
+        nearest = min(self._rows, key=lambda rows: abs(rows - num_rows))
+        return self._rows[nearest].value * self._shape(num_rows) / self._shape(nearest)
 
     def _extra(self, num_rows: int, num_drafted: int) -> float:
-        return self._factor * (self._shape(num_rows + num_drafted) - self._shape(num_rows))
+        factor = self._factor_of[_bits(num_drafted)]
+        return factor * self._extra_of_table(num_rows, num_drafted)
+
+    def _extra_of_table(self, num_rows: int, num_drafted: int) -> float:
+        return self._shape(num_rows + num_drafted) - self._shape(num_rows)
+
+    def _known_factor(self, num_drafted: int) -> _Estimate:
+        bits, most = _bits(num_drafted), _FACTOR_DEVIATION**2
+        if not bits:
+            return _Estimate(1.0, 0.0)
+        factor = self._factors.setdefault(bits, _Estimate(self._factor_of[bits], most))
+        factor.variance = min(factor.variance + _FACTOR_DRIFT**2, most)
+        return factor
+
+    def _spread_factors(self) -> None:
+        """Where nothing is known, halfway from that of fewer tokens to 1."""
+        last = 1.0
+        for bits in range(1, _MOST_BITS + 1):
+            known = self._factors.get(bits)
+            last = last**0.5 if known is None else known.value
+            self._factor_of[bits] = last
 
     def _shape(self, num_tokens: int) -> float:
         """Of a step with so many tokens, as the table or the prior has it."""
         if self._table:
             return self._table[min(num_tokens, _MOST)]
-        if not self._seconds:
+        if not self._rows:
             return 0.0
-        rows, seconds = next(iter(self._seconds.items()))
-        return seconds * (1 + _PRIOR * (num_tokens - 1)) / (1 + _PRIOR * (rows - 1))
+        num_rows, rows = next(iter(self._rows.items()))
+        return rows.value * (1 + _PRIOR * (num_tokens - 1)) / (1 + _PRIOR * (num_rows - 1))
+
+
+def _bits(num_drafted: int) -> int:
+    return min(num_drafted.bit_length(), _MOST_BITS)
 
 
 def _interpolated(found: dict[int, float]) -> list[float]:
-    """Between two sizes a line; beyond them, as between the last two; never less than before."""
+    """Between two sizes a line; beyond them, as between the last two; never more than after it."""
     sizes = sorted(found)
+    for size, larger in reversed(list(itertools.pairwise(sizes))):
+        found[size] = min(found[size], found[larger])
     table = [found[sizes[0]]] * (_MOST + 1)
     slope = _PRIOR * found[sizes[0]]
     for at in range(sizes[0] + 1, _MOST + 1):
@@ -95,5 +160,5 @@ def _interpolated(found: dict[int, float]) -> list[float]:
         high = next((size for size in sizes if size >= at), None)
         if high is not None:
             slope = (found[high] - found[low]) / (high - low)
-        table[at] = max(table[at - 1], found[low] + slope * (at - low))
+        table[at] = found[low] + slope * (at - low)
     return table

@@ -115,7 +115,19 @@ def test_what_drafts_add_is_learned_from_steps_that_had_some(real: float) -> Non
         noise = float(rng.uniform(0.95, 1.05))
         costs.observe(4, drafted, (1.4 + real * drafted) * noise)
     assert costs.seconds(4) == pytest.approx(1.4, abs=0.15)
-    assert costs.seconds(4, 8) - costs.seconds(4) == pytest.approx(8 * real, rel=0.2, abs=0.1)
+    assert costs.seconds(4, 7) - costs.seconds(4) == pytest.approx(7 * real, rel=0.2, abs=0.1)
+    assert costs.seconds(4, 1) - costs.seconds(4) == pytest.approx(real, abs=0.1)
+
+
+@pytest.mark.parametrize("real", [0.02, 0.3])
+def test_single_drafts_are_enough_to_learn_it_from(real: float) -> None:
+    """Of steps whose contexts grow, with one drafted token in every third."""
+    costs = costs_of(lambda size: 1.0 + 0.1 * size)
+    rng = np.random.default_rng(1)
+    for at in range(150):
+        rows, drafted = 1.4 + 0.002 * at, int(at % 3 == 0)
+        costs.observe(4, drafted, (rows + real * drafted) * float(rng.uniform(0.97, 1.03)))
+    assert costs.seconds(4, 1) - costs.seconds(4) == pytest.approx(real, abs=0.06)
 
 
 def test_a_step_that_something_else_held_up_counts_little() -> None:
@@ -137,6 +149,21 @@ def test_a_table_is_measured_up_to_what_a_step_may_have() -> None:
     assert set(seen) == {1, 2, 3, 4, 6, 8, 10, 12, 16, 20} and len(seen) == 30
     assert costs.seconds(14) == pytest.approx(2.4)
     assert costs.seconds(14, 16) == pytest.approx(4.0), "beyond it, as between the last two"
+
+
+def test_a_slow_start_makes_no_larger_step_look_free() -> None:
+    """The first steps take twice as long; so does, each time, one of another size."""
+    num_steps = 0
+
+    def step(size: int) -> float:
+        nonlocal num_steps
+        num_steps += 1
+        return (1.0 + 0.1 * size) * (2 if num_steps < 8 or size == 6 else 1)
+
+    costs = StepCosts()
+    costs.measure(step, 64)
+    assert costs.seconds(1) == pytest.approx(1.1) and costs.seconds(2) == pytest.approx(1.2)
+    assert costs.seconds(4) < costs.seconds(6) <= costs.seconds(8) == pytest.approx(1.8)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
