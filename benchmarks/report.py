@@ -1,5 +1,6 @@
 """Tables of the dated runs (dated_run.py), written between marks into the PAGES below; and README's
-plot, results/speed.png. subject_tables.py and speculation_tables.py have those of other records.
+plot, results/speed.png. processor_tables.py has the runs of all processors, subject_tables.py and
+speculation_tables.py those of other records.
 
 python benchmarks/report.py            # write them between their marks
 python benchmarks/report.py --check    # fail if that would change a page or the plot
@@ -17,9 +18,10 @@ from typing import Any
 import numpy as np
 import speed_plot
 from cells import PEERS, judged, markdown, pair, percent, processor
-from dated_run import CONTEXTS, FOLDER
+from dated_run import CONTEXTS
 from harness import RESULTS
 from models import PRECISIONS
+from processor_tables import plots, processors, shown
 from speculation_tables import (
     speculation,
     speculation_draft,
@@ -56,7 +58,7 @@ Record = dict[str, Any]
 
 
 def run(name: str) -> Record:
-    record: Record = json.loads((FOLDER / f"{name}.json").read_text())
+    record: Record = json.loads((shown() / f"{name}.json").read_text())
     return record
 
 
@@ -329,9 +331,9 @@ def step_ms(row: Record) -> float:
 TABLES: dict[str, Callable[[], str]] = {
     each.__name__.replace("_", "-"): each
     for each in (speed, machine, results, loading, peers, peers_checked, torch_decoder,
-                 bytes_and_operations, turning_points, contexts, where, prompts, threads, dropin,
-                 second_processor, speculation, speculation_oracle, speculation_draft,
-                 speculation_peers)
+                 bytes_and_operations, turning_points, contexts, where, prompts, threads, plots,
+                 processors, dropin, second_processor, speculation, speculation_oracle,
+                 speculation_draft, speculation_peers)
 }  # fmt: skip
 
 
