@@ -81,9 +81,15 @@ DecoderShape shape_of(const py::dict& given) {
   return shape;
 }
 
+const DecoderKernels& kernels_for(const DecoderShape& shape) {
+  const bool bfloat16 = shape.linear == Arithmetic::kBFloat16;
+  return decoder_kernels(bfloat16 ? bfloat16_instruction_set() : chosen_instruction_set());
+}
+
 py::tuple decoder_bytes(const py::dict& given) {
   const DecoderShape shape = shape_of(given);
-  return py::make_tuple(CpuDecoder::weight_bytes(shape), CpuDecoder::scratch_bytes(shape),
+  return py::make_tuple(CpuDecoder::weight_bytes(shape),
+                        CpuDecoder::scratch_bytes(shape, kernels_for(shape)),
                         CpuDecoder::block_bytes(shape));
 }
 
@@ -116,11 +122,6 @@ Source source_of(const py::array& matrix, int rows, int columns, bool transposed
 const float* floats_of(const Floats& values, py::ssize_t count, const char* name) {
   if (values.size() != count) throw py::value_error(std::string(name) + ": has another size");
   return values.data();
-}
-
-const DecoderKernels& kernels_for(const DecoderShape& shape) {
-  const bool bfloat16 = shape.linear == Arithmetic::kBFloat16;
-  return decoder_kernels(bfloat16 ? bfloat16_instruction_set() : chosen_instruction_set());
 }
 
 // The decoder, and what Python may do wrong with it: calls wait for each other.

@@ -18,6 +18,13 @@ int block_of(const StepRows& rows, int row, int index) {
   return rows.block_tables[static_cast<std::size_t>(row) * rows.table_width + index];
 }
 
+// A head's query as inputs of kBFloat16's tile.
+char* rounded_query(int token, int head, const AttentionLayer& layer, const KvShape& shape,
+                    const DecoderKernels& kernels) {
+  return reinterpret_cast<char*>(layer.rounded + token * layer.rounded_stride) +
+         head * shape.padded_dim() * kernels.bfloat16_input_bytes;
+}
+
 // A head's queries, keys and values of a row's new tokens, put where attention wants them.
 void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& layer,
                 const KvBlocks& blocks, const DecoderKernels& kernels) {
@@ -32,13 +39,15 @@ void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& l
       blocks.write(block, layer.layer, head, slot, query + hidden, query + 2 * hidden);
       continue;
     }
-    std::uint16_t* const rounded =
-        layer.rounded + token * layer.rounded_stride + head * shape.padded_dim();
+    kernels.round_bfloat16_inputs(query, shape.head_dim,
+                                  rounded_query(token, head, layer, shape, kernels));
     const int part = shape.num_heads * shape.padded_dim();
-    for (int which = 0; which < 3; ++which) {
-      kernels.round_bfloat16(query + which * hidden, shape.head_dim, rounded + which * part);
-    }
-    blocks.write(block, layer.layer, head, slot, rounded + part, rounded + 2 * part);
+    std::uint16_t* const keys = layer.rounded + token * layer.rounded_stride + 2 * part +
+                                head * shape.padded_dim();
+    std::uint16_t* const values = keys + part;
+    kernels.round_bfloat16(query + hidden, shape.head_dim, keys);
+    kernels.round_bfloat16(query + 2 * hidden, shape.head_dim, values);
+    blocks.write(block, layer.layer, head, slot, keys, values);
   }
 }
 
@@ -47,9 +56,10 @@ struct Queries {
   std::size_t stride;  // bytes
 };
 
-Queries queries_of(int token, int head, const AttentionLayer& layer, const KvShape& shape) {
+Queries queries_of(int token, int head, const AttentionLayer& layer, const KvShape& shape,
+                   const DecoderKernels& kernels) {
   if (shape.arithmetic == Arithmetic::kBFloat16) {
-    return {layer.rounded + token * layer.rounded_stride + head * shape.padded_dim(),
+    return {rounded_query(token, head, layer, shape, kernels),
             layer.rounded_stride * sizeof(std::uint16_t)};
   }
   return {layer.qkv + token * layer.qkv_stride + head * shape.head_dim,
@@ -85,9 +95,9 @@ class TileAttention {
     const void* weights = weights_;
     std::size_t weight_stride = kPanel * sizeof(float);
     if (shape_.arithmetic == Arithmetic::kBFloat16) {
-      kernels_.round_bfloat16(weights_, count_ * kPanel, rounded_);
+      kernels_.round_bfloat16_inputs(weights_, count_ * kPanel, rounded_);
       weights = rounded_;
-      weight_stride = kPanel * sizeof(std::uint16_t);
+      weight_stride = static_cast<std::size_t>(kPanel) * kernels_.bfloat16_input_bytes;
     }
     const int tokens = std::clamp(visible + count_ - 1, 0, kBlockTokens);
     for (int d = 0; d < shape_.head_dim; d += kPanel, values += shape_.value_panel_bytes()) {
@@ -140,7 +150,7 @@ class TileAttention {
   alignas(kCacheLine) float scores_[kBlocksAtOnce][kMaxTileRows * kPanel];
   alignas(kCacheLine) float weights_[kMaxTileRows * kPanel];
   alignas(kCacheLine) float sums_[kMaxTileRows * kPanel];
-  alignas(kCacheLine) std::uint16_t rounded_[kMaxTileRows * kPanel];
+  alignas(kCacheLine) float rounded_[kMaxTileRows * kPanel];  // as inputs of kBFloat16's tile
 };
 
 // A task's keys, block by block; each block's values follow its keys.
@@ -176,7 +186,7 @@ void attend_tile(const StepRows& rows, const AttentionPlan::Task& task,
                  const KvBlocks& blocks, const DecoderKernels& kernels) {
   const KvShape& shape = blocks.shape();
   const int token = rows.row_starts[task.row] + task.first;
-  const Queries queries = queries_of(token, task.head, layer, shape);
+  const Queries queries = queries_of(token, task.head, layer, shape, kernels);
   float* const outputs = layer.outputs + token * layer.output_stride + task.head * shape.head_dim;
   for (int row = 0; row < task.count; ++row) {
     std::memset(outputs + row * layer.output_stride, 0, shape.head_dim * sizeof(float));

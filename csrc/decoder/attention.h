@@ -45,7 +45,7 @@ struct AttentionLayer {
   const float* qkv;  // (tokens, 3 * hidden), `qkv_stride` floats apart
   std::size_t qkv_stride;
   // Scratch for qkv in bfloat16, each head padded with a zero to whole pairs, `rounded_stride`
-  // apart.
+  // apart: queries as inputs of a tile, in room for floats; then keys, then values.
   std::uint16_t* rounded;
   std::size_t rounded_stride;
   float* outputs;  // (tokens, hidden), heads side by side, `output_stride` floats apart

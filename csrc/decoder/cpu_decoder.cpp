@@ -50,7 +50,8 @@ void CpuDecoder::Weights::lay_out(const DecoderShape& shape, Cursor& cursor) {
   }
 }
 
-void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
+void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, const DecoderKernels& kernels,
+                                  Cursor& cursor) {
   const std::size_t tokens = std::max(shape.max_tokens, shape.max_logits);
   const auto take_rows = [&](int count) {
     const std::size_t stride = row_stride(count);
@@ -60,7 +61,7 @@ void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
   normed = take_rows(shape.hidden_size);
   qkv = take_rows(3 * shape.hidden_size);
   inner = take_rows(shape.inner_size);
-  rounded_stride = row_stride(3 * shape.num_heads * kv_shape(shape).padded_dim() / 2) * 2;
+  rounded_stride = row_stride(2 * shape.num_heads * kv_shape(shape).padded_dim()) * 2;
   operand_stride =
       row_stride(std::max(shape.hidden_size, shape.inner_size) / 2 + 1) * sizeof(float);
   rounded = nullptr;
@@ -68,7 +69,8 @@ void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, Cursor& cursor) {
     rounded = cursor.take<std::uint16_t>(tokens * rounded_stride);
   }
   operands = nullptr;
-  if (step_shape(shape.linear).input_bytes < 4) {
+  if (shape.linear == Arithmetic::kInt8 ||
+      (shape.linear == Arithmetic::kBFloat16 && kernels.bfloat16_input_bytes < 4)) {
     operands = cursor.take<char>(tokens * operand_stride);
   }
   row_scales = cursor.take<RowScale>(tokens);
@@ -81,9 +83,9 @@ std::size_t CpuDecoder::weight_bytes(const DecoderShape& shape) {
   return cursor.bytes();
 }
 
-std::size_t CpuDecoder::scratch_bytes(const DecoderShape& shape) {
+std::size_t CpuDecoder::scratch_bytes(const DecoderShape& shape, const DecoderKernels& kernels) {
   Cursor cursor(nullptr);
-  Scratch().lay_out(shape, cursor);
+  Scratch().lay_out(shape, kernels, cursor);
   return cursor.bytes();
 }
 
@@ -97,11 +99,11 @@ CpuDecoder::CpuDecoder(const DecoderShape& shape, int num_blocks, int num_thread
       num_threads_(num_threads),
       kernels_(kernels),
       weight_memory_(weight_bytes(shape)),
-      scratch_memory_(scratch_bytes(shape)),
+      scratch_memory_(scratch_bytes(shape, kernels)),
       blocks_(kv_shape(shape), num_blocks) {
   Cursor weights(weight_memory_.data()), scratch(scratch_memory_.data());
   weights_.lay_out(shape, weights);
-  scratch_.lay_out(shape, scratch);
+  scratch_.lay_out(shape, kernels, scratch);
 }
 
 PackedLinear& CpuDecoder::projection(int layer, Projection which) {
@@ -186,7 +188,7 @@ LinearInputs CpuDecoder::normed_inputs(const Norm& norm, const PackedLinear& lin
 }
 
 LinearInputs CpuDecoder::inputs_of(const PackedLinear& linear, const Rows& values, int count) {
-  if (scratch_.operands != nullptr) {
+  if (linear.arithmetic == Arithmetic::kBFloat16 || linear.arithmetic == Arithmetic::kInt8) {
     parallel_rows(count, 1, num_threads_, [&](int begin, int end) {
       for (int row = begin; row < end; ++row) convert_row(linear, values.row(row), row);
     });
@@ -194,13 +196,15 @@ LinearInputs CpuDecoder::inputs_of(const PackedLinear& linear, const Rows& value
   return converted(values);
 }
 
-void CpuDecoder::convert_row(const PackedLinear& linear, const float* values, int row) {
-  if (scratch_.operands == nullptr) return;
-  char* const to = scratch_.operands + row * scratch_.operand_stride;
+void CpuDecoder::convert_row(const PackedLinear& linear, float* values, int row) {
+  char* to = reinterpret_cast<char*>(values);
+  if (scratch_.operands != nullptr) to = scratch_.operands + row * scratch_.operand_stride;
   if (linear.arithmetic == Arithmetic::kBFloat16) {
-    auto* const rounded = reinterpret_cast<std::uint16_t*>(to);
-    kernels_.round_bfloat16(values, linear.num_inputs, rounded);
-    rounded[linear.num_inputs] = 0;  // the last pair's second, if it has none: no stale NaN there
+    kernels_.round_bfloat16_inputs(values, linear.num_inputs, to);
+    if (linear.num_inputs % 2 != 0) {  // the last pair has no second: no stale NaN there
+      const int bytes = kernels_.bfloat16_input_bytes;
+      std::memset(to + linear.num_inputs * bytes, 0, bytes);
+    }
   } else if (linear.arithmetic == Arithmetic::kInt8) {
     scratch_.row_scales[row] = kernels_.quantize(values, linear.factors, linear.num_inputs,
                                                  reinterpret_cast<std::uint8_t*>(to));

@@ -34,7 +34,7 @@ class CpuDecoder {
              const DecoderKernels& kernels);
 
   static std::size_t weight_bytes(const DecoderShape& shape);
-  static std::size_t scratch_bytes(const DecoderShape& shape);
+  static std::size_t scratch_bytes(const DecoderShape& shape, const DecoderKernels& kernels);
   static std::size_t block_bytes(const DecoderShape& shape);
 
   // Weights come one by one, in any order, before the first step.
@@ -76,20 +76,20 @@ class CpuDecoder {
   };
   struct Scratch {
     Rows hidden, normed, qkv, inner;
-    std::uint16_t* rounded;  // qkv as bfloat16
+    std::uint16_t* rounded;  // qkv as bfloat16: see AttentionLayer
     std::size_t rounded_stride;
-    char* operands;  // rows as bfloat16 or int8 inputs
+    char* operands;  // rows as bfloat16 or int8 inputs; null if the rows themselves are inputs
     std::size_t operand_stride;
     RowScale* row_scales;
     float* logits;
-    void lay_out(const DecoderShape& shape, Cursor& cursor);
+    void lay_out(const DecoderShape& shape, const DecoderKernels& kernels, Cursor& cursor);
   };
 
   void embed(const StepRows& rows);
   LinearInputs normed_inputs(const Norm& norm, const PackedLinear& linear,
                              const std::int32_t* which, int count);
   LinearInputs inputs_of(const PackedLinear& linear, const Rows& values, int count);
-  void convert_row(const PackedLinear& linear, const float* values, int row);
+  void convert_row(const PackedLinear& linear, float* values, int row);
   LinearInputs converted(const Rows& values) const;
   void run_layer(int index, const StepRows& rows, const AttentionPlan& plan);
   void project(const PackedLinear& linear, const LinearInputs& inputs, int count, const Rows& to,

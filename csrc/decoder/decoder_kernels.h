@@ -28,25 +28,24 @@ constexpr int kNumArithmetics = 5;
 
 enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSigmoid, kSilu, kTanh };
 
-// Values of a step, bytes of a step, bytes of an input value.
+// Values of a step, bytes of a step.
 struct StepShape {
-  int values, bytes, input_bytes;
+  int values, bytes;
 };
 
 constexpr StepShape step_shape(Arithmetic arithmetic) {
   switch (arithmetic) {
     case Arithmetic::kFloat32:
-      return {1, 4 * kPanel, 4};
+      return {1, 4 * kPanel};
     case Arithmetic::kFloat16Weights:
-      return {1, 2 * kPanel, 4};
+      return {1, 2 * kPanel};
     case Arithmetic::kBFloat16Weights:
-      return {2, 4 * kPanel, 4};
     case Arithmetic::kBFloat16:
-      return {2, 4 * kPanel, 2};
+      return {2, 4 * kPanel};
     case Arithmetic::kInt8:
       break;
   }
-  return {4, 4 * kPanel, 1};
+  return {4, 4 * kPanel};
 }
 
 constexpr int num_steps(Arithmetic arithmetic, int inputs) {
@@ -96,6 +95,9 @@ struct Softmax {
 struct DecoderKernels {
   int max_rows;                 // of a tile
   Tile tiles[kNumArithmetics];  // by Arithmetic
+  // Of an input of kBFloat16's tile: 2, or 4 where it is a float again, so that the tile does not
+  // widen each input once for each panel.
+  int bfloat16_input_bytes;
   // sums as a tile left them; row.scale * scales[n] * (sums[n] - row.zero * column_sums[n]) is the
   // value of an int8 one.
   void (*finish)(const void* sums, int rows, const TileEnd& end);
@@ -104,6 +106,8 @@ struct DecoderKernels {
                      int count, float* normed);
   void (*add)(const float* values, int count, float* sums);  // sums += values
   void (*round_bfloat16)(const float* values, int count, std::uint16_t* rounded);
+  // values as inputs of kBFloat16's tile; `inputs` may be `values` where both are floats
+  void (*round_bfloat16_inputs)(const float* values, int count, void* inputs);
   // codes of values[i] * factors[i]
   RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
 
