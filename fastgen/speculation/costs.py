@@ -1,4 +1,6 @@
-"""What a step costs, by its number of tokens: measured at warm-up, and by every step that runs."""
+"""What a step costs, by its number of tokens: measured at warm-up, and by every step that runs.
+What a drafter's answer costs, by how much it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ _PRIOR = 0.05  # of one token's step for each token more, as long as nothing was
 _SMOOTHING = 0.1  # the weight of a new time, once several are known
 _OUTLIER = 2.0  # times what was expected that a new time counts for at most
 _FACTORS = (0.25, 8.0)
+_ASK_OUTLIER = 8.0  # as _OUTLIER, of a drafter's answer: these differ more than steps do
+_ORIGIN = 0.3  # the weight of "no tokens take no time" among a drafter's answers
 
 
 class StepCosts:
@@ -83,6 +87,43 @@ class StepCosts:
             return 0.0
         rows, seconds = next(iter(self._seconds.items()))
         return seconds * (1 + _PRIOR * (num_tokens - 1)) / (1 + _PRIOR * (rows - 1))
+
+
+class AskCosts:
+    """Seconds of a drafter's answer for all rows that it is asked for at a time, by the number of
+    tokens wanted for each: a part of every answer, and one of each token.
+
+    They are a line through recent answers, by least squares. As long as all were of one length, the
+    whole time counts as the tokens'.
+    """
+
+    def __init__(self) -> None:
+        # Weighted sums: of answers, tokens, tokens squared, seconds, tokens x seconds.
+        self._sums: tuple[float, ...] = (0.0,) * 5
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is any time yet."""
+        return self._sums[0] > 0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """An answer with so many tokens for each row, at least one, took so long."""
+        if self.is_measured:
+            seconds = min(seconds, _ASK_OUTLIER * self.seconds(num_tokens))
+        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
+        self._sums = tuple(
+            (1 - _SMOOTHING) * known + one for known, one in zip(self._sums, new, strict=True)
+        )
+
+    def seconds(self, num_tokens: int) -> float:
+        """Of an answer with so many tokens for each row; 0 if nothing is known."""
+        weight, tokens, squares, total, products = self._sums
+        if not weight:
+            return 0.0
+        weight += _ORIGIN
+        slope = (weight * products - tokens * total) / (weight * squares - tokens**2)
+        slope = min(max(slope, 0.0), total / tokens)
+        return (total - slope * tokens) / weight + slope * num_tokens
 
 
 def _interpolated(found: dict[int, float]) -> list[float]:
