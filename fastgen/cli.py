@@ -13,10 +13,10 @@ from typing import Any
 
 from fastgen import __version__
 from fastgen.bench import command as bench_command
-from fastgen.decoders.plan import LoadOptions
+from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.decoders.select import backends
 from fastgen.errors import CheckpointError, EngineError
-from fastgen.frontends.generator import Generator, load, open_model
+from fastgen.frontends.generator import Generator, load, open_draft, open_model
 from fastgen.results import Generation, Score
 from fastgen.sampling.options import OPTIONS, Flag, Option
 from fastgen.sampling.params import SamplingParams
@@ -259,8 +259,11 @@ def _info(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in names}
     checkpoint = open_model(arguments.model, arguments.revision)
     check_choice(arguments.speculate, has_draft_model=arguments.draft_model is not None)
-    plan = Speculation(arguments.speculate, None, LoadOptions(**given)).plan(checkpoint)
-    config = checkpoint.config
+    config, draft = checkpoint.config, arguments.draft_model
+    draft = None if draft is None else open_draft(draft, config.vocab_size)
+    speculation = Speculation(arguments.speculate, draft, LoadOptions(**given))
+    plan = speculation.plan(checkpoint)
+    draft_plan = speculation.draft_plan(plan)
     parameters = config.parameter_count(tied=checkpoint.tied)
     if arguments.json:
         record = {
@@ -270,15 +273,13 @@ def _info(arguments: argparse.Namespace) -> int:
             "tied": checkpoint.tied,
             "config": dataclasses.asdict(config),
             "plan": dataclasses.asdict(plan),
+            "draft_plan": None if draft_plan is None else dataclasses.asdict(draft_plan),
             "backends": [dataclasses.asdict(backend) for backend in backends()],
         }
         print(json.dumps(record))
         return 0
-    threads = f", {plan.num_threads} threads" if plan.num_threads else ""
-    weights = f", weights {plan.weights}" if plan.weights != plan.dtype else ""
-    if plan.kv_dtype not in (None, plan.dtype):
-        weights += f", KV {plan.kv_dtype}"
     limits = plan.limits
+    guessing = ["the text"] * speculation.has_suffix(plan) + ["a draft model"] * bool(draft)
     lines = {
         "model": checkpoint.name,
         "parameters": f"{parameters:,} in {checkpoint.dtype}, "
@@ -287,15 +288,26 @@ def _info(arguments: argparse.Namespace) -> int:
         f"hidden {config.hidden_size}, inner {config.inner_size}, {config.activation}",
         "vocabulary": f"{config.vocab_size:,}, eos {list(config.eos_token_ids)}",
         "context": f"{limits.max_seq_len} of {config.max_positions} tokens",
-        "decoder": f"{plan.decoder} ({plan.reason}): {plan.device}, {plan.dtype}{weights}{threads}",
+        "decoder": _described(plan),
         "memory": str(plan.memory),
         "a step": f"at most {limits.num_seats} rows, {limits.max_tokens} tokens",
+        "speculation": f"tokens are guessed by {' and '.join(guessing)}" if guessing else "off",
     }
+    if draft is not None and draft_plan is not None:
+        lines["draft model"] = f"{draft.name}: {_described(draft_plan)}; {draft_plan.memory}"
     for name, value in lines.items():
         print(f"{name:<11} {value}")
     for backend in backends():
         print(f"{'':<11} {backend}")
     return 0
+
+
+def _described(plan: DecoderPlan) -> str:
+    threads = f", {plan.num_threads} threads" if plan.num_threads else ""
+    weights = f", weights {plan.weights}" if plan.weights != plan.dtype else ""
+    if plan.kv_dtype not in (None, plan.dtype):
+        weights += f", KV {plan.kv_dtype}"
+    return f"{plan.decoder} ({plan.reason}): {plan.device}, {plan.dtype}{weights}{threads}"
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -45,9 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="tokens that each prompt is continued by (default: 96)")  # fmt: skip
     add("--sampling", type=sampling, default="temperature=0", metavar="NAME=VALUE,...",
         help='like "temperature=0.8,top_p=0.95" (default: temperature=0, greedy)')  # fmt: skip
-    add("--speculate", default="off", metavar="KIND",
+    add("--speculate", metavar="KIND",
         help="auto, suffix or off; on, texts that repeat themselves come faster than others "
-        "(default: off)")  # fmt: skip
+        "(default: off, with --draft-model auto)")  # fmt: skip
     add("--draft-model", metavar="PATH", help="a smaller model that guesses tokens")
     add("--rounds", type=positive, default=5, metavar="N",
         help="how often each is measured, interleaved (default: 5)")  # fmt: skip
@@ -100,9 +100,11 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
         raise ValueError("--python says where peers of --compare are")
     if arguments.compare is not None and arguments.sampling != {"temperature": 0}:
         raise ValueError("--compare is greedy: leave --sampling out")
-    speculates = arguments.speculate != "off" or arguments.draft_model is not None
-    if arguments.compare is not None and speculates:
-        raise ValueError("--compare decodes one token a step: leave --speculate out")
+    speculate = arguments.speculate or ("off" if arguments.draft_model is None else "auto")
+    if arguments.compare is not None and speculate != "off":
+        raise ValueError(
+            "--compare decodes one token a step: leave --speculate and --draft-model out"
+        )
     return Run(
         model=arguments.model or str(scratch / "checkpoint"),
         name=arguments.model or f"{arguments.shape} (random weights)",
@@ -125,7 +127,7 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
         peers=arguments.compare,
         pythons=dict(arguments.python),
         scratch=scratch,
-        speculate=arguments.speculate,
+        speculate=speculate,
         draft_model=arguments.draft_model,
         revision=arguments.revision,
         allow_fallback=arguments.allow_fallback,

@@ -7,8 +7,9 @@ does wrong costs time alone.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from fastgen.decoders.interface import Decoder, PendingStep
 from fastgen.engine.requests import Row
 from fastgen.engine.scheduler import StepPlan
 from fastgen.speculation.acceptance import Acceptance
-from fastgen.speculation.costs import StepCosts
+from fastgen.speculation.costs import AskCosts, StepCosts
 from fastgen.speculation.drafter import MAX_LEVEL, Draft, Drafter
 from fastgen.speculation.lengths import choose_lengths, choose_rounds
 
@@ -26,7 +27,10 @@ MOST_DRAFTED = 32  # tokens of one row in a step
 _DRY = 8  # steps without a draft after which no step waits for a row any more
 _SELDOM = 16  # steps without a draft after which a row is asked for at every fourth only
 _PROBE = 32  # steps after which it is asked again, or a draft is tried that seems not worth it
-_RISE = 1.05  # times itself that the price of a drafter's token becomes at most with a new time
+_PROBE_SHARE = 0.02  # of the time of all steps that go by, which asking it again takes at most
+_CHEAP = 0.02  # a drafter that takes no more of a step's time is asked as if it took none
+_FIRST = 8  # tokens of each row that a drafter is asked for whose time is not known
+_ANSWERED_MEMORY = 0.2  # the share of the evidence that each answer replaces
 _TRIES = 2  # drafts of a new row of which one token is tried, worth it or not
 _NOTHING = Draft(())
 
@@ -37,10 +41,28 @@ class _Source:
 
     drafter: Drafter
     acceptance: Acceptance = field(default_factory=Acceptance)
-    price: float = 0.0  # seconds of one token, for all rows that it is asked for at a time
+    costs: AskCosts = field(default_factory=AskCosts)
+    answered: float = 1.0  # the share of rows for which it had a draft
     num_rows: int = 0
     unasked: int = 0  # steps since it was asked, for it did not seem worth its time
+    was_asked: bool = False
     has_failed: bool = False
+    is_lost: bool = False  # only the parent of this process can ask it
+
+    def note_answer(
+        self, states: Sequence[_RowDrafts], num_tokens: int, drafts: Sequence[Draft], seconds: float
+    ) -> None:
+        """It was asked for so many tokens for each of these rows, and took so long."""
+        had_any = sum(bool(draft.ids) for draft in drafts) / len(drafts)
+        self.answered += _ANSWERED_MEMORY * (had_any - self.answered)
+        # Then the time has more in it than a guess, and cannot be more than that.
+        read_rows = self.drafter.reads_rows and not all(state.was_asked for state in states)
+        bound = self.costs.seconds(num_tokens) if read_rows else math.inf
+        if self.was_asked and seconds < bound:  # the first time, it may have had to load something
+            self.costs.observe(num_tokens, seconds)
+        self.was_asked = True
+        for state in states:
+            state.was_asked = True
 
 
 @dataclass(slots=True)
@@ -50,7 +72,8 @@ class _RowDrafts:
 
     `used`: whose its last draft is, and `level` that draft's. `dry`: steps since that. `unused`:
     drafts that did not seem worth their time since one was used, and `num_tries`, of how many a
-    token was tried all the same. `was_asked`: a drafter that takes time has been asked for it.
+    token was tried all the same. `was_asked`: a drafter that takes time was asked for it in the
+    step before, if it was its turn.
     `failed`: drafters that failed with this row, and are not asked again.
     """
 
@@ -72,7 +95,7 @@ class _RowDrafts:
     def may_use(self, at: int, has_draft: bool, num_tokens: int) -> bool:
         """Whether to ask source `at`: it has not failed, and is more often right than the draft
         that the row has. Asking costs time as well."""
-        if at >= len(self.sources) or self.sources[at] in self.failed:
+        if at >= len(self.sources) or self.sources[at] in self.failed or self.sources[at].is_lost:
             return False
         if self.dry > _SELDOM and num_tokens % 4:
             return False
@@ -86,10 +109,12 @@ class Drafting:
         drafters: of rows whose request brings none, in the order in which they are asked.
         is_on: some row may have a drafter.
         costs: of the decoder's steps.
+        clock: what times are measured with, in seconds.
     """
 
     def __init__(self, vocab_size: int) -> None:
         self.costs = StepCosts()
+        self.clock: Callable[[], float] = time.monotonic
         self._vocab_size = vocab_size
         self.drafters: tuple[Drafter, ...] = ()
         self.is_on = False
@@ -100,6 +125,17 @@ class Drafting:
         """Have these, which are closed with the engine; before the first request comes."""
         self.drafters = tuple(drafters)
         self.is_on = bool(drafters)
+
+    def warmup(self) -> None:
+        """Do now what the drafters' first guesses would have to."""
+        for drafter in self.drafters:
+            drafter.warmup()
+
+    def inherit(self) -> None:
+        """In a forked child: go on without drafters that only the parent can ask."""
+        self.drafters = tuple(one for one in self.drafters if one.survives_fork)
+        for source in self._sources.values():
+            source.is_lost = not source.drafter.survives_fork
 
     def make_drafts(self, rows: Sequence[Row], num_rows: int, room: int) -> list[Sequence[int]]:
         """Drafts for these rows of a step of `num_rows` rows, `room` tokens in all at most.
@@ -126,11 +162,11 @@ class Drafting:
 
     def timed_step(self, decoder: Decoder, plan: StepPlan) -> PendingStep:
         """The decoder's step; of those that only decode, what they cost is remembered."""
-        started = time.monotonic()
+        started = self.clock()
         step = decoder.step(plan.batch)
         only_decodes = plan.num_decoding == len(plan.entries)
         if self.is_on and only_decodes and not step.is_async:
-            seconds = time.monotonic() - started
+            seconds = self.clock() - started
             self.costs.observe(plan.num_decoding, plan.num_drafted, seconds)
         return step
 
@@ -159,8 +195,9 @@ class Drafting:
         state = self._state(row)
         del self._rows[row]
         for source in state.sources:
-            with self._guarded(source, state):
-                source.drafter.ended(row)
+            if not source.is_lost:
+                with self._guarded(source, state):
+                    source.drafter.ended(row)
             source.num_rows -= 1
             if not source.num_rows and not any(one is source.drafter for one in self.drafters):
                 del self._sources[id(source.drafter)]
@@ -217,21 +254,32 @@ class Drafting:
         most = [min(MOST_DRAFTED, row.max_len - 1 - len(row.token_ids)) for row in rows]
         if source.drafter.is_free:
             return self._proposed(source, rows, most)
-        rounds = choose_rounds(shares, max(most), num_rows, self.costs, source.price)
-        source.unasked = 0 if rounds else source.unasked + 1
-        if source.unasked == _PROBE:  # texts change
-            rounds, source.unasked = 1, 0
-        if not rounds:
-            return [_NOTHING] * len(rows)
-        started = time.monotonic()
-        drafts = self._proposed(source, rows, [min(rounds, count) for count in most])
         states = [self._rows[row] for row in rows]
-        if all(state.was_asked for state in states):  # else it caught up with a prompt
-            price = (time.monotonic() - started) / rounds
-            source.price = min(price, _RISE * source.price) if source.price else price
-        for state in states:
-            state.was_asked = True
+        wanted = self._num_wanted(source, shares, max(most), num_rows)
+        if not wanted:
+            for state in states:
+                state.was_asked = False
+            return [_NOTHING] * len(rows)
+        started = self.clock()
+        drafts = self._proposed(source, rows, [min(wanted, count) for count in most])
+        source.note_answer(states, wanted, drafts, self.clock() - started)
         return drafts
+
+    def _num_wanted(
+        self, source: _Source, shares: Sequence[float], most: int, num_rows: int
+    ) -> int:
+        """How many tokens of each row a drafter is asked for that takes time; often none."""
+        costs, step = source.costs, self.costs.seconds(num_rows)
+        if not costs.is_measured and not source.drafter.reads_rows:
+            return min(most, _FIRST)
+        if costs.is_measured and costs.seconds(most) <= _CHEAP * step:
+            return most
+        wanted = choose_rounds(shares, most, num_rows, self.costs, costs.seconds, source.answered)
+        source.unasked = 0 if wanted else source.unasked + 1
+        is_affordable = costs.seconds(1) <= _PROBE_SHARE * source.unasked * step
+        if source.unasked >= _PROBE and is_affordable:  # texts change
+            wanted, source.unasked = 1, 0
+        return wanted
 
     def _proposed(
         self, source: _Source, rows: Sequence[Row], most: Sequence[int]

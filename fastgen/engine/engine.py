@@ -202,6 +202,7 @@ class Engine:
 
     def inherit(self) -> None:
         """In a forked child: end what the parent's other threads wait for; see forks.py."""
+        self.drafting.inherit()
         rows = (*self._scheduler.running, *self._scheduler.waiting, *self._inbox.arrived)
         for request in dict.fromkeys(row.request for row in rows):
             if request.listener is not None or request.thread != threading.get_ident():

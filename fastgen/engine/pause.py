@@ -63,7 +63,7 @@ class Pause:
             seats=np.full(size, -1),
         )
         started = time.perf_counter()
-        _ = self._decoder.step(batch).logits
+        float(self._decoder.forward(batch)[-1, 0])  # one number waits for a device, too
         return time.perf_counter() - started
 
     def reserve_rows(self, max_lens: Sequence[int]) -> None:

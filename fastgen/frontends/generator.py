@@ -15,13 +15,13 @@ from tqdm import tqdm
 from fastgen.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.in_memory import checkpoint_of_model
-from fastgen.checks import reject_unknown
+from fastgen.checks import reject_unknown, wrong_type
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.decoders.select import build_decoder
 from fastgen.engine.engine import Engine
 from fastgen.engine.inbox import deadline_in
 from fastgen.engine.requests import Request
-from fastgen.errors import row_failed
+from fastgen.errors import OptionTypeError, row_failed
 from fastgen.frontends.closing import Closing
 from fastgen.frontends.jobs import Job, JobMaker
 from fastgen.frontends.prompts import Params, Prompt, as_list, is_one
@@ -29,7 +29,7 @@ from fastgen.frontends.stream import Stream, raise_error
 from fastgen.native import native
 from fastgen.results import Generation, Score
 from fastgen.sampling.params import SamplingParams
-from fastgen.speculation.choose import DraftFunction, Speculation, check_choice
+from fastgen.speculation.choose import DraftFunction, Speculation, check_choice, wrong_draft
 from fastgen.text.tokenizer import Tokenizer
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "bundled"  # its folder
@@ -76,7 +76,8 @@ def load(
         speculate: decode several tokens a step where they can be guessed; see docs/speculation.md.
             "suffix" guesses from what the text and earlier outputs say after the same words, "auto"
             does so where no token can depend on it, "off" never. A function of the ids so far (a
-            tuple) and of how many are wanted returns the ids that may follow.
+            tuple) and of how many are wanted returns the ids that may follow; it is called where
+            that pays for the time that it takes.
         draft_model: a smaller model with the same vocabulary that guesses, too; as `model`.
         revision: branch, tag or commit of a hub id.
 
@@ -125,13 +126,17 @@ def open_draft(model: Any, vocab_size: int) -> Checkpoint:
     """The checkpoint of a draft model for a model with so many tokens.
 
     Raises:
-        ValueError: its vocabulary is another.
+        OptionTypeError, OptionError: it is no model, or its vocabulary is another.
+        CheckpointError: it cannot be read, or cannot be run exactly.
     """
-    draft = open_model(model)
+    try:
+        draft = open_model(model)
+    except OptionTypeError as error:
+        raise wrong_type("draft_model", error.problem) from None
     if draft.config.vocab_size != vocab_size:
-        raise ValueError(
-            f"draft_model: {draft.name} has a vocabulary of {draft.config.vocab_size} tokens, the "
-            f"model one of {vocab_size}; they must be the same"
+        raise wrong_draft(
+            f"{draft.name} has a vocabulary of {draft.config.vocab_size} tokens, the model one of "
+            f"{vocab_size}; they must be the same"
         )
     return draft
 
@@ -247,13 +252,14 @@ class Generator(Closing):
 
     def warmup(self) -> None:
         """Do now what the first requests would have to: on a GPU, compile kernels and make graphs;
-        with speculation, measure what steps of several tokens cost.
+        of a draft model, too; with speculation, measure what steps of several tokens cost.
 
         Raises:
             EngineClosedError: the model is closed.
         """
         with self.engine.between_steps() as pause:
             self.engine.decoder.warmup()
+            self.engine.drafting.warmup()
             if self.engine.drafting.is_on:
                 pause.measure_steps(self.engine.drafting.costs)
 

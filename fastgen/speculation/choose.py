@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgen.checkpoints.checkpoint import Checkpoint
+from fastgen.checks import wrong_type, wrong_value
 from fastgen.decoders.memory import MB
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.decoders.select import build_decoder, plan_decoder
+from fastgen.errors import OptionError
 from fastgen.speculation.draft_model import DraftModelDrafter
 from fastgen.speculation.drafter import Drafter, FunctionDrafter
 from fastgen.speculation.suffix import SuffixDrafter
@@ -19,17 +21,22 @@ DraftFunction = Callable[[Sequence[int], int], Sequence[int]]
 
 
 def check_choice(speculate: Any, *, has_draft_model: bool) -> None:
-    """Raise TypeError or ValueError for what `load` cannot take as `speculate`."""
+    """Raise OptionTypeError or OptionError for what `load` cannot take as `speculate`."""
     if callable(speculate):
         if has_draft_model:
-            raise ValueError("draft_model: a function drafts already; leave one of them out")
+            raise wrong_draft("a function drafts already; leave one of them out")
         return
     if not isinstance(speculate, str):
-        raise TypeError(f"speculate must be a name or a function, not {type(speculate).__name__}")
+        names, found = ", ".join(map(repr, CHOICES)), type(speculate).__name__
+        raise wrong_type("speculate", f"must be one of {names}, or a function, not {found}")
     if speculate not in CHOICES:
-        raise ValueError(f"speculate must be one of {', '.join(CHOICES)}, not {speculate!r}")
+        raise wrong_value("speculate", f"must be one of {', '.join(CHOICES)}, not {speculate!r}")
     if speculate == "off" and has_draft_model:
-        raise ValueError("draft_model: speculate='off' leaves nothing for it to do")
+        raise wrong_draft("speculate='off' leaves nothing for it to do")
+
+
+def wrong_draft(problem: str) -> OptionError:
+    return OptionError(f"draft_model: {problem}", "draft_model", problem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +58,10 @@ class Speculation:
         plan of its own.
 
         Raises:
-            ValueError: an option that cannot be met, with what can.
+            OptionError: an option that cannot be met, with what can.
         """
         plan = plan_decoder(checkpoint, self.options)
-        if not self._has_suffix(plan):
+        if not self.has_suffix(plan):
             return plan
         limits = plan.limits
         beside = SuffixDrafter.planned_bytes(limits.num_seats, limits.max_seq_len)
@@ -64,29 +71,39 @@ class Speculation:
         """In the order in which they are asked; a draft model is loaded now.
 
         Raises:
-            ValueError: the draft model does not fit.
+            OptionError: the draft model does not fit.
         """
         if not isinstance(self.speculate, str):
             return [FunctionDrafter(self.speculate)]
         drafters: list[Drafter] = []
-        if self._has_suffix(target):
+        if self.has_suffix(target):
             drafters.append(SuffixDrafter())
-        if self.draft is not None:
-            drafters.append(self._model(self.draft, target))
+        plan = self.draft_plan(target)
+        if self.draft is not None and plan is not None:
+            drafters.append(DraftModelDrafter(build_decoder(self.draft, plan)))
         return drafters
 
-    def _has_suffix(self, target: DecoderPlan) -> bool:
-        """Where it is not asked for by name, it is used where no token can depend on it."""
-        exact = target.limits.batch_invariant
-        return self.speculate == "suffix" or (self.speculate == "auto" and exact)
+    def draft_plan(self, target: DecoderPlan) -> DecoderPlan | None:
+        """The draft model's decoder, in the memory that the model leaves; None without one.
 
-    def _model(self, draft: Checkpoint, target: DecoderPlan) -> Drafter:
+        Raises:
+            OptionError: it does not fit.
+        """
+        draft = self.draft
+        if draft is None:
+            return None
         left = self.options.max_memory
         if left is not None:
             left = max(1, left - -(-target.memory.total // MB))
         longest = min(target.limits.max_seq_len, draft.config.max_positions)
         options = replace(self.options, max_seq_len=longest, max_memory=left, batch_invariant=None)
         try:
-            return DraftModelDrafter(build_decoder(draft, plan_decoder(draft, options)))
+            return plan_decoder(draft, options)
         except ValueError as error:
-            raise ValueError(f"draft_model: {error}") from error
+            raise wrong_draft(str(error)) from error
+
+    def has_suffix(self, target: DecoderPlan) -> bool:
+        """Whether the text guesses: where it is not asked for by name, it does where no token can
+        depend on it."""
+        exact = target.limits.batch_invariant
+        return self.speculate == "suffix" or (self.speculate == "auto" and exact)

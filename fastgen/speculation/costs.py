@@ -1,4 +1,6 @@
-"""What a step costs, by its number of tokens: measured at warm-up, and by every step that runs."""
+"""What a step costs, by its number of tokens: measured at warm-up, and by every step that runs.
+What a drafter's answer costs, by how much it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,9 @@ _MOST_BITS = 9
 _MOST = 256  # larger steps are not told apart
 _PRIOR = 0.05  # of one token's step for each token more, as long as nothing was measured
 _FACTORS = (0.25, 8.0)
+_SMOOTHING = 0.1  # the weight of a drafter's new answer, once several are known
+_ASK_OUTLIER = 8.0  # times what was expected that it counts for at most
+_ORIGIN = 0.3  # the weight of "no tokens take no time" among its answers
 # Standard deviations: of one measurement and of what the rows' time moves by from step to step, as
 # shares of it; of a factor at first and at most, and of what it moves by. A time counts for so many
 # of them above what was expected at most.
@@ -146,6 +151,43 @@ class StepCosts:
 
 def _bits(num_drafted: int) -> int:
     return min(num_drafted.bit_length(), _MOST_BITS)
+
+
+class AskCosts:
+    """Seconds of a drafter's answer for all rows that it is asked for at a time, by the number of
+    tokens wanted for each: a part of every answer, and one of each token.
+
+    They are a line through recent answers, by least squares. As long as all were of one length, the
+    whole time counts as the tokens'.
+    """
+
+    def __init__(self) -> None:
+        # Weighted sums: of answers, tokens, tokens squared, seconds, tokens x seconds.
+        self._sums: tuple[float, ...] = (0.0,) * 5
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is any time yet."""
+        return self._sums[0] > 0
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """An answer with so many tokens for each row, at least one, took so long."""
+        if self.is_measured:
+            seconds = min(seconds, _ASK_OUTLIER * self.seconds(num_tokens))
+        new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
+        self._sums = tuple(
+            (1 - _SMOOTHING) * known + one for known, one in zip(self._sums, new, strict=True)
+        )
+
+    def seconds(self, num_tokens: int) -> float:
+        """Of an answer with so many tokens for each row; 0 if nothing is known."""
+        weight, tokens, squares, total, products = self._sums
+        if not weight:
+            return 0.0
+        weight += _ORIGIN
+        slope = (weight * products - tokens * total) / (weight * squares - tokens**2)
+        slope = min(max(slope, 0.0), total / tokens)
+        return (total - slope * tokens) / weight + slope * num_tokens
 
 
 def _interpolated(found: dict[int, float]) -> list[float]:

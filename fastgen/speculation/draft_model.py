@@ -45,6 +45,7 @@ class DraftModelDrafter:
     """
 
     is_free: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = True
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, limits = decoder, decoder.limits
@@ -52,6 +53,13 @@ class DraftModelDrafter:
         num_seats = min(limits.num_seats, limits.num_blocks // self._blocks_each)
         self._free = list(reversed(range(num_seats)))
         self._seats: dict[DraftRow, _Seat] = {}
+
+    @property
+    def survives_fork(self) -> bool:
+        return self._decoder.survives_fork
+
+    def warmup(self) -> None:
+        self._decoder.warmup()
 
     def propose(self, rows: Sequence[DraftRow], most: Sequence[int]) -> list[Draft]:
         seats = [self._seat(row) for row in rows]

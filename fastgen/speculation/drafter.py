@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import traceback
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import ClassVar, NamedTuple, Protocol
@@ -18,6 +19,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from fastgen.sampling.params import SamplingParams
 
 MAX_LEVEL = 15
+_Reason = tuple[type[Exception], str, int]  # exception, file, line
 
 logger = logging.getLogger("fastgen")
 
@@ -63,10 +65,20 @@ class Drafter(Protocol):
 
     Attributes:
         is_free: a guess takes next to no time. Others are asked for no more than is worth its time.
+        reads_rows: it reads a row's tokens before its first guess, which takes longer than others.
+        survives_fork: it can be used in a forked child.
     """
 
     @property
     def is_free(self) -> bool: ...
+    @property
+    def reads_rows(self) -> bool: ...
+    @property
+    def survives_fork(self) -> bool: ...
+
+    def warmup(self) -> None:
+        """Do once, at a chosen time, what the first guess would otherwise have to do."""
+        ...
 
     def propose(self, rows: Sequence[DraftRow], most: Sequence[int]) -> Sequence[Draft]:
         """A draft for each row, in order, of at most most[i] tokens; most[i] >= 1."""
@@ -92,15 +104,21 @@ class FunctionDrafter:
     Args:
         function: called with the ids of a row so far, a tuple, and the number of ids wanted;
             returns the ids that may follow, of which those too many are left out. If it raises an
-            Exception, or returns anything but integers, that is logged, and the row gets no more
-            drafts.
+            Exception, or returns anything but integers, the row gets no more drafts. That is
+            logged once for each kind of exception and line of code that raises it.
     """
 
-    is_free: ClassVar[bool] = True
+    is_free: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = False
+    survives_fork: ClassVar[bool] = True
 
     def __init__(self, function: Callable[[Sequence[int], int], Sequence[int]]) -> None:
         self._function = function
         self._failed: set[DraftRow] = set()
+        self._logged: set[_Reason] = set()
+
+    def warmup(self) -> None:
+        """Nothing to do: what the function needs is its own business."""
 
     def propose(self, rows: Sequence[DraftRow], most: Sequence[int]) -> list[Draft]:
         return [self._draft(row, count) for row, count in zip(rows, most, strict=True)]
@@ -120,7 +138,23 @@ class FunctionDrafter:
         try:
             ids = self._function(tuple(row.token_ids), most)
             return Draft([operator.index(token_id) for token_id in islice(ids, most)])
-        except Exception:
+        except Exception as error:
             self._failed.add(row)
-            logger.exception("the function that drafts tokens failed; the row goes on without")
+            self._log_once(error)
             return Draft(())
+
+    def _log_once(self, error: Exception) -> None:
+        reason = _reason(error)
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.error(
+                "the function that drafts tokens failed; rows that it fails with go on without "
+                "drafts",
+                exc_info=error,
+            )
+
+
+def _reason(error: Exception) -> _Reason:
+    """What was raised, and where: messages may differ from row to row."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return type(error), frame.f_code.co_filename, line

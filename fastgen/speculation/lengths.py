@@ -8,7 +8,7 @@ has to pay for that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastgen.speculation.costs import StepCosts
 
@@ -61,18 +61,27 @@ def choose_rounds(
     most: int,
     num_rows: int,
     costs: StepCosts,
-    price: float,
+    ask_seconds: Callable[[int], float],
+    answered: float = 1.0,
 ) -> int:
-    """How many tokens a drafter is asked for that takes time itself, `price` seconds for one token
-    of all its rows."""
+    """How many tokens a drafter is asked for that takes time itself; 0: it is not worth its time.
+
+    Args:
+        shares: as of choose_lengths, of the rows that it is asked for.
+        most: tokens that a row may get.
+        ask_seconds: of asking it for so many tokens for each of these rows.
+        answered: the share of rows for which it has a draft.
+    """
     if not costs.is_measured:
         return min(most, _UNKNOWN)
-    best, num_best = _MARGIN * num_rows / max(costs.seconds(num_rows), 1e-9), 0
+    without = costs.seconds(num_rows)
+    best, num_best = _MARGIN * num_rows / max(without, 1e-9), 0
     expected, chances = float(num_rows), [1.0] * len(shares)
     for count in range(1, most + 1):
         chances = [chance * share for chance, share in zip(chances, shares, strict=True)]
-        expected += sum(chances)
-        seconds = costs.seconds(num_rows, count * len(shares)) + count * price
+        expected += answered * sum(chances)
+        more = costs.seconds(num_rows, count * len(shares)) - without
+        seconds = without + answered * more + ask_seconds(count)
         if seconds and expected / seconds > best:
             best, num_best = expected / seconds, count
     return num_best

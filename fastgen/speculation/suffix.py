@@ -32,11 +32,16 @@ class SuffixDrafter:
     """
 
     is_free: ClassVar[bool] = True
+    reads_rows: ClassVar[bool] = False
+    survives_fork: ClassVar[bool] = True
 
     def __init__(self, store_tokens: int = STORE_TOKENS) -> None:
         self._parts: Any = suffix_automaton if native is None else native
         self._store = self._parts.OutputStore(store_tokens)
         self._rows: dict[DraftRow, Any] = {}
+
+    def warmup(self) -> None:
+        """Nothing to do."""
 
     @staticmethod
     def planned_bytes(num_rows: int, max_len: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from fastgen.engine.blocks import block_keys
 from fastgen.engine.leases import Lease
 from fastgen.engine.pause import Pause
 from fastgen.errors import EngineError
+from fastgen.speculation.costs import SIZES, StepCosts
 from stepping import to_numpy
 
 
@@ -64,6 +67,37 @@ def test_it_makes_room_for_rows_before_anybody_takes_it() -> None:
         assert engine.num_free_blocks >= 3 * 2 >= before.num_blocks
     prompts = [random_prompt(np.random.default_rng(at), 40) for at in range(3)]
     run_all(engine, [engine.add_request(prompt, greedy(max_new_tokens=3)) for prompt in prompts])
+    assert_idle(engine)
+
+
+class Unread:
+    """Logits of which one number at a time may be read."""
+
+    def __init__(self, logits: Any) -> None:
+        self.logits, self.num_read = logits, 0
+
+    def __getitem__(self, at: tuple[int, int]) -> Any:
+        self.num_read += 1
+        return self.logits[at].item()
+
+
+def test_steps_are_timed_without_their_logits_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for one number, which is there when the step has ended."""
+    engine, costs = make_engine(seats=2), StepCosts()
+    forward, batches, read = engine.decoder.forward, list[StepBatch](), list[Unread]()
+
+    def unread(batch: StepBatch) -> Unread:
+        batches.append(batch)
+        read.append(Unread(forward(batch)))
+        return read[-1]
+
+    monkeypatch.setattr(engine.decoder, "forward", unread, raising=False)
+    with engine.between_steps() as pause:
+        pause.measure_steps(costs)
+    assert costs.is_measured and [one.num_read for one in read] == [1] * len(read)
+    sizes = sorted({len(batch.token_ids) for batch in batches})
+    assert sizes == list(SIZES) and len(batches) == 3 * len(sizes)
+    assert all(len(batch.logits_at) == len(batch.token_ids) for batch in batches)
     assert_idle(engine)
 
 

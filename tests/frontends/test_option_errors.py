@@ -86,6 +86,11 @@ LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_memory": 1}, OptionError, "max_memory"),
     ({"batch_invariant": "yes"}, OptionTypeError, "batch_invariant"),
     ({"batch_invariant": True, "decoder": "torch"}, OptionError, "batch_invariant"),
+    ({"speculate": "fast"}, OptionError, "speculate"),
+    ({"speculate": False}, OptionTypeError, "speculate"),
+    ({"draft_model": 5}, OptionTypeError, "draft_model"),
+    ({"speculate": "off", "draft_model": fastgen.BUNDLED_MODEL}, OptionError, "draft_model"),
+    ({"speculate": max, "draft_model": fastgen.BUNDLED_MODEL}, OptionError, "draft_model"),
 ]
 
 

@@ -42,6 +42,8 @@ class KnowingDrafter:
     """
 
     is_free = True
+    reads_rows = False
+    survives_fork = True
 
     def __init__(self, known: Continuations, vocab_size: int, kind: str | None = None) -> None:
         self.known, self.vocab_size, self.kind = known, vocab_size, kind
@@ -61,6 +63,9 @@ class KnowingDrafter:
 
     def ended(self, row: DraftRow) -> None:
         self.ended_rows.append(row)
+
+    def warmup(self) -> None:
+        """Nothing to do."""
 
     def close(self) -> None:
         self.is_closed = True
@@ -119,8 +124,12 @@ def all_tried() -> Iterator[None]:
     def rounds_of(shares: Sequence[float], most: int, *rest: Any) -> int:
         return min(most, 7)
 
-    lengths = mock.patch("fastgen.engine.drafting.choose_lengths", lengths_of)
-    with lengths, mock.patch("fastgen.engine.drafting.choose_rounds", rounds_of):
+    changes: dict[str, Any] = {
+        "choose_lengths": lengths_of,
+        "choose_rounds": rounds_of,
+        "_CHEAP": 0.0,  # what takes time is asked for as many tokens as rounds_of says
+    }
+    with mock.patch.multiple("fastgen.engine.drafting", **changes):
         yield
 
 

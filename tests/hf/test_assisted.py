@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from drafters import all_tried
-from fastgen import GPT2LMHeadModel
-from hf_models import fresh_pair, generated, pair, random_ids
+from drafters import KnowingDrafter, all_tried, drafted_by
+from fastgen import GPT2LMHeadModel, SamplingParams
+from hf_models import fresh_pair, generated, kv_rows_of, pair, random_ids
 
 
 def looping_call(**options: Any) -> dict[str, Any]:
@@ -94,6 +94,40 @@ def test_plain_calls_guess_too_and_change_no_bit() -> None:
     plain = generated(ours, **call)
     assert torch.equal(drafted.sequences, plain.sequences)
     assert all(map(torch.equal, drafted.logits, plain.logits))
+
+
+def test_a_search_with_beams_and_rows_with_drafts_change_nothing_of_each_other() -> None:
+    """Their steps alternate: whenever beams have grown, the engine makes one of its own."""
+    _, ours = fresh_pair()
+    engine, prompt = kv_rows_of(ours).engine, looping_call()["input_ids"][0].tolist()
+    params = SamplingParams(seed=3, max_new_tokens=60, logprobs=2, ignore_eos=True)
+    beams = looping_call(do_sample=False, num_beams=3, num_return_sequences=3, max_new_tokens=12)
+    engine.drafting.use(())
+    wanted_beams = generated(ours, **beams)
+    plain = engine.add_request(prompt, params)
+    engine.run(lambda: plain.done)
+    [alone] = plain.rows
+    known = {(tuple(prompt), 3): tuple(alone.new_token_ids)}
+    with drafted_by(engine, KnowingDrafter(known, kv_rows_of(ours).vocab_size, "spoiled")):
+        request = engine.add_request(prompt, params)
+        engine.run(lambda: engine.stats.accepted_tokens > 0)
+        num_steps = [engine.stats.steps]
+
+        def step_of_the_engine(ids: torch.Tensor, scores: Any, **others: Any) -> torch.Tensor:
+            if not request.done:
+                engine.run(lambda: engine.stats.steps > num_steps[-1])
+                num_steps.append(engine.stats.steps)
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        criteria = transformers.StoppingCriteriaList([step_of_the_engine])
+        found = generated(ours, **beams, stopping_criteria=criteria)
+        assert ours.last_path == "native", ours.last_reason
+        assert len(num_steps) > 4, "they took turns"
+        engine.run(lambda: request.done)
+    assert torch.equal(found, wanted_beams)
+    [row] = request.rows
+    assert row.new_token_ids == alone.new_token_ids and row.logprobs == alone.logprobs
+    assert 0 < request.timings.accepted_tokens < request.timings.drafted_tokens
 
 
 def test_new_weights_of_an_assistant_are_seen() -> None:

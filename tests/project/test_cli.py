@@ -130,6 +130,26 @@ def test_info_says_what_would_be_loaded(variant: Callable[[str], Path]) -> None:
     record = json.loads(run("info", "--json").stdout)
     assert record["parameters"] == 6_049_792
     assert record["plan"]["memory"]["num_blocks"] == 1024
+    assert record["draft_plan"] is None
+
+
+def test_info_says_who_guesses(variant: Callable[[str], Path]) -> None:
+    def line(*options: str) -> str:
+        done = run("info", *options)
+        assert done.returncode == 0, done.stderr
+        [found] = [one for one in done.stdout.splitlines() if one.startswith("speculation")]
+        return found
+
+    assert line("--speculate", "off").endswith(" off")
+    assert line("--decoder", "torch").endswith(" off")
+    assert line().endswith(" tokens are guessed by the text")
+    name = str(variant("untied"))
+    draft = ("--draft-model", name)
+    assert line("--model", name, *draft).endswith(" by the text and a draft model")
+    shown = run("info", "--model", name, *draft).stdout
+    assert f"draft model {name}: cpu (" in shown and shown.count("MB = weights") == 2
+    record = json.loads(run("info", "--model", name, *draft, "--json").stdout)
+    assert record["draft_plan"]["memory"]["num_blocks"] > 0
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,12 @@ def test_info_says_what_would_be_loaded(variant: Callable[[str], Path]) -> None:
         (["generate", "--logit-bias", "5000=1", "x"], "logit_bias holds token id 5000"),
         (["generate", "--best-of", "2", "-n", "3", "x"], "best_of=2 is less than n=3"),
         (["info", "--dtype", "int3"], "dtype must be one of"),
+        (["generate", "--speculate", "yes", "x"], "speculate must be one of auto, suffix, off"),
+        (["generate", "--draft-model", "./nowhere", "x"], "./nowhere: no such folder"),
+        (
+            ["generate", "--speculate", "off", "--draft-model", "./nowhere", "x"],
+            "draft_model: speculate='off' leaves nothing",
+        ),
     ],
 )
 def test_mistakes_give_one_line_and_exit_code_1(arguments: list[str], message: str) -> None:

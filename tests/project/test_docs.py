@@ -14,7 +14,7 @@ from fastgen import SamplingParams
 from option_tables import as_tables
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("library", "sampling", "serving", "transformers")
+NAMES = ("library", "sampling", "serving", "speculation", "transformers")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES)]
 LINKING = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),

@@ -16,6 +16,7 @@ import fastgen
 from drafters import drafted_by, told
 from engine_harness import random_prompt
 from fastgen import SamplingParams
+from fastgen.decoders.cpu.decoder import CpuDecoder
 from fastgen.decoders.plan import LoadOptions
 from fastgen.decoders.select import build_decoder, plan_decoder
 from fastgen.frontends.generator import open_model
@@ -154,6 +155,16 @@ def test_the_model_itself_is_always_right(
     assert told(found) == told(wanted)
     timings = [one.timings for one in found]
     assert all(0 < one.accepted_tokens == one.drafted_tokens for one in timings)
+
+
+def test_a_warmup_is_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[CpuDecoder] = []
+    monkeypatch.setattr(CpuDecoder, "warmup", lambda decoder: warmed.append(decoder))
+    with fastgen.load(
+        max_batch_size=1, max_seq_len=64, decoder="cpu", draft_model=fastgen.BUNDLED_MODEL
+    ) as model:
+        model.warmup()
+        assert warmed[0] is model.engine.decoder and len(set(warmed)) == 2
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])

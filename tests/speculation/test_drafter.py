@@ -64,6 +64,26 @@ def test_what_fails_for_one_row_ends_its_drafts_alone(
     drafter.close()
 
 
+def test_each_reason_of_a_failure_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """However many rows it fails for, and whatever the messages say."""
+
+    def function(token_ids: Any, most: int) -> Any:
+        [number] = token_ids
+        if number % 3 == 0:
+            raise KeyError(f"nothing known of {number}")
+        if number % 3 == 1:
+            raise KeyError(f"nothing at all of {number}")
+        return None
+
+    drafter = FunctionDrafter(function)
+    rows = [PlainRow([number]) for number in range(30)]
+    with caplog.at_level(logging.ERROR, logger="fastgen"):
+        for _ in range(2):
+            assert drafter.propose(rows, [4] * 30) == [Draft(())] * 30
+    kinds = [one.exc_info[0] for one in caplog.records if one.exc_info is not None]
+    assert kinds == [KeyError, KeyError, TypeError]
+
+
 def test_an_interrupt_is_nobodys_failure() -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt

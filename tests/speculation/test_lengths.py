@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen.speculation.acceptance import Acceptance
-from fastgen.speculation.costs import StepCosts
+from fastgen.speculation.costs import AskCosts, StepCosts
 from fastgen.speculation.lengths import choose_lengths, choose_rounds
 
 
@@ -26,6 +26,7 @@ def costs_of(seconds: Callable[[int], float]) -> StepCosts:
 
 FLAT = costs_of(lambda size: 1.0)
 LINEAR = costs_of(lambda size: float(size))
+LINEAR_OF_TEN = costs_of(lambda size: 1.0 + 0.1 * size)
 TILES = costs_of(lambda size: 1.0 + -(-size // 8))  # 8 rows a tile
 
 
@@ -80,10 +81,54 @@ def test_no_other_choice_gives_more_tokens_a_second(
     assert rate(chosen) >= best / 1.18
 
 
+def each(price: float) -> Callable[[int], float]:
+    return lambda num_tokens: price * num_tokens
+
+
 def test_a_drafter_that_takes_time_is_asked_for_less() -> None:
-    rounds = [choose_rounds([0.8], 16, 1, FLAT, price) for price in (0.0, 0.1, 0.4, 0.9)]
+    rounds = [choose_rounds([0.8], 16, 1, FLAT, each(price)) for price in (0.0, 0.1, 0.4, 0.9)]
     assert rounds[0] == 16 and rounds == sorted(rounds, reverse=True) and rounds[-1] == 0
     assert 1 <= rounds[2] <= 4
+
+
+def test_a_drafter_that_takes_time_once_is_asked_for_more_or_not_at_all() -> None:
+    def rounds(seconds: float) -> int:
+        return choose_rounds([0.8], 16, 1, LINEAR_OF_TEN, lambda _: seconds)
+
+    assert 1 <= rounds(0.0) < rounds(1.0) and rounds(9.0) == 0
+
+
+def test_a_drafter_that_seldom_has_a_draft_is_worth_less_time() -> None:
+    def rounds(answered: float) -> int:
+        return choose_rounds([0.9], 16, 1, LINEAR_OF_TEN, lambda _: 0.5, answered)
+
+    assert rounds(1.0) > 0 and rounds(0.1) == 0
+
+
+def test_the_time_of_an_answer_is_a_line() -> None:
+    costs = AskCosts()
+    assert not costs.is_measured and costs.seconds(5) == 0
+    costs.observe(8, 2.0)
+    assert costs.is_measured and costs.seconds(8) == pytest.approx(2.0)
+    assert costs.seconds(4) == pytest.approx(1.0), "as long as nothing else is known"
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        size = int(rng.integers(1, 16))
+        costs.observe(size, (1.0 + 0.1 * size) * float(rng.uniform(0.98, 1.02)))
+    assert [costs.seconds(n) for n in (1, 8, 16)] == pytest.approx([1.1, 1.8, 2.6], rel=0.2)
+    before = costs.seconds(8)
+    costs.observe(8, 10_000.0)
+    assert costs.seconds(8) < 2 * before, "what was held up counts little"
+
+
+@given(times=st.lists(st.tuples(st.integers(1, 32), st.floats(0.0, 1e3)), min_size=1, max_size=30))
+def test_no_answer_takes_less_than_nothing(times: list[tuple[int, float]]) -> None:
+    costs = AskCosts()
+    for size, seconds in times:
+        costs.observe(size, seconds)
+    found = [costs.seconds(size) for size in range(1, 33)]
+    assert found == sorted(found) and found[0] >= 0
+    assert found[-1] <= 32.001 * max(seconds for _, seconds in times)
 
 
 def test_without_a_table_each_token_costs_a_little_more() -> None:
