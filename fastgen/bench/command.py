@@ -20,6 +20,7 @@ from fastgen.bench.shapes import SHAPES, save_checkpoint
 from fastgen.decoders.plan import LoadOptions
 from fastgen.sampling.options import FILTERS
 from fastgen.sampling.params import SamplingParams
+from fastgen.speculation.choose import check_choice
 
 PEERS = tuple(name for name in INSTALL if name != "fastgen")
 _SAMPLING = (
@@ -101,6 +102,7 @@ def _run_of(arguments: argparse.Namespace, scratch: Path) -> Run:
     if arguments.compare is not None and arguments.sampling != {"temperature": 0}:
         raise ValueError("--compare is greedy: leave --sampling out")
     speculate = arguments.speculate or ("off" if arguments.draft_model is None else "auto")
+    check_choice(speculate, has_draft_model=arguments.draft_model is not None)
     if arguments.compare is not None and speculate != "off":
         raise ValueError(
             "--compare decodes one token a step: leave --speculate and --draft-model out"

@@ -100,7 +100,9 @@ class Speculation:
         try:
             return plan_decoder(draft, options)
         except ValueError as error:
-            raise wrong_draft(str(error)) from error
+            whole = self.options.max_memory
+            less = "" if left is None else f"the model leaves {left} MB of max_memory={whole} MB; "
+            raise wrong_draft(f"{less}{error}") from error
 
     def has_suffix(self, target: DecoderPlan) -> bool:
         """Whether the text guesses: where it is not asked for by name, it does where no token can

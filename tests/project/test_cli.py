@@ -164,6 +164,8 @@ def test_info_says_who_guesses(variant: Callable[[str], Path]) -> None:
         (["generate", "--best-of", "2", "-n", "3", "x"], "best_of=2 is less than n=3"),
         (["info", "--dtype", "int3"], "dtype must be one of"),
         (["generate", "--speculate", "yes", "x"], "speculate must be one of auto, suffix, off"),
+        (["bench", "--speculate", "yes"], "speculate must be one of auto, suffix, off"),
+        (["bench", "--speculate", "off", "--draft-model", "x"], "draft_model: speculate='off'"),
         (["generate", "--draft-model", "./nowhere", "x"], "./nowhere: no such folder"),
         (
             ["generate", "--speculate", "off", "--draft-model", "./nowhere", "x"],

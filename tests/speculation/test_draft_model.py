@@ -193,5 +193,8 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_a_draft_model_that_does_not_fit_says_so_and_leaves_nothing() -> None:
     with fastgen.load(max_batch_size=1) as model:
         used = -(-model.plan.memory.total // 2**20)
-    with pytest.raises(ValueError, match=r"draft_model: one context of .* tokens needs"):
+    refused = (
+        rf"draft_model: the model leaves 1 MB of max_memory={used + 1} MB; one context of .* needs"
+    )
+    with pytest.raises(ValueError, match=refused):
         fastgen.load(max_batch_size=1, max_memory=used + 1, draft_model=fastgen.BUNDLED_MODEL)
