@@ -28,7 +28,7 @@ constexpr int kNumArithmetics = 5;
 
 enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSigmoid, kSilu, kTanh };
 
-// Values of a step, bytes of a step, bytes of an input value.
+// Values of a step, bytes of a step, bytes of an input value at most.
 struct StepShape {
   int values, bytes, input_bytes;
 };
@@ -46,7 +46,7 @@ constexpr StepShape step_shape(Arithmetic arithmetic) {
     case Arithmetic::kInt8:
       break;
   }
-  return {4, 4 * kPanel, 1};
+  return {4, 4 * kPanel, 2};
 }
 
 constexpr int num_steps(Arithmetic arithmetic, int inputs) {
@@ -104,7 +104,7 @@ struct DecoderKernels {
                      int count, float* normed);
   void (*add)(const float* values, int count, float* sums);  // sums += values
   void (*round_bfloat16)(const float* values, int count, std::uint16_t* rounded);
-  // codes of values[i] * factors[i]
+  // codes of values[i] * factors[i], as the path's tile of kInt8 takes them
   RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
 
   // Scores (rows, 32) of a tile's queries for a block of keys, of which the first query sees
@@ -121,6 +121,13 @@ struct DecoderKernels {
 
 // One for each instruction set, in files of their own; all but the first are for x86-64 only.
 extern const DecoderKernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+
+// Of paths that differ from another one in int8 products alone.
+struct Int8Kernels {
+  Tile tile;
+  RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
+};
+extern const Int8Kernels kAvxVnniKernels, kAvx512VnniKernels;
 
 // Those of the path that chosen_instruction_set() names.
 const DecoderKernels& decoder_kernels(const std::string& name);
