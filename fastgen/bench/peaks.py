@@ -1,10 +1,11 @@
 """The machine's peaks: bytes read and multiply-adds a second, measured in C++.
 
 Reading: each thread its own buffer, with the widest loads; the fastest of a few simple ways is
-chosen once. Multiply-adds: independent chains in registers alone, in float32, bfloat16 and int8,
-by the instructions of one path of the decoder (the one that FASTGEN_ISA chooses, or another), which
-are named; matrix units (AMX) are left out. A measurement takes about 60 milliseconds, so that it can stand between those that it is
-to judge.
+chosen once. Multiply-adds: independent chains in registers alone, in float32, bfloat16 and int8, by
+the instructions of one path of the decoder (the one that FASTGEN_ISA chooses, or another), which
+are named; matrix units (AMX) are left out. What a kernel does once for several rows, as widening
+weights, is not counted. A measurement takes about 60 milliseconds, so that it can stand between
+those that it is to judge.
 """
 
 from __future__ import annotations
