@@ -112,14 +112,15 @@ inline bool is_intel() {
 #endif
 }
 
-// The path of products of bfloat16: as chosen above, except that vdpbf16ps is used on Intel's only
-// when FASTGEN_ISA asks for it: it is slower there than float32 (benchmarks/LOG.md).
+// The path of decoders with products of bfloat16, be it in attention alone: as chosen above, except
+// that vdpbf16ps is used on Intel's only when FASTGEN_ISA asks for it: it is slower there than
+// float32 (benchmarks/LOG.md).
 inline std::string bfloat16_instruction_set() {
   const std::string chosen = chosen_instruction_set();
   const char* const asked = std::getenv("FASTGEN_ISA");
   const bool is_asked = asked != nullptr && *asked != '\0';
   const bool is_slow = chosen == "avx512_bf16" && is_intel();
-  return is_slow && !is_asked ? "avx512" : chosen;
+  return is_slow && !is_asked ? "avx512_vnni" : chosen;
 }
 
 }  // namespace fastgen
