@@ -82,7 +82,7 @@ DecoderShape shape_of(const py::dict& given) {
 }
 
 const DecoderKernels& kernels_for(const DecoderShape& shape) {
-  const bool bfloat16 = shape.linear == Arithmetic::kBFloat16;
+  const bool bfloat16 = shape.attention == Arithmetic::kBFloat16;  // matrices of it come with that
   return decoder_kernels(bfloat16 ? bfloat16_instruction_set() : chosen_instruction_set());
 }
 
@@ -361,7 +361,7 @@ void bind_decoder(py::module_& module) {
              "Paths that FASTGEN_ISA can choose here, the best first.");
   module.def("chosen_instruction_set", &chosen_instruction_set, "The one that is taken.");
   module.def("bfloat16_instruction_set", &bfloat16_instruction_set,
-             "The one that a decoder takes whose products are of bfloat16.");
+             "The one that a decoder takes that has products of bfloat16, be it in attention.");
 }
 
 }  // namespace fastgen

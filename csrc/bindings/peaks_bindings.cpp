@@ -4,11 +4,13 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "common/cpu_features.h"
 #include "peaks/peaks.h"
 
 namespace py = pybind11;
@@ -62,20 +64,32 @@ class CheckedPeakBuffers {
   PeakBuffers buffers_;
 };
 
-std::vector<std::pair<std::string, int>> multipliers() {
+// One of instruction_sets(); the best for "".
+std::string checked_path(const std::string& path) {
+  const std::vector<std::string> paths = instruction_sets();
+  if (path.empty()) return paths.front();
+  if (std::find(paths.begin(), paths.end(), path) == paths.end()) {
+    throw py::value_error("path: this processor has no " + path);
+  }
+  return path;
+}
+
+std::vector<std::pair<std::string, int>> multipliers(const std::string& path) {
   std::vector<std::pair<std::string, int>> found;
-  for (const PeakMultiplier& multiplier : peak_multipliers()) {
+  for (const PeakMultiplier& multiplier : peak_multipliers(checked_path(path))) {
     found.emplace_back(multiplier.how, multiplier.macs);
   }
   return found;
 }
 
-double checked_multiply_seconds(Cores cores, int kind, std::int64_t rounds) {
+double checked_multiply_seconds(Cores cores, int kind, std::int64_t rounds,
+                                const std::string& path) {
   if (kind < 0 || kind >= kNumPeakMultipliers) throw py::value_error("kind: there is no such");
   cores = checked_cores(std::move(cores));
   checked_count("rounds", rounds);
+  const PeakMultiplier multiplier = peak_multipliers(checked_path(path))[kind];
   const py::gil_scoped_release released;
-  return multiply_seconds(cores, peak_multipliers()[kind], rounds);
+  return multiply_seconds(cores, multiplier, rounds);
 }
 
 }  // namespace
@@ -91,13 +105,14 @@ void bind_peaks(py::module_& module) {
       .def("read_seconds", &Buffers::read_seconds, py::arg("reader"), py::arg("times"),
            "Seconds in which all threads read their buffers `times` times, in the way of that "
            "index. Releases the GIL.");
-  module.def("multipliers", &multipliers,
-             "How multiply-adds of float32, bfloat16 and int8 are made here at best, by name, and "
-             "how many each thread makes in a round.");
-  module.def("multiply_seconds", &checked_multiply_seconds, py::arg("cores"), py::arg("kind"),
-             py::arg("rounds"),
-             "Seconds in which a thread on each core makes `rounds` rounds of the multiplier of "
-             "that index. Releases the GIL.");
+  module.def("multipliers", &multipliers, py::arg("path") = "",
+             "How a path (one of instruction_sets(), the best without one) makes multiply-adds of "
+             "float32, bfloat16 and int8, by name, and how many each thread makes in a round.");
+  module.def(
+      "multiply_seconds", &checked_multiply_seconds, py::arg("cores"), py::arg("kind"),
+      py::arg("rounds"), py::arg("path") = "",
+      "Seconds in which a thread on each core makes `rounds` rounds of the path's multiplier "
+      "of that index. Releases the GIL.");
 }
 
 }  // namespace fastgen

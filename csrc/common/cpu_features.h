@@ -9,9 +9,23 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define FASTGEN_KNOWS_AVX_VNNI  // of this compiler; the processor is asked at run time
+#endif
 #endif
 
 namespace fastgen {
+
+#if defined(__x86_64__)
+
+// For which clang 14 knows no name.
+inline bool has_avx_vnni_bit() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kAvxVnni = 1 << 4;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnni) != 0;
+}
+
+#endif
 
 // By the names that Linux gives them.
 inline std::vector<std::string> cpu_features() {
@@ -19,6 +33,7 @@ inline std::vector<std::string> cpu_features() {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
   if (__builtin_cpu_supports("avx2")) names.emplace_back("avx2");
   if (__builtin_cpu_supports("fma")) names.emplace_back("fma");
+  if (__builtin_cpu_supports("avx2") && has_avx_vnni_bit()) names.emplace_back("avx_vnni");
   if (__builtin_cpu_supports("avx512f")) names.emplace_back("avx512f");
   if (__builtin_cpu_supports("avx512vnni")) names.emplace_back("avx512_vnni");
   if (__builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512_bf16");
@@ -45,9 +60,16 @@ inline bool has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
 
-inline bool has_avx512_bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512bf16");
+inline bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+inline bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+inline bool has_avx_vnni() {
+#if defined(FASTGEN_KNOWS_AVX_VNNI)
+  return has_avx2() && has_avx_vnni_bit();
+#else
+  return false;
+#endif
 }
 
 #endif
@@ -57,7 +79,9 @@ inline std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
 #if defined(__x86_64__)
   if (has_avx512_bf16()) names.emplace_back("avx512_bf16");  // and VNNI
+  if (has_avx512_vnni()) names.emplace_back("avx512_vnni");
   if (has_avx512()) names.emplace_back("avx512");
+  if (has_avx_vnni()) names.emplace_back("avx_vnni");
   if (has_avx2()) names.emplace_back("avx2");
 #endif
   names.emplace_back("portable");
@@ -88,14 +112,15 @@ inline bool is_intel() {
 #endif
 }
 
-// The path of products of bfloat16: as chosen above, except that vdpbf16ps is used on Intel's only
-// when FASTGEN_ISA asks for it: it is slower there than float32 (benchmarks/LOG.md).
+// The path of decoders with products of bfloat16, be it in attention alone: as chosen above, except
+// that vdpbf16ps is used on Intel's only when FASTGEN_ISA asks for it: it is slower there than
+// float32 (benchmarks/LOG.md).
 inline std::string bfloat16_instruction_set() {
   const std::string chosen = chosen_instruction_set();
   const char* const asked = std::getenv("FASTGEN_ISA");
   const bool is_asked = asked != nullptr && *asked != '\0';
   const bool is_slow = chosen == "avx512_bf16" && is_intel();
-  return is_slow && !is_asked ? "avx512" : chosen;
+  return is_slow && !is_asked ? "avx512_vnni" : chosen;
 }
 
 }  // namespace fastgen

@@ -108,7 +108,7 @@ struct DecoderKernels {
   void (*round_bfloat16)(const float* values, int count, std::uint16_t* rounded);
   // values as inputs of kBFloat16's tile; `inputs` may be `values` where both are floats
   void (*round_bfloat16_inputs)(const float* values, int count, void* inputs);
-  // codes of values[i] * factors[i]
+  // codes of values[i] * factors[i], as the path's tile of kInt8 takes them
   RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
 
   // Scores (rows, 32) of a tile's queries for a block of keys, of which the first query sees
@@ -125,6 +125,13 @@ struct DecoderKernels {
 
 // One for each instruction set, in files of their own; all but the first are for x86-64 only.
 extern const DecoderKernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+
+// Of paths that differ from another one in int8 products alone.
+struct Int8Kernels {
+  Tile tile;
+  RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
+};
+extern const Int8Kernels kAvxVnniKernels, kAvx512VnniKernels;
 
 // Those of the path that chosen_instruction_set() names.
 const DecoderKernels& decoder_kernels(const std::string& name);

@@ -10,6 +10,7 @@
 #define FASTGEN_BYTES 64
 #define FASTGEN_SUMS 24
 #define FASTGEN_DOTS 3
+#define FASTGEN_VNNI
 #include "decoder/decoder_kernels.inc"
 
 namespace fastgen {

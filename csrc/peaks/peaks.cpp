@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -15,10 +16,6 @@
 #endif
 #if defined(__linux__)
 #include <sched.h>
-#endif
-
-#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define FASTGEN_KNOWS_AVX_VNNI  // of this compiler; the processor is asked at run time
 #endif
 
 namespace fastgen {
@@ -203,40 +200,49 @@ typedef float FourFloats __attribute__((vector_size(16)));
 
 #define FASTGEN_ISA avx2_int8
 #define FASTGEN_TARGET __attribute__((target("avx2")))
-#define FASTGEN_HOW "AVX2 vpmaddubsw, vpmaddwd, vpaddd"
+#define FASTGEN_HOW "AVX2 vpsignb, vpmaddubsw, vpmaddwd, vpaddd"
 #define FASTGEN_MACS 32
 #define FASTGEN_SUM __m256i
 #define FASTGEN_OPERAND __m256i
 #define FASTGEN_FACTOR _mm256_set1_epi8(1)
-#define FASTGEN_ADD(sum, a, b) \
-  _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)))
+#define FASTGEN_ADD(sum, a, b)                                                             \
+  _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_sign_epi8(b, a)), \
+                                          _mm256_set1_epi16(1)))
 #define FASTGEN_CHAINS 10
 #include "peaks/peak_multiplier.inc"
 
-// For which clang 14 knows no name.
-[[maybe_unused]] bool has_avx_vnni() {
-  unsigned eax, ebx, ecx, edx;
-  constexpr unsigned kAvxVnni = 1 << 4;
-  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 &&
-         (eax & kAvxVnni) != 0;
+// Without what widens the weights, once for all rows of a tile.
+#define FASTGEN_ISA avx512_int16
+#define FASTGEN_TARGET __attribute__((target("avx512f,avx512bw")))
+#define FASTGEN_HOW "AVX-512 vpmaddwd, vpaddd"
+#define FASTGEN_MACS 64
+#define FASTGEN_SUM __m512i
+#define FASTGEN_OPERAND __m512i
+#define FASTGEN_FACTOR _mm512_set1_epi16(1)
+#define FASTGEN_ADD(sum, a, b) \
+  _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_madd_epi16(a, b)), _mm512_madd_epi16(a, a))
+#define FASTGEN_CHAINS 16
+#include "peaks/peak_multiplier.inc"
+
+PeakMultiplier float32_multiplier(const std::string& path) {
+  if (path == "avx512" || path == "avx512_vnni" || path == "avx512_bf16") {
+    return avx512_float32::kMultiplier;
+  }
+  return path == "avx2" || path == "avx_vnni" ? avx2_float32::kMultiplier : portable::kMultiplier;
 }
 
-PeakMultiplier float32_multiplier() {
-  if (has_avx512()) return avx512_float32::kMultiplier;
-  return has_avx2() ? avx2_float32::kMultiplier : portable::kMultiplier;
+PeakMultiplier bfloat16_multiplier(const std::string& path) {
+  if (path == "avx512_bf16") return avx512_bfloat16::kMultiplier;
+  return float32_multiplier(path);  // to which it is widened
 }
 
-PeakMultiplier bfloat16_multiplier() {
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16")) return avx512_bfloat16::kMultiplier;
-  return float32_multiplier();  // to which it would have to be widened
-}
-
-PeakMultiplier int8_multiplier() {
-  if (has_avx512() && __builtin_cpu_supports("avx512vnni")) return avx512_int8::kMultiplier;
+PeakMultiplier int8_multiplier(const std::string& path) {
+  if (path == "avx512_vnni" || path == "avx512_bf16") return avx512_int8::kMultiplier;
+  if (path == "avx512") return avx512_int16::kMultiplier;
 #if defined(FASTGEN_KNOWS_AVX_VNNI)
-  if (has_avx_vnni()) return avx_vnni_int8::kMultiplier;
+  if (path == "avx_vnni") return avx_vnni_int8::kMultiplier;
 #endif
-  return has_avx2() ? avx2_int8::kMultiplier : portable::kMultiplier;
+  return path == "avx2" ? avx2_int8::kMultiplier : portable::kMultiplier;
 }
 
 #endif
@@ -251,9 +257,10 @@ const std::array<PeakReader, kNumPeakReaders>& peak_readers() {
   return portable::kReaders;
 }
 
-std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers() {
+std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers(
+    [[maybe_unused]] const std::string& path) {
 #if defined(__x86_64__)
-  return {float32_multiplier(), bfloat16_multiplier(), int8_multiplier()};
+  return {float32_multiplier(path), bfloat16_multiplier(path), int8_multiplier(path)};
 #else
   return {portable::kMultiplier, portable::kMultiplier, portable::kMultiplier};
 #endif

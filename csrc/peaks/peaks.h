@@ -1,13 +1,15 @@
 // What this machine can do at most: bytes read, and multiply-adds made, by threads together.
 //
-// The best instructions of the processor are taken, whatever FASTGEN_ISA says: a limit is the
-// machine's, not the decoder's. Each thread is held on its core, where the system does that.
+// Memory is read with the best instructions of the processor. Numbers are multiplied with those of
+// a path, as its kernels do (decoder_dots.inc). Each thread is held on its core, where the system
+// does that.
 
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "common/arena.h"
@@ -49,8 +51,8 @@ struct PeakMultiplier {
 
 constexpr int kNumPeakMultipliers = 3;
 
-// Of float32, bfloat16 and int8: the fastest that this processor has.
-std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers();
+// Of float32, bfloat16 and int8: what a path, one of instruction_sets(), multiplies with.
+std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers(const std::string& path);
 
 // Seconds in which a thread on each core makes `rounds` rounds.
 double multiply_seconds(const std::vector<int>& cores, const PeakMultiplier& multiplier,

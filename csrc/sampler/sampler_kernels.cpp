@@ -30,8 +30,8 @@ namespace {
 
 const SamplerKernels& sampler_kernels(const std::string& name) {
 #if defined(__x86_64__)
-  if (name == "avx512" || name == "avx512_bf16") return avx512::kKernels;
-  if (name == "avx2") return avx2::kKernels;
+  if (name == "avx512" || name == "avx512_vnni" || name == "avx512_bf16") return avx512::kKernels;
+  if (name == "avx2" || name == "avx_vnni") return avx2::kKernels;
 #endif
   return portable::kKernels;
 }

@@ -14,6 +14,7 @@ _SWITCHES = {  # of the environment, and the value that changes nothing
     "FASTGEN_PDL": "1",
     "TRITON_INTERPRET": "0",
 }
+_DOT_PRODUCTS = ("avx512_bf16", "avx512_vnni", "avx_vnni")  # paths with one instruction for int8
 
 
 def fallbacks(plan: DecoderPlan, options: LoadOptions) -> list[str]:
@@ -48,10 +49,9 @@ def notes(plan: DecoderPlan) -> list[str]:
     """What limits this model here and is nobody's mistake."""
     if plan.decoder != "cpu" or native is None:
         return []
-    has = native.cpu_features()
     found = []
     if plan.weights == "bfloat16" and native.bfloat16_instruction_set() != "avx512_bf16":
         found.append("products of bfloat16 are widened and made in float32 on this processor")
-    if plan.weights == "int8" and "avx512_vnni" not in has:
-        found.append("this processor has no VNNI: products of 8 bits take several instructions")
+    if plan.weights == "int8" and native.chosen_instruction_set() not in _DOT_PRODUCTS:
+        found.append("products of 8 bits take several instructions: there is no VNNI on this path")
     return found

@@ -1,10 +1,11 @@
 """The machine's peaks: bytes read and multiply-adds a second, measured in C++.
 
 Reading: each thread its own buffer, with the widest loads; the fastest of a few simple ways is
-chosen once. Multiply-adds: independent chains in registers alone, in float32, bfloat16 and int8,
-by the fastest instruction that can be used for the kind, which is named; matrix units (AMX) are
-left out. A measurement takes about 60 milliseconds, so that it can stand between those that it is
-to judge.
+chosen once. Multiply-adds: independent chains in registers alone, in float32, bfloat16 and int8, by
+the instructions of one path of the decoder (the one that FASTGEN_ISA chooses, or another), which
+are named; matrix units (AMX) are left out. What a kernel does once for several rows, as widening
+weights, is not counted. A measurement takes about 60 milliseconds, so that it can stand between
+those that it is to judge.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastgen.bench.interleave import interleave_calls, median
 from fastgen.native import native
 
 KINDS = ("float32", "bfloat16", "int8")  # of multiply-adds
+_WAYS = {"float32": (0,), "bfloat16": (0, 1), "int8": (2,)}  # by index in KINDS
 
 _SECONDS = 0.06  # of one measurement
 _TRIED_BYTES = 64_000_000  # read at least, to compare ways of reading: some milliseconds
@@ -52,11 +54,12 @@ class Peaks:
 
     `read_bytes` is what all threads together read in one pass, over and over: caches that hold that
     much are what is measured, as they are what a model of that size is read from. Each thread reads
-    64 KB at least. Raises MemoryError where there is not so much memory, and RuntimeError without
-    the C++ extension.
+    64 KB at least. `path`, one of native.instruction_sets(), is whose instructions multiply; the
+    one that decoders take without it. Raises MemoryError where there is not so much memory,
+    ValueError for a path that this processor lacks, and RuntimeError without the C++ extension.
     """
 
-    def __init__(self, num_threads: int, read_bytes: int) -> None:
+    def __init__(self, num_threads: int, read_bytes: int, path: str = "") -> None:
         if native is None:
             raise RuntimeError(
                 "the machine's limits are measured by fastgen's C++ extension, which was not "
@@ -64,6 +67,8 @@ class Peaks:
             )
         if num_threads < 1:
             raise ValueError("num_threads: must be at least 1")
+        self._path = path or native.chosen_instruction_set()
+        native.multipliers(self._path)
         usable = _usable_cores()
         self._cores = [usable[thread % len(usable)] for thread in range(num_threads)]
         bytes_each = max(_LEAST_BYTES, read_bytes // num_threads // _PAGE * _PAGE)
@@ -92,14 +97,17 @@ class Peaks:
         return Peak(how, float(times * self._pass_bytes), read)
 
     def multiply_add(self, kind: str) -> Peak:
-        """Multiply-adds of numbers of one of KINDS: its own instruction's, or those of a wider
-        kind, to which they could be widened, where that is faster (Intel's vdpbf16ps is not)."""
-        ways = [self._multiply(index) for index in range(KINDS.index(kind) + 1)]
+        """Multiply-adds of numbers of one of KINDS (others raise ValueError): by its own
+        instruction; bfloat16's also widened to float32, where that is faster (Intel's vdpbf16ps is
+        slower)."""
+        if kind not in _WAYS:
+            raise ValueError(f"kind: {kind!r} is none of {', '.join(KINDS)}")
+        ways = [self._multiply(index) for index in _WAYS[kind]]
         return max(ways, key=lambda way: median(way.measure() for _ in range(3)))
 
     def _multiply(self, index: int) -> Peak:
-        how, macs = native.multipliers()[index]
-        run = partial(native.multiply_seconds, self._cores, index)
+        how, macs = native.multipliers(self._path)[index]
+        run = partial(native.multiply_seconds, self._cores, index, path=self._path)
         run(_TRIED_ROUNDS)
         seconds = median(run(_TRIED_ROUNDS) for _ in range(3)) / _TRIED_ROUNDS
         rounds = max(1, round(_SECONDS / seconds))

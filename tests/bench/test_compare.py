@@ -21,6 +21,7 @@ import transformers
 from PIL import Image
 
 import fastgen
+from cpu_decoders import INSTRUCTION_SETS, instruction_set
 from fastgen.bench import command, compare, fallbacks, peer_process
 from fastgen.bench.compare import Comparison, agreement, records, verdict
 from fastgen.bench.peer_process import Generated, PeerError
@@ -182,6 +183,16 @@ def test_fallbacks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fallbacks, "native", None)
     [why] = fallbacks.fallbacks(torch_plan, asked)
     assert "C++ extension was not built" in why
+
+
+@pytest.mark.parametrize("path", INSTRUCTION_SETS)
+def test_notes_on_int8(path: str, tiny: Path) -> None:
+    """They say so where a path needs several instructions for a product."""
+    plan = plan_decoder(open_checkpoint(tiny), LoadOptions(decoder="cpu", quantize="int8"))
+    with instruction_set(path):
+        found = fallbacks.notes(plan)
+    has_vnni = path in ("avx512_bf16", "avx512_vnni", "avx_vnni")
+    assert any("products of 8 bits" in note for note in found) == (not has_vnni)
 
 
 def test_a_peer_may_part_only_where_two_tokens_are_all_but_equal() -> None:

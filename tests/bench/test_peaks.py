@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import processes
+from cpu_decoders import INSTRUCTION_SETS, instruction_set
 from fastgen.bench import peaks
 from fastgen.bench.peaks import KINDS, Peak, Peaks
 from fastgen.native import native
@@ -20,9 +24,10 @@ HOWS = {  # the features, by Linux' names, that each way of multiplying needs
     "AVX-512 FMA": {"avx512f"},
     "AVX-512 vdpbf16ps": {"avx512f", "avx512_bf16"},
     "AVX-512 vpdpbusd": {"avx512f", "avx512_vnni"},
-    "AVX vpdpbusd": {"avx2"},
+    "AVX-512 vpmaddwd, vpaddd": {"avx512f"},
+    "AVX vpdpbusd": {"avx2", "avx_vnni"},
     "AVX2 FMA": {"avx2", "fma"},
-    "AVX2 vpmaddubsw, vpmaddwd, vpaddd": {"avx2"},
+    "AVX2 vpsignb, vpmaddubsw, vpmaddwd, vpaddd": {"avx2"},
     "NEON multiply and add": {"neon"},
     "plain multiply and add": set(),
 }
@@ -77,8 +82,10 @@ def test_read(num_threads: int, read_bytes: int, bytes_each: int, brief: None) -
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_multiply_add(kind: str, num_threads: int, brief: None) -> None:
-    """Its own instruction's, or those of a wider kind."""
-    ways = dict(native.multipliers()[: KINDS.index(kind) + 1])
+    """Its own instruction's; bfloat16's may be float32's."""
+    path = native.chosen_instruction_set()
+    found = dict(zip(KINDS, native.multipliers(path), strict=True))
+    ways = dict([found[kind]] if kind != "bfloat16" else [found["float32"], found[kind]])
     with Peaks(num_threads, 0) as machine:
         peak = machine.multiply_add(kind)
     assert peak.amount > 0 and peak.amount % (ways[peak.how] * num_threads) == 0
@@ -96,18 +103,46 @@ def test_every_reader_reads() -> None:
         assert is_positive(buffers.read_seconds(reader, 3))
 
 
-def test_multipliers_fit_the_processor() -> None:
-    found, has = native.multipliers(), set(native.cpu_features())
+@pytest.mark.parametrize("path", INSTRUCTION_SETS)
+def test_multipliers_are_a_paths_own(path: str) -> None:
+    found, has = native.multipliers(path), set(native.cpu_features())
     assert len(found) == len(KINDS)
     for how, macs in found:
         assert HOWS[how] <= has and macs > 0
     (float32, _), (bfloat16, _), (int8, _) = found
-    assert (float32 == "AVX-512 FMA") == ("avx512f" in has)
-    assert (bfloat16 == "AVX-512 vdpbf16ps") == ({"avx512f", "avx512_bf16"} <= has)
-    assert (int8 == "AVX-512 vpdpbusd") == ({"avx512f", "avx512_vnni"} <= has)
+    assert (float32 == "AVX-512 FMA") == path.startswith("avx512")
+    assert (bfloat16 == "AVX-512 vdpbf16ps") == (path == "avx512_bf16")
+    assert ("vpdpbusd" in int8) == (path in ("avx512_bf16", "avx512_vnni", "avx_vnni"))
+    assert ("vpmaddwd" in int8) == (path in ("avx512", "avx2"))
 
 
-def test_the_limits_are_the_processors_own_whatever_the_decoder_is_told() -> None:
+@pytest.mark.parametrize("path", INSTRUCTION_SETS)
+def test_peaks_are_those_of_the_path_that_decoders_take(path: str, brief: None) -> None:
+    with instruction_set(path), Peaks(1, 0) as machine:
+        how = machine.multiply_add("int8").how
+    assert how == native.multipliers(path)[KINDS.index("int8")][0]
+    with Peaks(1, 0, path) as machine:
+        assert machine.multiply_add("int8").how == how
+
+
+def test_a_path_that_the_processor_lacks() -> None:
+    for call in (lambda: native.multipliers("sse17"), lambda: Peaks(1, 0, "sse17")):
+        with pytest.raises(ValueError, match="sse17"):
+            call()
+    with pytest.raises(ValueError, match="sse17"):
+        native.multiply_seconds([0], 0, 1, path="sse17")
+
+
+def test_features_have_linux_names() -> None:
+    """What an older kernel does not know, it leaves out."""
+    if not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64":
+        pytest.skip("no list of an x86 processor's features here")
+    flags = re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    known = {"avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16"}
+    assert known & set(flags[0].split()) <= set(native.cpu_features()) <= known
+
+
+def test_unnamed_multipliers_are_the_processors_best_whatever_the_decoder_is_told() -> None:
     code = "from fastgen.native import native; print(native.multipliers())"
     environment = {**os.environ, "FASTGEN_ISA": "portable"}
     command = [sys.executable, "-c", code]
