@@ -30,7 +30,8 @@ BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder
 INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels $(addprefix tests/decoders/test_, \
 	cuda_decoder.py cuda_warmup.py interface.py run_ahead.py)
 
-# ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16).
+# ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx512 or avx512_bf16; on Arm
+# portable, neon, neon_dotprod or neon_i8mm).
 ifdef ISA
 test test-all: export FASTGEN_ISA = $(ISA)
 endif

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include "common/arm_features.h"
 #endif
 
 namespace fastgen {
@@ -23,7 +25,7 @@ inline std::vector<std::string> cpu_features() {
   if (__builtin_cpu_supports("avx512vnni")) names.emplace_back("avx512_vnni");
   if (__builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512_bf16");
 #elif defined(__aarch64__)
-  names.emplace_back("neon");
+  names = arm_features();
 #endif
   return names;
 }
@@ -59,6 +61,8 @@ inline std::vector<std::string> instruction_sets() {
   if (has_avx512_bf16()) names.emplace_back("avx512_bf16");  // and VNNI
   if (has_avx512()) names.emplace_back("avx512");
   if (has_avx2()) names.emplace_back("avx2");
+#elif defined(__aarch64__)
+  names = arm_instruction_sets();
 #endif
   names.emplace_back("portable");
   return names;

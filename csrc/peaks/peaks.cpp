@@ -12,6 +12,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -239,6 +241,8 @@ PeakMultiplier int8_multiplier() {
   return has_avx2() ? avx2_int8::kMultiplier : portable::kMultiplier;
 }
 
+#elif defined(__aarch64__)
+#include "peaks/peak_multipliers_neon.inc"
 #endif
 
 }  // namespace
@@ -254,6 +258,9 @@ const std::array<PeakReader, kNumPeakReaders>& peak_readers() {
 std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers() {
 #if defined(__x86_64__)
   return {float32_multiplier(), bfloat16_multiplier(), int8_multiplier()};
+#elif defined(__aarch64__)
+  const std::string best = instruction_sets().front();
+  return {portable::kMultiplier, bfloat16_multiplier(best), int8_multiplier(best)};
 #else
   return {portable::kMultiplier, portable::kMultiplier, portable::kMultiplier};
 #endif

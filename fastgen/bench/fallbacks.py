@@ -14,6 +14,8 @@ _SWITCHES = {  # of the environment, and the value that changes nothing
     "FASTGEN_PDL": "1",
     "TRITON_INTERPRET": "0",
 }
+_MULTIPLIES_BFLOAT16 = {"avx512_bf16", "neon_i8mm"}  # paths that take it as it is
+_MULTIPLIES_INT8 = {"avx512_vnni", "asimddp"}  # features: one instruction, four products a sum
 
 
 def fallbacks(plan: DecoderPlan, options: LoadOptions) -> list[str]:
@@ -48,10 +50,13 @@ def notes(plan: DecoderPlan) -> list[str]:
     """What limits this model here and is nobody's mistake."""
     if plan.decoder != "cpu" or native is None:
         return []
-    has = native.cpu_features()
+    has = set(native.cpu_features())
     found = []
-    if plan.weights == "bfloat16" and native.bfloat16_instruction_set() != "avx512_bf16":
+    if plan.weights == "bfloat16" and native.bfloat16_instruction_set() not in _MULTIPLIES_BFLOAT16:
         found.append("products of bfloat16 are widened and made in float32 on this processor")
-    if plan.weights == "int8" and "avx512_vnni" not in has:
-        found.append("this processor has no VNNI: products of 8 bits take several instructions")
+    if plan.weights == "int8" and not _MULTIPLIES_INT8 & has:
+        found.append(
+            "this processor has no dot products of 8 bits (VNNI, DotProd): each takes several "
+            "instructions"
+        )
     return found

@@ -23,7 +23,11 @@ HOWS = {  # the features, by Linux' names, that each way of multiplying needs
     "AVX vpdpbusd": {"avx2"},
     "AVX2 FMA": {"avx2", "fma"},
     "AVX2 vpmaddubsw, vpmaddwd, vpaddd": {"avx2"},
-    "NEON multiply and add": {"neon"},
+    "NEON multiply and add": {"asimd"},
+    "NEON bfmlalb": {"asimd", "bf16"},
+    "NEON smmla": {"asimd", "i8mm"},
+    "NEON sdot": {"asimd", "asimddp"},
+    "NEON smull, addp, sadalp": {"asimd"},
     "plain multiply and add": set(),
 }
 
