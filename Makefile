@@ -31,7 +31,7 @@ INTERPRETED = TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels $(addp
 	cuda_decoder.py cuda_warmup.py interface.py run_ahead.py)
 
 # ISA=avx2: the path of the C++ parts that is tested (portable, avx2, avx_vnni, avx512, avx512_vnni or
-# avx512_bf16).
+# avx512_bf16; on Arm portable, neon, neon_dotprod or neon_i8mm).
 ifdef ISA
 test test-all: export FASTGEN_ISA = $(ISA)
 endif

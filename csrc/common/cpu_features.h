@@ -12,6 +12,8 @@
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define FASTGEN_KNOWS_AVX_VNNI  // of this compiler; the processor is asked at run time
 #endif
+#elif defined(__aarch64__)
+#include "common/arm_features.h"
 #endif
 
 namespace fastgen {
@@ -38,7 +40,7 @@ inline std::vector<std::string> cpu_features() {
   if (__builtin_cpu_supports("avx512vnni")) names.emplace_back("avx512_vnni");
   if (__builtin_cpu_supports("avx512bf16")) names.emplace_back("avx512_bf16");
 #elif defined(__aarch64__)
-  names.emplace_back("neon");
+  names = arm_features();
 #endif
   return names;
 }
@@ -83,6 +85,8 @@ inline std::vector<std::string> instruction_sets() {
   if (has_avx512()) names.emplace_back("avx512");
   if (has_avx_vnni()) names.emplace_back("avx_vnni");
   if (has_avx2()) names.emplace_back("avx2");
+#elif defined(__aarch64__)
+  names = arm_instruction_sets();
 #endif
   names.emplace_back("portable");
   return names;

@@ -29,6 +29,12 @@ const DecoderKernels& decoder_kernels(const std::string& name) {
   }
 #endif
   if (name == "avx2") return kAvx2Kernels;
+#elif defined(__aarch64__)
+#if FASTGEN_KNOWS_ARM_DOTS
+  if (name == "neon_i8mm") return kNeonI8mmKernels;
+  if (name == "neon_dotprod") return kNeonDotprodKernels;
+#endif
+  if (name == "neon") return kNeonKernels;
 #endif
   return kPortableKernels;
 }

@@ -22,7 +22,7 @@ enum class Arithmetic {
   kFloat16Weights,   // float16 weights, widened; float32 inputs
   kBFloat16Weights,  // bfloat16 weights, widened; float32 inputs
   kBFloat16,         // bfloat16 weights and inputs, float32 sums
-  kInt8,             // int8 weights, uint8 inputs, int32 sums
+  kInt8,             // int8 weights, uint8 (or int8: RowScale) inputs, int32 sums
 };
 constexpr int kNumArithmetics = 5;
 
@@ -55,7 +55,8 @@ constexpr int num_steps(Arithmetic arithmetic, int inputs) {
 
 constexpr int num_panels(int columns) { return (columns + kPanel - 1) / kPanel; }
 
-// A row of uint8 inputs: value = scale * (code - zero).
+// A row of 8-bit inputs: value = scale * (code - zero). Codes are uint8. A path that multiplies
+// int8 with int8 alone has int8 codes: code and zero are both 128 less, which changes no value.
 struct RowScale {
   float scale;
   std::int32_t zero;
@@ -123,8 +124,10 @@ struct DecoderKernels {
   void (*scale)(float factor, int count, float* values);
 };
 
-// One for each instruction set, in files of their own; all but the first are for x86-64 only.
+// One for each instruction set, in files of their own; those of the first line but kPortableKernels
+// are for x86-64 only.
 extern const DecoderKernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+extern const DecoderKernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;  // 64-bit Arm
 
 // Of paths that differ from another one in int8 products alone.
 struct Int8Kernels {

@@ -16,8 +16,16 @@ constexpr float kLargestCode = 127;
 constexpr float kLeastScale = 1e-30f;  // of a column of zeros
 
 constexpr int kChunk = 16;  // inputs that are read at a time: a cache line of a transposed matrix
-constexpr int kPanelsAtOnce = 4;         // whose columns are neighbours in memory
-constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: added and taken off, it rounds small numbers
+constexpr int kPanelsAtOnce = 4;      // whose columns are neighbours in memory
+constexpr float kCodeUnit = 0x1p24f;  // of what is rounded to a code
+
+// A number of kCodeUnits to the nearest whole one, ties to even. |code| <= 127: it fits an int32,
+// and what the conversion cuts off cannot decide. In whole numbers, since a product and a sum of
+// floats may be fused where there is an instruction for it: processors would pack other codes.
+std::int32_t code_of(float units) {
+  const auto number = static_cast<std::int32_t>(units);
+  return (number + 0x7fffff + (number >> 24 & 1)) >> 24;
+}
 
 struct Chunk {
   float values[kChunk][kPanel];  // by input and column; zeros beyond the matrix's edges
@@ -157,7 +165,7 @@ bool pack_int8(const PackedLinear& linear, const Source& source, const float* sm
       if (!std::isfinite(largest[panel - first][column])) return false;
       const float scale = std::max(largest[panel - first][column] / kLargestCode, kLeastScale);
       linear.scales[panel * kPanel + column] = scale;
-      inverse[panel - first][column] = 1 / scale;
+      inverse[panel - first][column] = 1 / scale * kCodeUnit;
     }
   }
   for_chunks(linear, source, first, last, [&](const Chunk& chunk, int input, int panel) {
@@ -166,8 +174,8 @@ bool pack_int8(const PackedLinear& linear, const Source& source, const float* sm
     for (int at = 0; at < values; ++at) {
       const float smooth = smooth_of(input + at);
       for (int column = 0; column < kPanel; ++column) {
-        const float exact = chunk.values[at][column] * smooth * inverse[panel - first][column];
-        const auto code = static_cast<std::int32_t>(exact + kRounder - kRounder);
+        const std::int32_t code =
+            code_of(chunk.values[at][column] * smooth * inverse[panel - first][column]);
         to[(at / 4 * kPanel + column) * 4 + at % 4] = static_cast<std::int8_t>(code);
         sums[panel - first][column] += code;
       }

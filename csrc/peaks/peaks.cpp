@@ -13,6 +13,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #if defined(__linux__)
 #include <sched.h>
@@ -245,6 +247,8 @@ PeakMultiplier int8_multiplier(const std::string& path) {
   return path == "avx2" ? avx2_int8::kMultiplier : portable::kMultiplier;
 }
 
+#elif defined(__aarch64__)
+#include "peaks/peak_multipliers_neon.inc"
 #endif
 
 }  // namespace
@@ -261,6 +265,8 @@ std::array<PeakMultiplier, kNumPeakMultipliers> peak_multipliers(
     [[maybe_unused]] const std::string& path) {
 #if defined(__x86_64__)
   return {float32_multiplier(path), bfloat16_multiplier(path), int8_multiplier(path)};
+#elif defined(__aarch64__)
+  return {portable::kMultiplier, bfloat16_multiplier(path), int8_multiplier(path)};
 #else
   return {portable::kMultiplier, portable::kMultiplier, portable::kMultiplier};
 #endif

@@ -28,7 +28,7 @@ namespace {
 
 }  // namespace
 
-const SamplerKernels& sampler_kernels(const std::string& name) {
+const SamplerKernels& sampler_kernels([[maybe_unused]] const std::string& name) {
 #if defined(__x86_64__)
   if (name == "avx512" || name == "avx512_vnni" || name == "avx512_bf16") return avx512::kKernels;
   if (name == "avx2" || name == "avx_vnni") return avx2::kKernels;

@@ -14,7 +14,9 @@ _SWITCHES = {  # of the environment, and the value that changes nothing
     "FASTGEN_PDL": "1",
     "TRITON_INTERPRET": "0",
 }
-_DOT_PRODUCTS = ("avx512_bf16", "avx512_vnni", "avx_vnni")  # paths with one instruction for int8
+_MULTIPLIES_BFLOAT16 = ("avx512_bf16", "neon_i8mm")  # paths that take it as it is
+# Paths with one instruction for four products of int8 and their sum.
+_DOT_PRODUCTS = ("avx512_bf16", "avx512_vnni", "avx_vnni", "neon_dotprod", "neon_i8mm")
 
 
 def fallbacks(plan: DecoderPlan, options: LoadOptions) -> list[str]:
@@ -50,8 +52,11 @@ def notes(plan: DecoderPlan) -> list[str]:
     if plan.decoder != "cpu" or native is None:
         return []
     found = []
-    if plan.weights == "bfloat16" and native.bfloat16_instruction_set() != "avx512_bf16":
+    if plan.weights == "bfloat16" and native.bfloat16_instruction_set() not in _MULTIPLIES_BFLOAT16:
         found.append("products of bfloat16 are widened and made in float32 on this processor")
     if plan.weights == "int8" and native.chosen_instruction_set() not in _DOT_PRODUCTS:
-        found.append("products of 8 bits take several instructions: there is no VNNI on this path")
+        found.append(
+            "products of 8 bits take several instructions: this path has no dot products of them "
+            "(VNNI, DotProd)"
+        )
     return found

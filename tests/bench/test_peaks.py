@@ -28,7 +28,11 @@ HOWS = {  # the features, by Linux' names, that each way of multiplying needs
     "AVX vpdpbusd": {"avx2", "avx_vnni"},
     "AVX2 FMA": {"avx2", "fma"},
     "AVX2 vpsignb, vpmaddubsw, vpmaddwd, vpaddd": {"avx2"},
-    "NEON multiply and add": {"neon"},
+    "NEON multiply and add": {"asimd"},
+    "NEON bfmlalb": {"asimd", "bf16"},
+    "NEON smmla": {"asimd", "i8mm"},
+    "NEON sdot": {"asimd", "asimddp"},
+    "NEON smull, addp, sadalp": {"asimd"},
     "plain multiply and add": set(),
 }
 

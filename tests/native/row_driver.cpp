@@ -1,0 +1,219 @@
+// Checks what the decoder's kernels do to rows of floats against the same in double, on every path
+// that this processor has; prints "checked PATH" for each.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "common/number_formats.h"
+#include "driver_numbers.h"
+#include "guarded_memory.h"
+#include "require.h"
+
+namespace {
+
+using fastgen::Activation;
+using fastgen::Arithmetic;
+using fastgen::DecoderKernels;
+using fastgen::Ending;
+using fastgen::kPanel;
+
+constexpr int kCounts[] = {1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 770};
+
+// Normal numbers, infinities and NaN; what a path makes of smaller ones is its own.
+void check_rounding(const DecoderKernels& kernels, Random& random) {
+  for (const int count : kCounts) {
+    Guarded<float> values(count);
+    Guarded<std::uint16_t> rounded(count);
+    for (float& value : values) {
+      const std::uint32_t sign = random.below(2), exponent = 1 + random.below(255);
+      const std::uint32_t rest = random.below(4) == 0 ? 0x8000 : random.below(1 << 23);  // a tie
+      value = fastgen::float_of_bits(sign << 31 | exponent << 23 | rest);
+    }
+    kernels.round_bfloat16(values.data(), count, rounded.data());
+    for (int at = 0; at < count; ++at) {
+      if (std::isnan(values[at])) {
+        REQUIRE(std::isnan(fastgen::widen_bfloat16(rounded[at])));
+      } else {
+        REQUIRE(rounded[at] == fastgen::round_to_bfloat16(values[at]));
+      }
+    }
+  }
+}
+
+void check_layer_norm(const DecoderKernels& kernels, Random& random) {
+  for (const int count : kCounts) {
+    Guarded<float> values(count), gain(count), bias(count), normed(count);
+    double mean = 0, variance = 0;
+    for (int at = 0; at < count; ++at) {
+      values[at] = 3 + random.value(), gain[at] = random.value(), bias[at] = random.value();
+      mean += values[at] / static_cast<double>(count);
+    }
+    for (const float value : values) variance += (value - mean) * (value - mean) / count;
+    kernels.layer_norm(values.data(), gain.data(), bias.data(), 1e-2f, count, normed.data());
+    for (int at = 0; at < count; ++at) {
+      const double wanted = (values[at] - mean) / std::sqrt(variance + 1e-2) * gain[at] + bias[at];
+      REQUIRE(near(normed[at], wanted, 1e-5));
+    }
+  }
+}
+
+double activated(Activation which, double x) {
+  const auto sigmoid = [](double of) { return 1 / (1 + std::exp(-of)); };
+  switch (which) {
+    case Activation::kGelu:
+      return x * 0.5 * std::erfc(-x * std::sqrt(0.5));
+    case Activation::kGeluTanh:
+      return x * sigmoid(2 * std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x));
+    case Activation::kQuickGelu:
+      return x * sigmoid(1.702 * x);
+    case Activation::kRelu:
+      return std::max(x, 0.0);
+    case Activation::kSigmoid:
+      return sigmoid(x);
+    case Activation::kSilu:
+      return x * sigmoid(x);
+    case Activation::kTanh:
+      break;
+  }
+  return std::tanh(x);
+}
+
+// A tile's sums after each ending, for every number of columns, with nothing written beside them.
+void check_endings(const DecoderKernels& kernels, Random& random) {
+  const int rows = kernels.max_rows;
+  std::vector<float> sums(rows * kPanel), bias(kPanel);
+  for (float& sum : sums) sum = 12 * random.value();
+  for (float& one : bias) one = random.value();
+  for (int columns = 1; columns <= kPanel; ++columns) {
+    for (int kind = 0; kind < 9; ++kind) {  // two endings, and one for each activation
+      Guarded<float> outputs(rows * columns);
+      std::fill(outputs.begin(), outputs.end(), 0.5f);
+      fastgen::TileEnd end = {};
+      end.bias = bias.data();
+      end.ending = kind == 0 ? Ending::kStore : kind == 1 ? Ending::kAdd : Ending::kActivate;
+      end.activation = static_cast<Activation>(std::max(0, kind - 2));
+      end.outputs = outputs.data();
+      end.stride = end.columns = columns;
+      kernels.finish(sums.data(), rows, end);
+      for (int at = 0; at < rows * columns; ++at) {
+        const double x = sums[at / columns * kPanel + at % columns] + bias[at % columns];
+        const double wanted = kind == 0 ? x : kind == 1 ? x + 0.5 : activated(end.activation, x);
+        REQUIRE(near(outputs[at], wanted, 3e-6 * (1 + std::fabs(x))));
+      }
+    }
+  }
+}
+
+// From floats to int8 and back: codes, zero and column sums as a path has them belong together.
+void check_int8_values(const DecoderKernels& kernels, Random& random) {
+  for (const int inputs : kCounts) {
+    const int steps = fastgen::num_steps(Arithmetic::kInt8, inputs);
+    Guarded<float> values(inputs), factors(inputs);
+    Guarded<std::uint8_t> codes(4 * steps);
+    std::vector<std::int8_t> panel(steps * 4 * kPanel);
+    std::vector<std::int32_t> sums(kPanel), column_sums(kPanel);
+    std::vector<float> scales(kPanel, 0.01f), bias(kPanel, 0.25f), outputs(kPanel);
+    std::vector<double> wanted(kPanel), sizes(kPanel);
+    for (int k = 0; k < inputs; ++k) {
+      values[k] = 2 * random.value() + 0.5f, factors[k] = 1 + random.value() * random.value();
+    }
+    const fastgen::RowScale row =
+        kernels.quantize(values.data(), factors.data(), inputs, codes.data());
+    for (int k = 0; k < inputs; ++k) {
+      const int code = code_shift(kernels) > 0 ? static_cast<std::int8_t>(codes[k]) : codes[k];
+      const double value = static_cast<double>(row.scale) * (code - row.zero);
+      REQUIRE(near(value, values[k] * factors[k], 0.501 * row.scale));
+      for (int column = 0; column < kPanel; ++column) {
+        const int weight = random.below(255) - 127;
+        panel[(k / 4 * kPanel + column) * 4 + k % 4] = static_cast<std::int8_t>(weight);
+        column_sums[column] += weight;
+        wanted[column] += value * weight * scales[column];
+        sizes[column] += std::fabs(value * weight * scales[column]);
+      }
+    }
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](codes.data(), 0, 1, panel.data(), steps, 0,
+                                                       sums.data());
+    fastgen::TileEnd end = {bias.data(),    scales.data(),  column_sums.data(),
+                            &row,           Ending::kStore, {},
+                            outputs.data(), kPanel,         kPanel};
+    kernels.finish(sums.data(), 1, end);
+    for (int column = 0; column < kPanel; ++column) {
+      REQUIRE(near(outputs[column], wanted[column] + 0.25, 1e-6 * (1 + sizes[column])));
+    }
+  }
+}
+
+// Two blocks of 32 keys, of which the second is seen in part: weights, totals, and what they do to
+// sums that were made before.
+void check_softmax(const DecoderKernels& kernels, Random& random) {
+  constexpr float kFactor = 0.5f;
+  const int rows = kernels.max_rows, visible[] = {kPanel, 3};
+  Guarded<float> scores(rows * kPanel), weights(rows * kPanel);
+  fastgen::Softmax softmax;
+  std::fill(softmax.highest, softmax.highest + rows, -INFINITY);
+  std::fill(softmax.total, softmax.total + rows, 0.0f);
+  std::vector<double> totals(rows), highest(rows, -INFINITY);
+  for (const int seen : visible) {
+    for (float& score : scores) score = 20 * random.value();
+    kernels.weigh_scores(scores.data(), rows, kFactor, seen, softmax, weights.data());
+    for (int row = 0; row < rows; ++row) {
+      const double before = highest[row];
+      const int count = std::min(kPanel, seen + row);
+      const float* const some = scores.data() + row * kPanel;
+      for (int at = 0; at < count; ++at) {
+        highest[row] = std::max(highest[row], static_cast<double>(kFactor * some[at]));
+      }
+      totals[row] *= std::exp(before - highest[row]);
+      REQUIRE(softmax.highest[row] == highest[row]);
+      REQUIRE(near(softmax.rescale[row], std::exp(before - highest[row]), 1e-6));
+      for (int at = 0; at < kPanel; ++at) {
+        const double wanted = at < count ? std::exp(kFactor * some[at] - highest[row]) : 0;
+        REQUIRE(near(weights[row * kPanel + at], wanted, 1e-6));
+        totals[row] += wanted;
+      }
+      REQUIRE(near(softmax.total[row], totals[row], 1e-5 * totals[row]));
+    }
+  }
+}
+
+void check_sums(const DecoderKernels& kernels, Random& random) {
+  for (int columns = 1; columns <= kPanel; ++columns) {
+    const int rows = 3;
+    Guarded<float> values(rows * kPanel), sums(rows * columns), more(columns);
+    const float factors[rows] = {0, 1, 0.25f};
+    for (float& value : values) value = random.value();
+    for (float& sum : sums) sum = random.value();
+    for (float& one : more) one = random.value();
+    const std::vector<float> before(sums.begin(), sums.end());
+    kernels.rescale_and_add(values.data(), rows, factors, columns, sums.data(), columns);
+    kernels.add(more.data(), columns, sums.data());
+    kernels.scale(-2, columns, sums.data());
+    for (int at = 0; at < rows * columns; ++at) {
+      const int row = at / columns, column = at % columns;
+      double wanted = before[at] * factors[row] + values[row * kPanel + column];
+      if (row == 0) wanted = -2 * (wanted + more[column]);
+      REQUIRE(near(sums[at], wanted, 1e-6));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& path : fastgen::instruction_sets()) {
+    const DecoderKernels& kernels = fastgen::decoder_kernels(path);
+    Random random(4);
+    check_rounding(kernels, random);
+    check_layer_norm(kernels, random);
+    check_endings(kernels, random);
+    if (takes_plain_codes(path)) check_int8_values(kernels, random);
+    check_softmax(kernels, random);
+    check_sums(kernels, random);
+    std::printf("checked %s\n", path.c_str());
+  }
+}
