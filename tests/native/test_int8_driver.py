@@ -47,8 +47,8 @@ def test_int8_products(tmp_path: Path) -> None:
         ),
         pytest.param(
             "decoder_codes.inc",
-            "constexpr int kTakenOff = 128;",
-            "constexpr int kTakenOff = 127;",
+            "constexpr int kCodeOffset = 128;",
+            "constexpr int kCodeOffset = 127;",
             "found == wanted",
             id="another zero point",
         ),
