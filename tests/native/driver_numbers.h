@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -29,9 +30,11 @@ unsigned long long checksum(const Values& values) {
   return fastgen::xxh64({values.data(), values.size() * sizeof(*values.data())});
 }
 
-// What a path takes off codes and zeros: see RowScale.
-inline int code_shift(const fastgen::DecoderKernels& kernels) {
-  const float zero = 0, one = 1;
-  std::uint8_t code;
-  return -kernels.quantize(&zero, &one, 1, &code).zero;
+// Bytes of four codes, which a path may keep wider.
+inline int code_bytes(const fastgen::DecoderKernels& kernels) {
+  const float values[] = {0, 255, 3, 7}, ones[] = {1, 1, 1, 1};
+  std::uint8_t codes[8];
+  std::fill(codes, codes + 8, std::uint8_t{0xa5});
+  kernels.quantize(values, ones, 4, codes);
+  return std::count(codes + 4, codes + 8, 0xa5) == 4 ? 4 : 8;
 }
