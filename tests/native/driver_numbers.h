@@ -2,10 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
-#include <string>
 
 #include "common/checksum.h"
 #include "decoder/decoder_kernels.h"
@@ -30,15 +30,11 @@ unsigned long long checksum(const Values& values) {
   return fastgen::xxh64({values.data(), values.size() * sizeof(*values.data())});
 }
 
-// Whether a path's int8 tile takes one code after the other. int8_driver.cpp checks those that
-// arrange them in another way, too.
-inline bool takes_plain_codes(const std::string& path) {
-  return path != "avx2" && path != "avx512";
-}
-
-// What such a path takes off codes and zeros: see RowScale.
-inline int code_shift(const fastgen::DecoderKernels& kernels) {
-  const float zero = 0, one = 1;
-  std::uint8_t code;
-  return -kernels.quantize(&zero, &one, 1, &code).zero;
+// Bytes of four codes, which a path may keep wider.
+inline int code_bytes(const fastgen::DecoderKernels& kernels) {
+  const float values[] = {0, 255, 3, 7}, ones[] = {1, 1, 1, 1};
+  std::uint8_t codes[8];
+  std::fill(codes, codes + 8, std::uint8_t{0xa5});
+  kernels.quantize(values, ones, 4, codes);
+  return std::count(codes + 4, codes + 8, 0xa5) == 4 ? 4 : 8;
 }

@@ -48,33 +48,43 @@ constexpr Pick kPicks[][2] = {
     {always<-127>, always<255>}, {always<127>, always<0>},       {always<-127>, always<0>},
 };
 
-// `inputs`: how many, of which the last step's others meet weights of 0.
+// Rows whose highest number is 255 or 0 are their own codes. `inputs`: how many, of which the last
+// step's others meet weights of 0.
 void check_int8_sums(const DecoderKernels& kernels, int inputs, Pick weight, Pick code,
                      Random& random) {
-  const int steps = fastgen::num_steps(Arithmetic::kInt8, inputs), values = 4 * steps;
-  const int rows = kernels.max_rows, shift = code_shift(kernels);
-  Guarded<std::int8_t> panel(static_cast<std::size_t>(values) * kPanel);
-  Guarded<std::uint8_t> codes(static_cast<std::size_t>(values) * rows);
-  std::vector<std::int32_t> wanted(rows * kPanel), column_sums(kPanel);
-  for (std::uint8_t& one : codes) one = static_cast<std::uint8_t>(code(random));
+  const int steps = fastgen::num_steps(Arithmetic::kInt8, inputs), rows = kernels.max_rows;
+  const int stride = steps * code_bytes(kernels);
+  Guarded<std::int8_t> panel(static_cast<std::size_t>(steps) * 4 * kPanel);
+  Guarded<std::uint8_t> codes(static_cast<std::size_t>(stride) * rows);
+  const std::vector<float> ones(inputs, 1.0f);
+  std::vector<float> numbers(inputs);
+  std::vector<std::int32_t> wanted(rows * kPanel), column_sums(kPanel), zeros(rows);
   for (int k = 0; k < inputs; ++k) {
     for (int column = 0; column < kPanel; ++column) {
       const int picked = weight(random);
       panel[(k / 4 * kPanel + column) * 4 + k % 4] = static_cast<std::int8_t>(picked);
       column_sums[column] += picked;
-      for (int row = 0; row < rows; ++row) {
-        wanted[row * kPanel + column] += picked * codes[row * values + k];
-      }
     }
   }
-  for (std::uint8_t& one : codes) one = static_cast<std::uint8_t>(one - shift);
+  for (int row = 0; row < rows; ++row) {
+    for (float& number : numbers) number = static_cast<float>(code(random));
+    const float highest = *std::max_element(numbers.begin(), numbers.end());
+    if (highest > 0) *std::find(numbers.begin(), numbers.end(), highest) = 255;
+    zeros[row] =
+        kernels.quantize(numbers.data(), ones.data(), inputs, codes.data() + row * stride).zero;
+    for (int at = 0; at < inputs * kPanel; ++at) {
+      const int k = at / kPanel, column = at % kPanel;
+      wanted[row * kPanel + column] +=
+          panel[(k / 4 * kPanel + column) * 4 + k % 4] * static_cast<int>(numbers[k]);
+    }
+  }
   for (int count = 1; count <= rows; ++count) {
     Guarded<std::int32_t> sums(count * kPanel);
-    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](codes.last(count * values), values, count,
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](codes.last(count * stride), stride, count,
                                                        panel.data(), steps, 0, sums.data());
-    const std::int32_t* const last = wanted.data() + (rows - count) * kPanel;
     for (int at = 0; at < count * kPanel; ++at) {
-      REQUIRE(sums[at] + shift * column_sums[at % kPanel] == last[at]);
+      const int row = rows - count + at / kPanel, column = at % kPanel;
+      REQUIRE(sums[at] - zeros[row] * column_sums[column] == wanted[row * kPanel + column]);
     }
   }
 }
@@ -190,7 +200,6 @@ void check_tiles(const std::string& path, const DecoderKernels& kernels) {
   Random random(1), floats(2);
   for (const int inputs : {1, 2, 3, 4, 5, 7, 8, 9, 12, 63, 64, 65, 255, 1021, 1024, 1025, 2052}) {
     for (const auto& [weight, code] : kPicks) {
-      if (!takes_plain_codes(path)) continue;
       check_int8_sums(kernels, inputs, weight, code, random);
     }
   }
