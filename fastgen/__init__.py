@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastgen.frontends.async_engine import AsyncEngine, AsyncStream
     from fastgen.frontends.engine_thread import QueueConfig
     from fastgen.frontends.generator import BUNDLED_MODEL, Generator, load
+    from fastgen.frontends.pack import pack
     from fastgen.frontends.stream import Stream
     from fastgen.frontends.threaded_engine import ThreadedEngine, ThreadedStream
     from fastgen.hf.model import GPT2LMHeadModel, accelerate
@@ -76,6 +77,7 @@ _MODULES = {
     "accelerate": "hf.model",
     "backends": "decoders.select",
     "load": "frontends.generator",
+    "pack": "frontends.pack",
 }
 
 __all__ = [
@@ -114,6 +116,7 @@ __all__ = [
     "accelerate",
     "backends",
     "load",
+    "pack",
 ]
 
 

@@ -63,10 +63,18 @@ def plan_decoder(
         OptionError: an option that cannot be met, with what can.
         ModuleNotFoundError: no decoder is installed that can do this.
     """
-    if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
+    if checkpoint.packed is not None and options.decoder not in ("auto", "cpu"):
+        raise unmet("decoder", options.decoder, "packed weights are the CPU decoder's")
+    if (
+        options.decoder == "cpu"
+        or checkpoint.packed is not None
+        or (options.decoder == "auto" and _cpu_decoder_fits(options))
+    ):
         return plan_cpu(checkpoint, options, beside)
     if importlib.util.find_spec("torch") is None:
         raise ModuleNotFoundError(_INSTALL_TORCH)
+    if options.share_weights:
+        raise unmet("share_weights", True, "only the CPU decoder can do this")
     why = _why(options)
     if options.decoder == "cuda" or (options.decoder == "auto" and not _is_for_cpu(options)):
         missing = _missing_for_cuda(checkpoint, options, warn)

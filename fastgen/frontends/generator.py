@@ -51,14 +51,16 @@ def load(
     batch_invariant: bool | None = None,
     speculate: str | DraftFunction = "auto",
     draft_model: Any = None,
+    cache: bool | str | Path = True,
+    share_weights: bool = False,
     revision: str | None = None,
     **unknown: Any,
 ) -> Generator:
     """Load a GPT-2 and everything needed to generate with it.
 
     Args:
-        model: a folder with config.json and safetensors files, a hub id, or a transformers
-            GPT2LMHeadModel; None is the small model that ships with fastgen.
+        model: a folder with config.json and safetensors files, one that `pack` has made, a hub id,
+            or a transformers GPT2LMHeadModel; None is the small model that ships with fastgen.
         device: "auto" (a GPU if there is one), or any device PyTorch knows.
         dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" keeps 16-bit weights and
             computes in float32, "bfloat16" computes in bfloat16 where the processor can; elsewhere
@@ -78,6 +80,11 @@ def load(
             does so where no token can depend on it, "off" never. A function of the ids so far (a
             tuple) and of how many are wanted returns the ids that may follow.
         draft_model: a smaller model with the same vocabulary that guesses, too; as `model`.
+        cache: where weights that were packed for the CPU decoder are kept for the next process; see
+            docs/library.md. True: in $FASTGEN_CACHE, else in fastgen/ in $XDG_CACHE_HOME or
+            ~/.cache; False: nowhere; or a folder. No token depends on it.
+        share_weights: map that file, so that all processes of the machine share one copy of the
+            weights; a decode step may take a little longer (CPU decoder only).
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -95,6 +102,8 @@ def load(
         max_memory=max_memory,
         num_threads=num_threads,
         batch_invariant=batch_invariant,
+        cache=cache,
+        share_weights=share_weights,
     )
     others = ("speculate", "draft_model", "revision")
     reject_unknown(unknown, [*(field.name for field in fields(options)), *others])

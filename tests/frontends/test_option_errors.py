@@ -86,6 +86,12 @@ LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_memory": 1}, OptionError, "max_memory"),
     ({"batch_invariant": "yes"}, OptionTypeError, "batch_invariant"),
     ({"batch_invariant": True, "decoder": "torch"}, OptionError, "batch_invariant"),
+    ({"cache": 1}, OptionTypeError, "cache"),
+    ({"cache": None}, OptionTypeError, "cache"),
+    ({"cache": ""}, OptionError, "cache"),
+    ({"share_weights": 1}, OptionTypeError, "share_weights"),
+    ({"share_weights": True, "cache": False}, OptionError, "share_weights"),
+    ({"share_weights": True, "decoder": "torch", "cache": "x"}, OptionError, "share_weights"),
 ]
 
 

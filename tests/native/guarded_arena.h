@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace fastgen {
 
@@ -56,10 +57,12 @@ class Arena {
 
 class Cursor {
  public:
-  explicit Cursor(char* base) : base_(base) {}
+  explicit Cursor(char* base, std::vector<std::size_t>* starts = nullptr)
+      : base_(base), starts_(starts) {}
 
   template <typename Value>
   Value* take(std::size_t count) {
+    if (starts_ != nullptr) starts_->push_back(bytes_);
     const std::size_t size = count * sizeof(Value), whole = round_up(size, kCacheLine) + kCacheLine;
     char* const place = base_ == nullptr ? nullptr : base_ + bytes_;
     if (place != nullptr) ASAN_POISON_MEMORY_REGION(place + size, whole - size);
@@ -71,6 +74,7 @@ class Cursor {
 
  private:
   char* base_;
+  std::vector<std::size_t>* starts_;
   std::size_t bytes_ = 0;
 };
 
