@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.decoders.select import BackendInfo, backends
+    from fastgen.decoders.installed import BackendInfo, backends
     from fastgen.engine.request_limits import RequestLimits
     from fastgen.errors import (
         CheckpointError,
@@ -46,7 +46,7 @@ _MODULES = {
     "AsyncEngine": "frontends.async_engine",
     "AsyncStream": "frontends.async_engine",
     "BUNDLED_MODEL": "frontends.generator",
-    "BackendInfo": "decoders.select",
+    "BackendInfo": "decoders.installed",
     "CheckpointError": "errors",
     "Completion": "results",
     "EngineClosedError": "errors",
@@ -75,7 +75,7 @@ _MODULES = {
     "Timings": "results",
     "TokenLogprobs": "results",
     "accelerate": "hf.model",
-    "backends": "decoders.select",
+    "backends": "decoders.installed",
     "load": "frontends.generator",
     "pack": "frontends.pack",
 }

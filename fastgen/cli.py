@@ -15,9 +15,9 @@ from typing import Any
 from fastgen import __version__
 from fastgen.bench import command as bench_command
 from fastgen.cache_info import cache_lines, cache_record
+from fastgen.decoders.installed import backends
 from fastgen.decoders.pack_cache import PackCache
 from fastgen.decoders.plan import LoadOptions
-from fastgen.decoders.select import backends
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.frontends.generator import Generator, load, open_model
 from fastgen.frontends.pack import pack

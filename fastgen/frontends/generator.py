@@ -10,8 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastgen.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.in_memory import checkpoint_of_model
@@ -336,6 +334,8 @@ def _progress_bar(count: int, progress: bool | None) -> Iterator[Callable[[int],
     if not show:
         yield lambda done: None
         return
+    from tqdm import tqdm
+
     delay = 0 if progress else 1
     with tqdm(total=count, unit="prompt", delay=delay, leave=bool(progress)) as bar:
         yield bar.update

@@ -61,6 +61,7 @@ ROOMS = (
             "cpu.plan torch.plan",
             "cuda.plan",
             "select",
+            "installed",
         ),
     ),
     Room(
