@@ -5,6 +5,7 @@
 
 #include <sanitizer/asan_interface.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdlib>
 #include <new>
@@ -28,6 +29,12 @@ class Arena {
     if (posix_memalign(&place, kCacheLine, bytes == 0 ? 1 : bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<char*>(place);
     for (std::size_t at = 0; at < bytes; ++at) data_[at] = 0;
+  }
+
+  // A file's pieces do not stand apart.
+  static Arena of_file(int, std::size_t, std::size_t) {
+    errno = ENOSYS;
+    return Arena();
   }
 
   Arena(Arena&& other) noexcept { swap(other); }
