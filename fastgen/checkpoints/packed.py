@@ -97,9 +97,9 @@ class PackedWeights:
 
     def __init__(self, folder: Path) -> None:
         self.path = checked_file(folder, PACKED_FILE)
-        if native is None:
+        if native is None or not hasattr(os, "pread"):
             raise CheckpointError(
-                f"{self.path}: only fastgen's C++ extension, which was not built, reads it"
+                f"{self.path}: is read by fastgen's C++ extension, on POSIX systems only"
             )
         with self.opened() as file:
             self.header, _ = read_header(file, str(self.path))

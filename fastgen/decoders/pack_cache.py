@@ -24,6 +24,8 @@ if sys.platform != "win32":
 
 logger = logging.getLogger("fastgen.cache")
 
+IS_SUPPORTED = sys.platform != "win32"  # it rests on POSIX's owners, descriptors and locks
+
 FOLDER_VARIABLE, SIZE_VARIABLE = "FASTGEN_CACHE", "FASTGEN_CACHE_SIZE"
 OFF = "off"
 DEFAULT_MB = 8192
@@ -50,8 +52,6 @@ def default_folder() -> Path | None:
     """$FASTGEN_CACHE, else fastgen/ in $XDG_CACHE_HOME, else in ~/.cache; None where FASTGEN_CACHE
     is "off", or there is no such place.
     """
-    if sys.platform == "win32":
-        return None
     own = os.environ.get(FOLDER_VARIABLE, "")
     if own:
         return None if own == OFF else Path(os.path.abspath(own))
