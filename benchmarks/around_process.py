@@ -34,6 +34,18 @@ model = fastgen.load({folder!r}, **{options!r})
 print(generation.completions[0].token_ids, flush=True)
 """
 
+_NUMPY = "import numpy; print(0, flush=True)"
+# MB: the most that was resident, and what of it no other process has.
+_MEMORY = """
+import json
+def kilobytes(file, *names):
+    lines = open(f"/proc/self/{file}").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.split(":")[0] in names)
+peak = kilobytes("status", "VmHWM") / 1024
+private = kilobytes("smaps_rollup", "Private_Clean", "Private_Dirty") / 1024
+print(json.dumps({"peak_mb": round(peak), "private_mb": round(private)}))
+"""
+
 
 def import_time(rounds: int) -> Record:
     """Seconds that importing adds to an empty interpreter's."""
@@ -47,18 +59,32 @@ def import_time(rounds: int) -> Record:
 
 
 def cold_start(folder: Path, dtypes: list[str], load: Options, rounds: int) -> list[Record]:
-    """Seconds from starting a process to its first token; the files are in the system's cache."""
-    measures = {}
+    """Seconds from starting a process to its first token, and the process's memory then, with the
+    weights packed in it, read from the cache, and shared. The files are in the system's cache.
+    """
+    cache = str(folder.parent / "cache")
+    ways: dict[str, Options] = {
+        "packed": {"cache": False},
+        "cache": {"cache": cache},
+        "shared": {"cache": cache, "share_weights": True},
+    }
+    measures: dict[str, Any] = {"numpy": partial(_first_line_seconds, _NUMPY)}
+    codes = {}
     for dtype in dtypes:
-        options = {**load, **PRECISIONS[dtype]}
-        prompt = list(range(PROMPT))
-        code = _FIRST_TOKEN.format(folder=str(folder), options=options, prompt=prompt)
-        measures[dtype] = partial(_first_line_seconds, code)
+        for way, options in ways.items():
+            options = {**load, **PRECISIONS[dtype], **options}
+            prompt = list(range(PROMPT))
+            code = _FIRST_TOKEN.format(folder=str(folder), options=options, prompt=prompt)
+            codes[dtype, way] = code
+            measures[f"{dtype} {way}"] = partial(_first_line_seconds, code)
     seconds = interleave.interleave_calls(measures, rounds=rounds)
-    return [
-        {"dtype": dtype, "seconds": round(interleave.median(values), 3)}
-        for dtype, values in seconds.items()
-    ]
+    numpy = interleave.median(seconds["numpy"])
+    records: list[Record] = [{"python with numpy": round(numpy, 3)}]
+    for (dtype, way), code in codes.items():
+        taken = interleave.median(seconds[f"{dtype} {way}"])
+        memory = json.loads(_output(code + _MEMORY).splitlines()[-1])
+        records.append({"dtype": dtype, "weights": way, "seconds": round(taken, 3), **memory})
+    return records
 
 
 def resident_memory(folder: Path, shape: Shape, dtype: str, load: Options) -> Record:
@@ -82,6 +108,11 @@ def _process_seconds(code: str) -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - start
+
+
+def _output(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def _first_line_seconds(code: str) -> float:

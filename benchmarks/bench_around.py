@@ -3,7 +3,8 @@
     python benchmarks/bench_around.py [--parts import,start,engine,sampling,memory] [--save]
 
 import: seconds that `import fastgen` adds to an empty interpreter's, in fresh processes.
-start: from starting a process to its first token, the checkpoint's files in the system's cache.
+start: from starting a process to its first token, the checkpoint's files in the system's cache:
+    with weights packed in it, read from the cache of packed weights, and shared.
 engine: what the engine adds to the decoder's steps, of a tiny model, as "a step + b for each row".
 sampling: a decode step with sampling options against a greedy one.
 memory: peak resident memory after loading, and with all contexts full, against the plan.

@@ -4,7 +4,10 @@ for on a command line."""
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
+
+os.environ["FASTGEN_CACHE"] = "off"  # weights are packed anew, unless a script says otherwise
 
 PROMPT, NEW = 32, 96  # tokens of the work by which decoding is judged
 PRECISIONS: dict[str, dict[str, Any]] = {  # options of fastgen.load

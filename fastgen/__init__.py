@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen.decoders.select import BackendInfo, backends
+    from fastgen.decoders.installed import BackendInfo, backends
     from fastgen.engine.request_limits import RequestLimits
     from fastgen.errors import (
         CheckpointError,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastgen.frontends.async_engine import AsyncEngine, AsyncStream
     from fastgen.frontends.engine_thread import QueueConfig
     from fastgen.frontends.generator import BUNDLED_MODEL, Generator, load
+    from fastgen.frontends.pack import pack
     from fastgen.frontends.stream import Stream
     from fastgen.frontends.threaded_engine import ThreadedEngine, ThreadedStream
     from fastgen.hf.model import GPT2LMHeadModel, accelerate
@@ -45,7 +46,7 @@ _MODULES = {
     "AsyncEngine": "frontends.async_engine",
     "AsyncStream": "frontends.async_engine",
     "BUNDLED_MODEL": "frontends.generator",
-    "BackendInfo": "decoders.select",
+    "BackendInfo": "decoders.installed",
     "CheckpointError": "errors",
     "Completion": "results",
     "EngineClosedError": "errors",
@@ -74,8 +75,9 @@ _MODULES = {
     "Timings": "results",
     "TokenLogprobs": "results",
     "accelerate": "hf.model",
-    "backends": "decoders.select",
+    "backends": "decoders.installed",
     "load": "frontends.generator",
+    "pack": "frontends.pack",
 }
 
 __all__ = [
@@ -114,6 +116,7 @@ __all__ = [
     "accelerate",
     "backends",
     "load",
+    "pack",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: fastgen generate, score, serve, bench, info."""
+"""The command line: fastgen generate, score, serve, bench, pack, info."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
 from fastgen.bench import command as bench_command
+from fastgen.cache_info import cache_lines, cache_record
+from fastgen.decoders.installed import backends
+from fastgen.decoders.pack_cache import PackCache
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
-from fastgen.decoders.select import backends
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.frontends.generator import Generator, load, open_draft, open_model
+from fastgen.frontends.pack import pack
 from fastgen.results import Generation, Score
 from fastgen.sampling.options import OPTIONS, Flag, Option
 from fastgen.sampling.params import SamplingParams
@@ -74,10 +78,28 @@ def _parser() -> argparse.ArgumentParser:
     bench_command.add_options(bench)
     bench.set_defaults(run=bench_command.run)
 
+    packing = commands.add_parser("pack", help="a folder of packed weights, which loads at once")
+    packing.add_argument(
+        "--model", metavar="PATH", help="folder or hub id (default: the bundled model)"
+    )
+    packing.add_argument("--out", required=True, metavar="FOLDER", help="a new folder")
+    packing.add_argument("--revision", help="branch, tag or commit of a hub id")
+    packing.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+    packing.add_argument("--quantize", metavar="KIND", help="int8: weights in 8 bits")
+    packing.add_argument(
+        "--num-threads", type=int, metavar="N", help="CPU threads (default: all granted)"
+    )
+    packing.set_defaults(run=_pack)
+
     info = commands.add_parser(
         "info", parents=[model], help="what would be loaded: shapes, decoder, memory"
     )
     info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.add_argument(
+        "--clear-cache", action="store_true", help="remove all packed weights from the cache before"
+    )
     info.set_defaults(run=_info)
     return parser
 
@@ -112,6 +134,12 @@ def _loading_options() -> argparse.ArgumentParser:
         help="auto, suffix or off: guess tokens and decode several a step; none of them changes "
         "(default: auto)")  # fmt: skip
     add("--draft-model", metavar="PATH", help="a smaller model that guesses, too")
+    add("--cache", default=True, metavar="FOLDER",
+        help="where packed weights are kept (default: $FASTGEN_CACHE, or fastgen/ in the user's "
+        "cache)")  # fmt: skip
+    add("--no-cache", dest="cache", action="store_false", help="keep them nowhere")
+    add("--share-weights", action="store_true",
+        help="one copy of the weights for all processes of this machine")  # fmt: skip
     return options
 
 
@@ -167,6 +195,8 @@ def _load(arguments: argparse.Namespace, model: str | None) -> Generator:
         num_threads=arguments.num_threads,
         speculate=arguments.speculate,
         draft_model=arguments.draft_model,
+        cache=arguments.cache,
+        share_weights=arguments.share_weights,
         revision=arguments.revision,
     )
 
@@ -254,6 +284,19 @@ def _token_text(model: Generator, token_id: int) -> str:
     return "" if model.tokenizer is None else model.tokenizer.token_text(token_id)
 
 
+def _pack(arguments: argparse.Namespace) -> int:
+    folder = pack(
+        arguments.model,
+        arguments.out,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        num_threads=arguments.num_threads,
+        revision=arguments.revision,
+    )
+    print(folder)
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(LoadOptions)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
@@ -264,6 +307,9 @@ def _info(arguments: argparse.Namespace) -> int:
     speculation = Speculation(arguments.speculate, draft, LoadOptions(**given))
     plan = speculation.plan(checkpoint)
     draft_plan = speculation.draft_plan(plan)
+    if arguments.clear_cache and plan.cache is not None:
+        PackCache(Path(plan.cache)).clear()
+    cache = cache_record(checkpoint, plan)
     parameters = config.parameter_count(tied=checkpoint.tied)
     if arguments.json:
         record = {
@@ -274,6 +320,7 @@ def _info(arguments: argparse.Namespace) -> int:
             "config": dataclasses.asdict(config),
             "plan": dataclasses.asdict(plan),
             "draft_plan": None if draft_plan is None else dataclasses.asdict(draft_plan),
+            "cache": cache,
             "backends": [dataclasses.asdict(backend) for backend in backends()],
         }
         print(json.dumps(record))
@@ -292,6 +339,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "memory": str(plan.memory),
         "a step": f"at most {limits.num_seats} rows, {limits.max_tokens} tokens",
         "speculation": f"tokens are guessed by {' and '.join(guessing)}" if guessing else "off",
+        "cache": f"\n{'':<11} ".join(cache_lines(cache)),
     }
     if draft is not None and draft_plan is not None:
         lines["draft model"] = f"{draft.name}: {_described(draft_plan)}; {draft_plan.memory}"

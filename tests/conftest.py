@@ -16,6 +16,7 @@ import pytest
 from fastgen.decoders.machine import granted_cores
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["FASTGEN_CACHE"] = "off"  # not the user's own; tests of the cache have folders
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # PyTorch's threads wait for each other by spinning: there must not be more of them than cores.
     share = granted_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])

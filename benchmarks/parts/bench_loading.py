@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ NAMES = [name for name in fastgen.__all__ if name not in ("__version__", *HEAVY)
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_load(precision: str, timed: Any, describe: Any) -> None:
-    """The bundled model: read, checked and packed."""
+    """The bundled model: read, checked and packed, without a cache."""
     models: list[fastgen.Generator] = []
 
     def close_last() -> None:
@@ -33,6 +34,29 @@ def test_load(precision: str, timed: Any, describe: Any) -> None:
     assert model.plan.weights == precision
     assert model("In the beginning", max_new_tokens=4, temperature=0)
     describe(weights_mb=round(model.plan.memory.weights / 1e6, 1))
+    close_last()
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_load_from_the_cache(
+    precision: str, share: bool, timed: Any, describe: Any, tmp_path: Path
+) -> None:
+    """The bundled model, packed before: read, or mapped to be shared."""
+    options = {"device": "cpu", "cache": tmp_path, "share_weights": share}
+    models: list[fastgen.Generator] = []
+
+    def close_last() -> None:
+        while models:
+            models.pop().close()
+
+    def call(_: None) -> None:
+        models.append(fastgen.load(**options, **PRECISIONS[precision]))
+
+    call(None)
+    assert len(list(tmp_path.iterdir())) == 1
+    timed(call, close_last, group="loading: the bundled model", rounds=10)
+    describe(weights_mb=round(models[0].plan.memory.weights / 1e6, 1))
     close_last()
 
 

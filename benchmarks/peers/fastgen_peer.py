@@ -21,6 +21,7 @@ def load(job: Job) -> Generate:
         num_threads=job.threads,
         max_batch_size=job.batch,
         max_seq_len=job.max_len,
+        cache=False,  # each run has a checkpoint of its own
         speculate="off",  # random weights repeat themselves: guesses would look splendid
         **job.load,
     )

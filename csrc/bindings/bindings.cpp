@@ -8,6 +8,7 @@
 
 #include "bindings/checksum_bindings.h"
 #include "bindings/decoder_bindings.h"
+#include "bindings/packed_weights.h"
 #include "bindings/peaks_bindings.h"
 #include "bindings/sampler_bindings.h"
 #include "bindings/speculation_bindings.h"
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_native, module) {
              "unsigned seed; positions int64 (R,), the index of the token that is drawn.");
   fastgen::bind_sampler(module);
   fastgen::bind_decoder(module);
+  fastgen::bind_packed_weights(module);
   fastgen::bind_peaks(module);
   fastgen::bind_checksums(module);
   fastgen::bind_speculation(module);

@@ -8,10 +8,13 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings/decoder_shape.h"
+#include "bindings/packed_weights.h"
 #include "bindings/sampler_bindings.h"
 #include "common/cpu_features.h"
 #include "common/default_floats.h"
@@ -28,58 +31,6 @@ using Floats = Array<float>;
 using Held = std::shared_ptr<CpuDecoder>;  // while it is used, also if it is closed meanwhile
 
 constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;  // tokens: ints hold what is made of it
-
-Activation activation_named(const std::string& name) {
-  if (name == "gelu" || name == "gelu_python") return Activation::kGelu;
-  if (name == "gelu_new" || name == "gelu_fast" || name == "gelu_pytorch_tanh") {
-    return Activation::kGeluTanh;
-  }
-  if (name == "quick_gelu") return Activation::kQuickGelu;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "sigmoid") return Activation::kSigmoid;
-  if (name == "silu" || name == "swish") return Activation::kSilu;
-  if (name == "tanh") return Activation::kTanh;
-  throw py::value_error("activation: " + name + " is not known");
-}
-
-Arithmetic arithmetic_of(const std::string& dtype, const std::string& weights) {
-  if (dtype != "float32" && dtype != "bfloat16") throw py::value_error("dtype: not " + dtype);
-  if (weights != "float32" && weights != "float16" && weights != "bfloat16" && weights != "int8") {
-    throw py::value_error("weights: not " + weights);
-  }
-  if (weights == "int8") return Arithmetic::kInt8;
-  if (dtype == "bfloat16") return Arithmetic::kBFloat16;
-  if (weights == "float16") return Arithmetic::kFloat16Weights;
-  return weights == "bfloat16" ? Arithmetic::kBFloat16Weights : Arithmetic::kFloat32;
-}
-
-int size_of(const py::dict& given, const char* name) {
-  return at_least_one(name, given[name].cast<int>());
-}
-
-DecoderShape shape_of(const py::dict& given) {
-  DecoderShape shape;
-  shape.vocab_size = size_of(given, "vocab_size");
-  shape.max_positions = size_of(given, "max_positions");
-  shape.hidden_size = size_of(given, "hidden_size");
-  shape.num_layers = size_of(given, "num_layers");
-  shape.num_heads = size_of(given, "num_heads");
-  shape.inner_size = size_of(given, "inner_size");
-  shape.activation = activation_named(given["activation"].cast<std::string>());
-  shape.epsilon = given["layer_norm_epsilon"].cast<float>();
-  shape.attention_scales = given["attention_scales"].cast<std::vector<float>>();
-  const auto dtype = given["dtype"].cast<std::string>();
-  shape.linear = arithmetic_of(dtype, given["weights"].cast<std::string>());
-  shape.attention = dtype == "bfloat16" ? Arithmetic::kBFloat16 : Arithmetic::kFloat32;
-  shape.tied = given["tied"].cast<bool>();
-  shape.max_tokens = size_of(given, "max_tokens");
-  shape.max_logits = size_of(given, "max_logits");
-  if (shape.hidden_size % shape.num_heads != 0 ||
-      static_cast<int>(shape.attention_scales.size()) != shape.num_layers) {
-    throw py::value_error("num_heads or attention_scales do not fit");
-  }
-  return shape;
-}
 
 const DecoderKernels& kernels_for(const DecoderShape& shape) {
   const bool bfloat16 = shape.attention == Arithmetic::kBFloat16;  // matrices of it come with that
@@ -127,17 +78,20 @@ const float* floats_of(const Floats& values, py::ssize_t count, const char* name
 // The decoder, and what Python may do wrong with it: calls wait for each other.
 class CheckedDecoder {
  public:
-  CheckedDecoder(const py::dict& shape, int num_blocks, int num_threads)
-      : CheckedDecoder(shape_of(shape), num_blocks, num_threads) {}
+  CheckedDecoder(const py::dict& shape, int num_blocks, int num_threads,
+                 const std::optional<FilePart>& mapped)
+      : CheckedDecoder(shape_of(shape), num_blocks, num_threads, mapped) {}
 
-  CheckedDecoder(const DecoderShape& shape, int num_blocks, int num_threads)
+  CheckedDecoder(const DecoderShape& shape, int num_blocks, int num_threads,
+                 const std::optional<FilePart>& mapped)
       : decoder_(std::make_shared<CpuDecoder>(shape, at_least_one("num_blocks", num_blocks),
                                               at_least_one("num_threads", num_threads),
-                                              kernels_for(shape))) {}
+                                              kernels_for(shape), weight_memory(shape, mapped))),
+        is_mapped_(mapped.has_value()) {}
 
   bool pack_projection(int layer, int which, const py::array& weight, const Floats& bias,
                        const py::object& smoothing) {
-    const Held decoder = open();
+    const Held decoder = writable();
     check_layer(*decoder, layer, 0);
     if (which < 0 || which >= kNumProjections) throw py::index_error("no such projection");
     PackedLinear& linear = decoder->projection(layer, static_cast<Projection>(which));
@@ -146,18 +100,18 @@ class CheckedDecoder {
   }
 
   bool pack_head(const py::array& weight, const py::object& smoothing) {
-    const Held decoder = open();
+    const Held decoder = writable();
     return pack_columns(*decoder, decoder->head(), weight, smoothing);
   }
 
   bool set_embedding(const py::array& weight) {
-    const Held decoder = open();
+    const Held decoder = writable();
     if (decoder->shape().tied) throw py::value_error("embedding: is the head's");
     return pack_columns(*decoder, decoder->embedding(), weight, py::none());
   }
 
   void set_norm(int layer, bool second, const Floats& gain, const Floats& bias) {
-    const Held decoder = open();
+    const Held decoder = writable();
     check_layer(*decoder, layer, -1);
     const int hidden = decoder->shape().hidden_size;
     decoder->set_norm(layer, second, floats_of(gain, hidden, "gain"),
@@ -165,10 +119,34 @@ class CheckedDecoder {
   }
 
   void set_positions(const Floats& values) {
-    const Held decoder = open();
+    const Held decoder = writable();
     const DecoderShape& shape = decoder->shape();
     decoder->set_positions(floats_of(
         values, static_cast<py::ssize_t>(shape.max_positions) * shape.hidden_size, "positions"));
+  }
+
+  // Bytes that are only to be read. They keep the decoder's memory.
+  py::array_t<std::uint8_t> weights() const {
+    const Held decoder = open();
+    const std::size_t bytes = CpuDecoder::weight_bytes(decoder->shape());
+    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(bytes),
+                                   reinterpret_cast<const std::uint8_t*>(decoder->weights()),
+                                   owner_of(decoder));
+    view.attr("setflags")(py::arg("write") = false);
+    return view;
+  }
+
+  std::vector<std::uint64_t> checksums() const {
+    const Held decoder = open();
+    const py::gil_scoped_release released;
+    return weight_checksums(*decoder);
+  }
+
+  std::vector<std::uint64_t> read(int file, std::size_t offset) {
+    const Held decoder = writable();
+    const py::gil_scoped_release released;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return read_weights(*decoder, {file, offset});
   }
 
   // Logits (count, vocab_size): a view, valid until the next call.
@@ -241,6 +219,12 @@ class CheckedDecoder {
     return decoder_;
   }
 
+  // To change its weights.
+  Held writable() const {
+    if (is_mapped_) throw std::runtime_error("this decoder's weights are a file's");
+    return open();
+  }
+
   static void check_layer(const CpuDecoder& decoder, int layer, int least) {
     if (layer < least || layer >= decoder.shape().num_layers) {
       throw py::index_error("no such layer");
@@ -275,10 +259,13 @@ class CheckedDecoder {
 
   // It keeps the decoder's memory, also after close().
   static py::array_t<float> view_of(const Held& decoder, const float* logits, py::ssize_t count) {
-    const py::capsule owner(new Held(decoder),
-                            [](void* pointer) { delete static_cast<Held*>(pointer); });
     return py::array_t<float>({count, static_cast<py::ssize_t>(decoder->shape().vocab_size)},
-                              logits, owner);
+                              logits, owner_of(decoder));
+  }
+
+  static py::capsule owner_of(const Held& decoder) {
+    return py::capsule(new Held(decoder),
+                       [](void* pointer) { delete static_cast<Held*>(pointer); });
   }
 
   static StepRows checked_rows(CpuDecoder& decoder, const Int32s& token_ids,
@@ -321,6 +308,7 @@ class CheckedDecoder {
   }
 
   Held decoder_;
+  bool is_mapped_;
   std::mutex mutex_;
 };
 
@@ -329,8 +317,10 @@ class CheckedDecoder {
 void bind_decoder(py::module_& module) {
   using Decoder = CheckedDecoder;
   py::class_<Decoder>(module, "CpuDecoder", "GPT-2 from token ids to logits and draws, on the CPU.")
-      .def(py::init<const py::dict&, int, int>(), py::arg("shape"), py::arg("num_blocks"),
-           py::arg("num_threads"))
+      .def(py::init<const py::dict&, int, int, const std::optional<FilePart>&>(), py::arg("shape"),
+           py::arg("num_blocks"), py::arg("num_threads"), py::arg("mapped") = py::none(),
+           "`mapped`: a descriptor, and the offset at which its file has the weights, packed; they "
+           "stay there. OSError if it cannot be mapped.")
       .def("pack_projection", &Decoder::pack_projection, py::arg("layer"), py::arg("which"),
            py::arg("weight").noconvert(), py::arg("bias"), py::arg("smoothing").none(true),
            "weight (in, out), float32, float16, or bfloat16 as uint16; False if it does not fit "
@@ -341,6 +331,11 @@ void bind_decoder(py::module_& module) {
            py::arg("bias"), "A layer's first or second layer norm; layer -1 is the last norm.")
       .def("set_positions", &Decoder::set_positions, py::arg("values"))
       .def("set_embedding", &Decoder::set_embedding, py::arg("weight").noconvert())
+      .def("weights", &Decoder::weights, "The packed weights, uint8, read-only.")
+      .def("weight_checksums", &Decoder::checksums, "Of each of weight_sections(shape).")
+      .def("read_weights", &Decoder::read, py::arg("file"), py::arg("offset"),
+           "Packed weights from a descriptor's file; the checksums of what was read, none if the "
+           "file has fewer bytes. Releases the GIL.")
       .def("forward", &Decoder::forward, py::arg("token_ids").noconvert(),
            py::arg("positions").noconvert(), py::arg("row_starts").noconvert(),
            py::arg("cache_lens").noconvert(), py::arg("block_tables").noconvert(),

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <new>
 #include <utility>
+#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -43,6 +44,26 @@ class Arena {
 #endif
   }
 
+  // The bytes of a file from `offset` on, a multiple of the size of a page. They are shared with
+  // every process that maps them, and only to be read. Empty where the system refuses, with errno
+  // set.
+  static Arena of_file(int file, std::size_t offset, std::size_t bytes) {
+    Arena arena;
+#if defined(__unix__) || defined(__APPLE__)
+#if defined(MAP_POPULATE)
+    constexpr int kFlags = MAP_SHARED | MAP_POPULATE;  // no page fault within a step
+#else
+    constexpr int kFlags = MAP_SHARED;
+#endif
+    void* const mapped = mmap(nullptr, bytes, PROT_READ, kFlags, file, static_cast<off_t>(offset));
+    if (mapped == MAP_FAILED) return arena;
+    arena.mapped_ = mapped;
+    arena.mapped_bytes_ = bytes;
+    arena.data_ = static_cast<char*>(mapped);
+#endif
+    return arena;
+  }
+
   Arena(Arena&& other) noexcept { swap(other); }
 
   Arena& operator=(Arena&& other) noexcept {
@@ -76,13 +97,15 @@ class Arena {
 };
 
 // Hands out an arena piece by piece, each at a cache line's start. Without an arena it only counts:
-// so one function both plans memory and lays it out.
+// so one function both plans memory and lays it out. `starts`, if given, gets each piece's offset.
 class Cursor {
  public:
-  explicit Cursor(char* base) : base_(base) {}
+  explicit Cursor(char* base, std::vector<std::size_t>* starts = nullptr)
+      : base_(base), starts_(starts) {}
 
   template <typename Value>
   Value* take(std::size_t count) {
+    if (starts_ != nullptr) starts_->push_back(bytes_);
     char* const place = base_ == nullptr ? nullptr : base_ + bytes_;
     bytes_ += round_up(count * sizeof(Value), kCacheLine);
     return reinterpret_cast<Value*>(place);
@@ -92,6 +115,7 @@ class Cursor {
 
  private:
   char* base_;
+  std::vector<std::size_t>* starts_;
   std::size_t bytes_ = 0;
 };
 

@@ -1,6 +1,7 @@
 #include "common/checksum.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -64,6 +65,23 @@ std::vector<Piece> pieces_of(const MemorySpan* spans, int num_spans) {
   return pieces;
 }
 
+// sums[i] is the checksum of the sums of the pieces of spans[i].
+template <typename SumOf>
+void sum_pieces(const MemorySpan* spans, int num_spans, int num_threads, const SumOf& sum_of,
+                std::uint64_t* sums) {
+  std::vector<Piece> pieces = pieces_of(spans, num_spans);
+  parallel_for(static_cast<int>(pieces.size()), num_threads, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) pieces[i].sum = sum_of(pieces[i].span);
+  });
+  std::vector<std::uint64_t> own;  // of one span
+  for (int i = 0, at = 0; i < num_spans; ++i) {
+    own.clear();
+    for (std::size_t done = 0; done < spans[i].bytes; done += kPiece)
+      own.push_back(pieces[at++].sum);
+    sums[i] = xxh64({own.data(), own.size() * sizeof own[0]});
+  }
+}
+
 }  // namespace
 
 std::uint64_t xxh64(MemorySpan span) {
@@ -84,17 +102,18 @@ std::uint64_t xxh64(MemorySpan span) {
 }
 
 void checksums(const MemorySpan* spans, int num_spans, int num_threads, std::uint64_t* sums) {
-  std::vector<Piece> pieces = pieces_of(spans, num_spans);
-  parallel_for(static_cast<int>(pieces.size()), num_threads, [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) pieces[i].sum = xxh64(pieces[i].span);
-  });
-  std::vector<std::uint64_t> own;  // of one span
-  for (int i = 0, at = 0; i < num_spans; ++i) {
-    own.clear();
-    for (std::size_t done = 0; done < spans[i].bytes; done += kPiece)
-      own.push_back(pieces[at++].sum);
-    sums[i] = xxh64({own.data(), own.size() * sizeof own[0]});
-  }
+  sum_pieces(spans, num_spans, num_threads, xxh64, sums);
+}
+
+bool filled_checksums(const MemorySpan* spans, int num_spans, int num_threads,
+                      const std::function<bool(const MemorySpan&)>& fill, std::uint64_t* sums) {
+  std::atomic<bool> filled{true};
+  const auto sum_of = [&](const MemorySpan& piece) -> std::uint64_t {
+    if (filled && !fill(piece)) filled = false;
+    return filled ? xxh64(piece) : 0;
+  };
+  sum_pieces(spans, num_spans, num_threads, sum_of, sums);
+  return filled;
 }
 
 }  // namespace fastgen

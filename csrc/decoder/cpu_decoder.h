@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "decoder/attention.h"
@@ -28,11 +29,24 @@ struct DecoderShape {
 enum class Projection { kQkv, kAttentionOut, kMlpIn, kMlpOut };
 constexpr int kNumProjections = 4;
 
+// Names how packed weights lie in memory: files of them are read only where it is the same.
+std::string packed_layout();
+
+// A piece of the weights' memory, with what lies between it and the next.
+struct WeightSection {
+  std::size_t offset, bytes;
+};
+
 class CpuDecoder {
  public:
   CpuDecoder(const DecoderShape& shape, int num_blocks, int num_threads,
              const DecoderKernels& kernels);
+  // `weights` has weight_bytes(shape) bytes, packed already.
+  CpuDecoder(const DecoderShape& shape, int num_blocks, int num_threads,
+             const DecoderKernels& kernels, Arena weights);
 
+  // In order, without gaps.
+  static std::vector<WeightSection> weight_sections(const DecoderShape& shape);
   static std::size_t weight_bytes(const DecoderShape& shape);
   static std::size_t scratch_bytes(const DecoderShape& shape, const DecoderKernels& kernels);
   static std::size_t block_bytes(const DecoderShape& shape);
@@ -44,6 +58,8 @@ class CpuDecoder {
   // Of layer -1: the last norm.
   void set_norm(int layer, bool second, const float* gain, const float* bias);
   void set_positions(const float* values);  // (max_positions, hidden)
+  // All of them, packed: weight_bytes(shape()) bytes.
+  char* weights() const { return weight_memory_.data(); }
 
   // Logits of the tokens at `logits_at` (count), in that order, each (vocab).
   const float* forward(const StepRows& rows, const std::int32_t* logits_at, int count);

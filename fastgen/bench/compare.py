@@ -148,6 +148,7 @@ def own_candidates(job: Comparison, prompts: Ids, new: int) -> Candidates:
         num_threads=job.threads,
         max_batch_size=len(prompts),
         max_seq_len=job.prompt_len + new,
+        cache=False,
         speculate="off",
     ) as model:
         options: Record = {"max_new_tokens": new, "ignore_eos": True, "temperature": 0}

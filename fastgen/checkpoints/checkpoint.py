@@ -27,6 +27,8 @@ from fastgen.checkpoints.files import (
     holds,
     read_json,
 )
+from fastgen.checkpoints.identity import Identity
+from fastgen.checkpoints.packed import PACKED_FILE, PackedWeights
 from fastgen.checkpoints.tensor_names import (
     EMBEDDING,
     HEAD,
@@ -53,6 +55,8 @@ class TensorSource(Protocol):
 
     def load(self, key: str) -> NDArray[Any]: ...
 
+    def identity(self) -> Identity | None: ...
+
 
 class Checkpoint:
     """Checked tensors and config of one GPT-2; `read` gives one tensor at a time.
@@ -63,12 +67,14 @@ class Checkpoint:
         config: shape and variant, with eos and pad ids from generation_config.json.
         tied: whether the head is the embedding itself.
         dtype: the dtype most of the weights are stored in, "float32", "float16" or "bfloat16".
+        packed: in place of tensors, the weights as a decoder has packed them; `read` raises then.
     """
 
     def __init__(
         self, source: TensorSource, config: GPT2Config, name: str, folder: Path | None = None
     ) -> None:
         self._source, self.config, self.name, self.folder = source, config, name, folder
+        self.packed = source if isinstance(source, PackedWeights) else None
         self._keys = _canonical_keys(source.infos, name)
         self._check_refused()
         self.tied = self._decide_head()
@@ -82,6 +88,10 @@ class Checkpoint:
         """Name and header of each tensor the model is built from."""
         for name in expected_shapes(self.config, tied=self.tied):
             yield name, self._source.infos[self._keys[name]]
+
+    def identity(self) -> Identity | None:
+        """Which content the tensors have now, told without reading them; None: it cannot be."""
+        return self._source.identity()
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor `name` in its stored dtype.
@@ -190,8 +200,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     data = read_json(folder, "config.json")
     config_data = _with_generation_config(data, folder)
     config = GPT2Config.from_dict(config_data, f"{folder}/config.json")
-    _require_safetensors(folder)
-    return Checkpoint(SafetensorsFiles(folder), config, str(folder), folder)
+    if holds(folder, PACKED_FILE):
+        source: TensorSource = _packed_weights(folder)
+    else:
+        _require_safetensors(folder)
+        source = SafetensorsFiles(folder)
+    return Checkpoint(source, config, str(folder), folder)
 
 
 def _with_generation_config(config_data: Any, folder: Path) -> Any:
@@ -205,6 +219,15 @@ def _with_generation_config(config_data: Any, folder: Path) -> Any:
     ids = {k: generation[k] for k in keys if generation.get(k) is not None}
     GPT2Config.from_dict(ids, f"{folder}/generation_config.json")
     return {**config_data, **ids}
+
+
+def _packed_weights(folder: Path) -> PackedWeights:
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if holds(folder, name):
+            raise CheckpointError(
+                f"{folder}: holds {name} and {PACKED_FILE}, and they may be of two models"
+            )
+    return PackedWeights(folder)
 
 
 def _require_safetensors(folder: Path) -> None:

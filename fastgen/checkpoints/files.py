@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from fastgen.checkpoints.identity import Identity, identity_of
 from fastgen.errors import CheckpointError, shown, shown_name
 
 SINGLE_FILE = "model.safetensors"
@@ -60,6 +61,11 @@ class SafetensorsFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder / file}: reading {key}: {error}") from error
         return tensor
+
+    def identity(self) -> Identity | None:
+        """Which content the files have now; None if they cannot be read."""
+        files = sorted({info.file for info in self.infos.values()})
+        return identity_of(self.folder / file for file in files)
 
     def _add_file(self, file: str) -> None:
         path = checked_file(self.folder, file)

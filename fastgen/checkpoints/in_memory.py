@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.files import NUMPY_DTYPES, TensorInfo
+from fastgen.checkpoints.identity import Identity
 from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.checks import wrong_type
 
@@ -37,6 +38,9 @@ class ModelTensors:
             array = tensor.numpy()
         array.flags.writeable = False
         return cast("NDArray[Any]", array)
+
+    def identity(self) -> Identity | None:
+        return None  # it may be written to at any time
 
     def _is_tied(self) -> bool:
         """Whether head and embedding are one tensor."""

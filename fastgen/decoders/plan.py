@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastgen.checkpoints.config import DTYPES, GPT2Config
-from fastgen.checks import wrong_type, wrong_value
+from fastgen.checks import boolean, wrong_type, wrong_value
 from fastgen.decoders.interface import Capacity
 from fastgen.decoders.memory import BLOCK_SIZE, MemoryPlan
 from fastgen.errors import OptionError
@@ -21,7 +22,7 @@ KV_DTYPES = ("auto", "int8")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is loaded; see fastgen.load.
+    """How a model is loaded; see fastgen.load. Nothing is cached unless it is said.
 
     Raises:
         OptionTypeError, OptionError: an option is wrong.
@@ -37,6 +38,8 @@ class LoadOptions:
     max_memory: int | None = None
     num_threads: int | None = None
     batch_invariant: bool | None = None
+    cache: bool | str | Path = False
+    share_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_seq_len", "max_memory", "num_threads"):
@@ -56,6 +59,13 @@ class LoadOptions:
             _one_of("quantize", self.quantize, QUANTIZATIONS)
         if self.batch_invariant not in (None, False, True):
             raise wrong_type("batch_invariant", "must be True, False or None")
+        if not isinstance(self.cache, (bool, str, Path)):
+            raise wrong_type(
+                "cache", f"must be True, False or a folder, not {type(self.cache).__name__}"
+            )
+        if self.cache == "":
+            raise wrong_value("cache", "must not be empty; False is no cache")
+        boolean("share_weights", self.share_weights)
 
     @property
     def dtype_name(self) -> str:
@@ -93,7 +103,8 @@ class DecoderPlan:
     """The decoder a model gets and why, where, in what arithmetic, with how much memory.
 
     `dtype` is that of activations, `weights` how weights are kept, `kv_dtype` how keys and values
-    are; None: as activations.
+    are; None: as activations. `cache` is the folder of packed weights that is looked into, if any;
+    `share_weights`, whether processes share one copy of them.
     """
 
     decoder: str
@@ -105,6 +116,8 @@ class DecoderPlan:
     limits: Capacity
     memory: MemoryPlan
     kv_dtype: str | None = None
+    cache: str | None = None
+    share_weights: bool = False
 
 
 def unmet(name: str, value: Any, problem: str) -> OptionError:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.cpu.plan import build_cpu, plan_cpu
@@ -15,31 +13,8 @@ from fastgen.decoders.machine import may_have_gpu
 from fastgen.decoders.plan import DecoderPlan, LoadOptions, unmet
 from fastgen.native import native
 
-_INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
+INSTALL_TORCH = "PyTorch is not installed: pip install 'fastgen[torch]'"
 _NO_TRITON = "Triton is not installed (pip install 'fastgen[gpu]')"
-
-
-@dataclass(frozen=True, slots=True)
-class BackendInfo:
-    """A part that may be there or not; `detail` says which version, or what is missing."""
-
-    name: str
-    available: bool
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {'yes' if self.available else 'no'} ({self.detail})"
-
-
-def backends() -> list[BackendInfo]:
-    """What this installation can use, without importing any of it."""
-    features = ", ".join(native.cpu_features()) if native is not None else ""
-    return [
-        BackendInfo("native", native is not None, features or "no compiler when it was installed"),
-        _package("torch", _INSTALL_TORCH),
-        _package("triton", "for NVIDIA GPUs: pip install 'fastgen[gpu]'"),
-        _package("transformers", "for sentencepiece vocabularies: 'fastgen[hf]'"),
-    ]
 
 
 def _warn(message: str) -> None:
@@ -63,10 +38,18 @@ def plan_decoder(
         OptionError: an option that cannot be met, with what can.
         ModuleNotFoundError: no decoder is installed that can do this.
     """
-    if options.decoder == "cpu" or (options.decoder == "auto" and _cpu_decoder_fits(options)):
+    if checkpoint.packed is not None and options.decoder not in ("auto", "cpu"):
+        raise unmet("decoder", options.decoder, "packed weights are the CPU decoder's")
+    if (
+        options.decoder == "cpu"
+        or checkpoint.packed is not None
+        or (options.decoder == "auto" and _cpu_decoder_fits(options))
+    ):
         return plan_cpu(checkpoint, options, beside)
     if importlib.util.find_spec("torch") is None:
-        raise ModuleNotFoundError(_INSTALL_TORCH)
+        raise ModuleNotFoundError(INSTALL_TORCH)
+    if options.share_weights:
+        raise unmet("share_weights", True, "only the CPU decoder can do this")
     why = _why(options)
     if options.decoder == "cuda" or (options.decoder == "auto" and not _is_for_cpu(options)):
         missing = _missing_for_cuda(checkpoint, options, warn)
@@ -138,10 +121,3 @@ def _why(options: LoadOptions) -> str:
     if options.device == "auto":
         return "the model is to run on a GPU"
     return f"device={options.device!r} was asked for"
-
-
-def _package(name: str, hint: str) -> BackendInfo:
-    try:
-        return BackendInfo(name, True, importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return BackendInfo(name, False, hint)

@@ -10,8 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from fastgen.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from fastgen.checkpoints.config import GPT2Config
 from fastgen.checkpoints.in_memory import checkpoint_of_model
@@ -51,14 +49,16 @@ def load(
     batch_invariant: bool | None = None,
     speculate: str | DraftFunction = "auto",
     draft_model: Any = None,
+    cache: bool | str | Path = True,
+    share_weights: bool = False,
     revision: str | None = None,
     **unknown: Any,
 ) -> Generator:
     """Load a GPT-2 and everything needed to generate with it.
 
     Args:
-        model: a folder with config.json and safetensors files, a hub id, or a transformers
-            GPT2LMHeadModel; None is the small model that ships with fastgen.
+        model: a folder with config.json and safetensors files, one that `pack` has made, a hub id,
+            or a transformers GPT2LMHeadModel; None is the small model that ships with fastgen.
         device: "auto" (a GPU if there is one), or any device PyTorch knows.
         dtype: "auto", "float32", "bfloat16" or "float16". On a CPU "auto" keeps 16-bit weights and
             computes in float32, "bfloat16" computes in bfloat16 where the processor can; elsewhere
@@ -79,6 +79,11 @@ def load(
             tuple) and of how many are wanted returns the ids that may follow; it is called where
             that pays for the time that it takes.
         draft_model: a smaller model with the same vocabulary that guesses, too; as `model`.
+        cache: where weights that were packed for the CPU decoder are kept for the next process; see
+            docs/library.md. True: in $FASTGEN_CACHE, else in fastgen/ in $XDG_CACHE_HOME or
+            ~/.cache; False: nowhere; or a folder. No token depends on it.
+        share_weights: map that file, so that all processes of the machine share one copy of the
+            weights; a decode step may take a little longer (CPU decoder only).
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -96,6 +101,8 @@ def load(
         max_memory=max_memory,
         num_threads=num_threads,
         batch_invariant=batch_invariant,
+        cache=cache,
+        share_weights=share_weights,
     )
     others = ("speculate", "draft_model", "revision")
     reject_unknown(unknown, [*(field.name for field in fields(options)), *others])
@@ -333,6 +340,8 @@ def _progress_bar(count: int, progress: bool | None) -> Iterator[Callable[[int],
     if not show:
         yield lambda done: None
         return
+    from tqdm import tqdm
+
     delay = 0 if progress else 1
     with tqdm(total=count, unit="prompt", delay=delay, leave=bool(progress)) as bar:
         yield bar.update

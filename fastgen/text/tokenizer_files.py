@@ -24,6 +24,11 @@ _VOCABULARIES = (
     *(JSON_FILE, "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "tokenizer.model", "tekken.json", "tiktoken.model"),
 )
+# All that a tokenizer may be read from.
+TOKENIZER_FILES = (
+    *_VOCABULARIES,
+    *(CONFIG_FILE, _TEMPLATE_FILE, "special_tokens_map.json", "added_tokens.json"),
+)
 # Settings that transformers hands to a tokenizer in place of what its files hold.
 _REPLACING = ("init_inputs", "merges", "vocab")
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+import fastgen
 from fastgen.checkpoints.tensor_names import EMBEDDING
 from fastgen.native import native
+from packed_files import settled
 from tiny_checkpoints import CONFIG, random_array, random_tensors, run_python, write_checkpoint
 
 CYCLES = 300
@@ -84,6 +86,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("60 MB"), tensors, **SIZES)
 
 
+@pytest.fixture(scope="module")
+def tied_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = random_tensors({**CONFIG, **SIZES})
+    return write_checkpoint(tmp_path_factory.mktemp("50 MB"), tensors, **SIZES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_loading_and_closing_300_times_keeps_nothing(name: str) -> None:
@@ -103,6 +111,23 @@ def test_memory_is_what_was_planned(name: str, folder: Path) -> None:
     assert 0.9 * weights < held <= peak
     assert used < 1.1 * (weights + kv_cache + scratch + 2 * LARGEST_MB)
     assert left < LARGEST_MB + 4
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_weights_from_the_cache_take_what_was_planned_and_no_tensor(
+    name: str, share: bool, tied_folder: Path, tmp_path: Path
+) -> None:
+    """Where there are two heads, both are read, to be compared."""
+    folder, options = tied_folder, {**OPTIONS[name], "cache": str(tmp_path)}
+    fastgen.load(settled(folder), max_batch_size=1, **options).close()
+    assert len(list(tmp_path.iterdir())) == 1
+    options["share_weights"] = share
+    peak, held, used, left, *plan = json.loads(run_python(_PEAK, json.dumps(options), folder))
+    weights, kv_cache, scratch = (size / MB for size in plan)
+    assert 0.9 * weights < held <= peak < 1.1 * weights + 4
+    assert used < 1.1 * (weights + kv_cache + scratch) + 4
+    assert left < 4
 
 
 def test_text_in_and_out_without_pytorch() -> None:

@@ -91,6 +91,12 @@ LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"draft_model": 5}, OptionTypeError, "draft_model"),
     ({"speculate": "off", "draft_model": fastgen.BUNDLED_MODEL}, OptionError, "draft_model"),
     ({"speculate": max, "draft_model": fastgen.BUNDLED_MODEL}, OptionError, "draft_model"),
+    ({"cache": 1}, OptionTypeError, "cache"),
+    ({"cache": None}, OptionTypeError, "cache"),
+    ({"cache": ""}, OptionError, "cache"),
+    ({"share_weights": 1}, OptionTypeError, "share_weights"),
+    ({"share_weights": True, "cache": False}, OptionError, "share_weights"),
+    ({"share_weights": True, "decoder": "torch", "cache": "x"}, OptionError, "share_weights"),
 ]
 
 

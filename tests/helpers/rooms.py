@@ -32,7 +32,11 @@ ROOMS = (
             "torch_sampler",
         ),
     ),
-    Room("checkpoints", "words", ("config files", "tensor_names", "checkpoint", "in_memory")),
+    Room(
+        "checkpoints",
+        "words",
+        ("config identity", "files", "packed tensor_names", "checkpoint", "in_memory"),
+    ),
     Room(
         "text",
         "words checkpoints",
@@ -47,16 +51,17 @@ ROOMS = (
         "decoders",
         "words sampling checkpoints kernels",
         (
-            "machine memory quantization cpu cuda torch",
-            "interface torch.weights",
+            "machine memory pack_cache quantization cpu cuda torch",
+            "cpu.packing interface torch.weights",
             "plan torch.attention cuda.sampler cuda.weights",
-            "cpu.decoder torch.decoder cuda.model",
+            "cpu.decoder cpu.weights torch.decoder cuda.model",
             "cuda.inputs",
             "cuda.graphs",
             "cuda.decoder",
             "cpu.plan torch.plan",
             "cuda.plan",
             "select",
+            "installed",
         ),
     ),
     Room(
@@ -91,7 +96,7 @@ ROOMS = (
             "codec stream",
             "jobs",
             "generator",
-            "engine_thread",
+            "engine_thread pack",
             "facade",
             "async_engine threaded_engine",
         ),
@@ -142,7 +147,7 @@ ROOMS = (
     Room(
         "front door",
         "words sampling checkpoints text decoders speculation engine frontends hf server bench",
-        ("cli", "__main__"),
+        ("cache_info", "cli", "__main__"),
     ),
 )
 BY_NAME = {room.name: room for room in ROOMS}

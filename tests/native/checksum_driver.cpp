@@ -97,6 +97,34 @@ std::size_t random_size(std::mt19937_64& random) {
   }
 }
 
+// The same sums come out of memory that is filled while it is summed; and a piece that cannot be
+// filled is told.
+void check_filled(const std::vector<MemorySpan>& sources, const std::vector<std::uint64_t>& sums,
+                  int num_threads, std::mt19937_64& random) {
+  std::size_t total = 0;
+  for (const MemorySpan& source : sources) total += source.bytes;
+  const std::unique_ptr<unsigned char[]> from(new unsigned char[total]);
+  const std::unique_ptr<unsigned char[]> to(new unsigned char[total]);
+  std::vector<MemorySpan> spans;
+  std::size_t at = 0;
+  for (const MemorySpan& source : sources) {
+    std::copy_n(static_cast<const unsigned char*>(source.data), source.bytes, from.get() + at);
+    spans.push_back({to.get() + at, source.bytes});
+    at += source.bytes;
+  }
+  const std::size_t bad = total > 0 && random() % 2 ? random() % total : total;
+  const auto fill = [&](const MemorySpan& piece) {
+    const std::size_t place = static_cast<const unsigned char*>(piece.data) - to.get();
+    std::copy_n(from.get() + place, piece.bytes, to.get() + place);
+    return bad < place || bad >= place + piece.bytes;
+  };
+  std::vector<std::uint64_t> found(spans.size());
+  const bool whole = fastgen::filled_checksums(spans.data(), static_cast<int>(spans.size()),
+                                               num_threads, fill, found.data());
+  REQUIRE(whole == (bad == total));
+  if (whole) REQUIRE(found == sums);
+}
+
 void check_case(std::mt19937_64& random) {
   std::vector<Bytes> all;
   std::vector<MemorySpan> spans;
@@ -112,6 +140,7 @@ void check_case(std::mt19937_64& random) {
     REQUIRE(sums[i] == reference_of_pieces(all[i].data.get(), all[i].size));
     REQUIRE(fastgen::xxh64(spans[i]) == reference(all[i].data.get(), all[i].size));
   }
+  check_filled(spans, sums, num_threads, random);
 }
 
 }  // namespace

@@ -5,10 +5,12 @@
 
 #include <sanitizer/asan_interface.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdlib>
 #include <new>
 #include <utility>
+#include <vector>
 
 namespace fastgen {
 
@@ -27,6 +29,12 @@ class Arena {
     if (posix_memalign(&place, kCacheLine, bytes == 0 ? 1 : bytes) != 0) throw std::bad_alloc();
     data_ = static_cast<char*>(place);
     for (std::size_t at = 0; at < bytes; ++at) data_[at] = 0;
+  }
+
+  // A file's pieces do not stand apart.
+  static Arena of_file(int, std::size_t, std::size_t) {
+    errno = ENOSYS;
+    return Arena();
   }
 
   Arena(Arena&& other) noexcept { swap(other); }
@@ -56,10 +64,12 @@ class Arena {
 
 class Cursor {
  public:
-  explicit Cursor(char* base) : base_(base) {}
+  explicit Cursor(char* base, std::vector<std::size_t>* starts = nullptr)
+      : base_(base), starts_(starts) {}
 
   template <typename Value>
   Value* take(std::size_t count) {
+    if (starts_ != nullptr) starts_->push_back(bytes_);
     const std::size_t size = count * sizeof(Value), whole = round_up(size, kCacheLine) + kCacheLine;
     char* const place = base_ == nullptr ? nullptr : base_ + bytes_;
     if (place != nullptr) ASAN_POISON_MEMORY_REGION(place + size, whole - size);
@@ -71,6 +81,7 @@ class Cursor {
 
  private:
   char* base_;
+  std::vector<std::size_t>* starts_;
   std::size_t bytes_ = 0;
 };
 

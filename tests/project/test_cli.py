@@ -17,6 +17,7 @@ import fastgen
 import processes
 from fastgen.cli import _parser, main, params_of
 from fastgen.sampling.options import OPTIONS
+from packed_files import checkpoint_of
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -150,6 +151,51 @@ def test_info_says_who_guesses(variant: Callable[[str], Path]) -> None:
     assert f"draft model {name}: cpu (" in shown and shown.count("MB = weights") == 2
     record = json.loads(run("info", "--model", name, *draft, "--json").stdout)
     assert record["draft_plan"]["memory"]["num_blocks"] > 0
+
+
+def test_info_shows_the_cache_and_clears_it(tmp_path: Path) -> None:
+    folder, cache = checkpoint_of(tmp_path / "model"), tmp_path / "cache"
+    options = ["--model", str(folder), "--cache", str(cache), "--quantize", "int8"]
+    assert f"{cache}: 0 of 8,192 MB, without this model" in run("info", *options).stdout
+    fastgen.load(folder, cache=cache, device="cpu", quantize="int8").close()
+    (cache / ("0" * 64 + ".packed")).write_text("broken")
+    shown = run("info", *options).stdout
+    assert "MB, with this model" in shown
+    assert f"{folder}: int8 weights, bfloat16, 0 MB, used 20" in shown
+    assert "a file that cannot be read: 0 MB" in shown
+    record = json.loads(run("info", *options, "--json").stdout)["cache"]
+    assert record["folder"] == str(cache) and record["has_this_model"]
+    assert sorted(each["name"] or "" for each in record["models"]) == ["", str(folder)]
+    assert "without this model" in run("info", "--model", str(folder), "--cache", str(cache)).stdout
+    cleared = run("info", *options, "--clear-cache").stdout
+    assert f"{cache}: 0 of 8,192 MB, without this model" in cleared
+    assert list(cache.iterdir()) == []
+    assert json.loads(run("info", "--json", "--no-cache").stdout)["cache"] is None
+    assert "cache       none" in run("info").stdout  # the tests have turned it off
+    cache.chmod(0o777)
+    assert "cannot be used: " in run("info", *options).stdout
+
+
+def test_pack_makes_a_folder_that_generates_the_same(
+    model: fastgen.Generator, tmp_path: Path
+) -> None:
+    out = tmp_path / "packed"
+    done = run("pack", "--out", str(out), "--dtype", "bfloat16")
+    assert (done.stdout, done.stderr, done.returncode) == (f"{out}\n", "", 0)
+    options = ["--temperature", "0", "--max-new-tokens", "12", "In the beginning"]
+    wanted = run("generate", "--dtype", "bfloat16", *options).stdout
+    assert run("generate", "--model", str(out), *options).stdout == wanted
+    again = run("pack", "--out", str(out))
+    assert again.returncode == 1 and "a new or an empty folder" in again.stderr
+
+
+def test_weights_are_shared_if_it_is_asked_for(tmp_path: Path) -> None:
+    folder = checkpoint_of(tmp_path / "model")
+    options = ["--model", str(folder), "--share-weights", "--json"]
+    record = json.loads(run("info", *options, "--cache", str(tmp_path / "cache")).stdout)
+    assert record["plan"]["share_weights"]
+    done = run("info", *options, "--no-cache")
+    assert done.returncode == 1 and "share_weights" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ MAX_LINES = 400
 
 # Packages that functions may import, since one can do without them, or they load slowly.
 OPTIONAL = {
-    *("huggingface_hub", "torch", "transformers", "triton"),
+    *("huggingface_hub", "torch", "tqdm", "transformers", "triton"),
     *("matplotlib", "prometheus_client", "rich", "starlette", "uvicorn"),
 }
 
@@ -100,6 +100,7 @@ def imports_optional(name: str) -> bool:
         ("import fastgen; fastgen.SamplingParams()", "torch transformers tokenizers numpy"),
         ("import fastgen; dir(fastgen); fastgen.backends()", "torch transformers tokenizers"),
         ("import fastgen.cli", "torch transformers huggingface_hub"),
+        ("import fastgen; fastgen.load", "torch tqdm email importlib.metadata"),
     ],
 )
 def test_importing_is_cheap(code: str, unwanted: str, tmp_path: Path) -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastgen.checkpoints.checkpoint import Checkpoint
-from fastgen.checkpoints.config import GPT2Config
+from fastgen.checkpoints.packed import PackedHeader
 from fastgen.checkpoints.tensor_names import EMBEDDING, HEAD
 from fastgen.decoders.cpu.decoder import CpuDecoder
+from fastgen.decoders.cpu.weights import CpuWeights, cache_key
 from fastgen.decoders.machine import free_memory, granted_cores
 from fastgen.decoders.memory import plan_memory
-from fastgen.decoders.plan import SAMPLING_BYTES, DecoderPlan, LoadOptions, unmet
+from fastgen.decoders.pack_cache import IS_SUPPORTED, PackCache, default_folder
+from fastgen.decoders.plan import (
+    QUANTIZATIONS,
+    SAMPLING_BYTES,
+    DecoderPlan,
+    LoadOptions,
+    unmet,
+)
 from fastgen.native import native
 from fastgen.sampling.definition import SCORED_AT_ONCE
 
@@ -21,13 +30,13 @@ _MOST_INT8_INPUTS = 2**31 // (255 * 127)  # whose products' sum fits 32 bits
 
 def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> DecoderPlan:
     """See fastgen.decoders.select.plan_decoder."""
-    _check(checkpoint.config, options)
+    _check(checkpoint, options)
     config = checkpoint.config
     limits = options.limits(config, _STEP_TOKENS, batch_invariant=True)
     seats, max_seq_len = limits.num_seats, limits.max_seq_len
     granted = granted_cores()
     num_threads = min(options.num_threads or granted, granted)
-    dtype, weights = _dtypes(checkpoint, options)
+    dtype, weights = arithmetic_of(checkpoint, options)
     shape = decoder_shape(checkpoint, dtype, weights, limits.max_tokens, limits.max_logits)
     weight_bytes, scratch_bytes, block_bytes = native.decoder_bytes(shape)
     scratch_bytes += native.sampler_bytes(seats, config.vocab_size, max_seq_len, num_threads)
@@ -50,16 +59,54 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> D
         num_threads=num_threads,
         limits=replace(limits, num_blocks=memory.num_blocks),
         memory=memory,
+        cache=_cache(checkpoint, options),
+        share_weights=options.share_weights,
     )
 
 
 def build_cpu(checkpoint: Checkpoint, plan: DecoderPlan) -> CpuDecoder:
-    """Read and pack the weights, one tensor at a time."""
-    limits = plan.limits
+    """Take the weights from where they are packed, or read and pack them, a tensor at a time."""
+    limits, num_threads = plan.limits, plan.num_threads or 1
     shape = decoder_shape(
         checkpoint, plan.dtype, plan.weights, limits.max_tokens, limits.max_logits
     )
-    return CpuDecoder(checkpoint, shape, limits, plan.memory, num_threads=plan.num_threads or 1)
+    weights = CpuWeights(
+        checkpoint,
+        shape,
+        num_blocks=limits.num_blocks,
+        num_threads=num_threads,
+        cache=plan.cache,
+        share=plan.share_weights,
+    )
+    config = checkpoint.config
+    return CpuDecoder(weights.decoder(), config, limits, plan.memory, num_threads=num_threads)
+
+
+def is_cached(checkpoint: Checkpoint, plan: DecoderPlan) -> bool:
+    """Whether the cache has a file for this model; it is not read.
+
+    Raises:
+        OSError: the cache's folder cannot be read, or may be another user's.
+    """
+    identity = None if plan.cache is None else checkpoint.identity()
+    if plan.cache is None or identity is None:
+        return False
+    key = cache_key(identity, decoder_shape(checkpoint, plan.dtype, plan.weights, 1, 1))
+    return any(entry.key == key for entry in PackCache(Path(plan.cache)).entries())
+
+
+def write_packed_weights(checkpoint: Checkpoint, options: LoadOptions, file: int) -> None:
+    """Pack the weights as these options of `load` say, and write them to a descriptor.
+
+    Raises:
+        OptionError: an option that cannot be met. CheckpointError: the checkpoint cannot be read,
+            or holds values too large for the format. OSError: the file cannot be written.
+    """
+    _check(checkpoint, options)
+    granted = granted_cores()
+    num_threads = min(options.num_threads or granted, granted)
+    shape = decoder_shape(checkpoint, *arithmetic_of(checkpoint, options), 1, 1)
+    CpuWeights(checkpoint, shape, num_blocks=1, num_threads=num_threads).write(file)
 
 
 def decoder_shape(
@@ -86,7 +133,8 @@ def decoder_shape(
     }
 
 
-def _check(config: GPT2Config, options: LoadOptions) -> None:
+def _check(checkpoint: Checkpoint, options: LoadOptions) -> None:
+    config = checkpoint.config
     if native is None:
         raise unmet("decoder", "cpu", "fastgen's C++ extension was not built; use 'torch'")
     if not (options.is_cpu or options.device == "auto"):
@@ -106,11 +154,18 @@ def _check(config: GPT2Config, options: LoadOptions) -> None:
         raise unmet("quantize", "int8", f"layers of more than {_MOST_INT8_INPUTS} inputs")
 
 
-def _dtypes(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, str]:
-    """Of activations and KV, and of weights. Both 16-bit kinds widen to float32 exactly."""
-    name = options.dtype_name
+def arithmetic_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, str]:
+    """The dtype of activations and KV, and how weights are kept. Both 16-bit kinds widen to float32
+    exactly.
+
+    Raises:
+        OptionError: the weights are packed already, and in another way.
+    """
+    name, packed = options.dtype_name, checkpoint.packed
+    if packed is not None:
+        return _packed_arithmetic(packed.header, options)
     if options.quantize is not None:
-        return ("bfloat16" if name == "auto" else name), options.quantize
+        return _named(name, options.quantize)
     if name == "auto":
         matrices = {
             info.dtype
@@ -118,4 +173,49 @@ def _dtypes(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, str]:
             if key in (EMBEDDING, HEAD) or (len(info.shape) == 2 and key.startswith("h."))
         }
         return "float32", checkpoint.dtype if len(matrices) == 1 else "float32"
-    return ("float32", name) if name == "float16" else (name, name)
+    return _named(name, None)
+
+
+def _packed_arithmetic(header: PackedHeader, options: LoadOptions) -> tuple[str, str]:
+    """As the weights are packed, if nothing else was asked for."""
+    found = header.dtype, header.weights
+    quantize = header.weights if header.weights in QUANTIZATIONS else None
+    told = f"{header.name} was packed with {_told(*found)}; pack it again for this"
+    if options.quantize not in (None, quantize):
+        raise unmet("quantize", options.quantize, told)
+    if options.dtype_name != "auto" and _named(options.dtype_name, quantize) != found:
+        raise unmet("dtype", options.dtype_name, told)
+    return found
+
+
+def _told(dtype: str, weights: str) -> str:
+    return f"dtype={dtype!r}" if dtype == weights else f"{weights} weights and dtype={dtype!r}"
+
+
+def _named(dtype: str, quantize: str | None) -> tuple[str, str]:
+    """What the name of a dtype says of activations and weights."""
+    if quantize is not None:
+        return ("bfloat16" if dtype == "auto" else dtype), quantize
+    return ("float32", dtype) if dtype == "float16" else (dtype, dtype)
+
+
+def _cache(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
+    """The folder of the cache, if there is one and it is of use.
+
+    Raises:
+        OptionError: weights are to be shared, and there is no file that could be.
+    """
+    if checkpoint.packed is not None:
+        return None
+    given = options.cache
+    if isinstance(given, bool):
+        folder = default_folder() if given else None
+    else:
+        folder = Path(given).expanduser().absolute()
+    if not IS_SUPPORTED:
+        folder = None
+    if options.share_weights and checkpoint.folder is None:
+        raise unmet("share_weights", True, "the model is in memory, not in a file")
+    if options.share_weights and folder is None:
+        raise unmet("share_weights", True, "processes share a file of the cache, and there is none")
+    return None if folder is None else str(folder)
