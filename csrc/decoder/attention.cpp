@@ -42,8 +42,8 @@ void cache_head(const StepRows& rows, int row, int head, const AttentionLayer& l
     kernels.round_bfloat16_inputs(query, shape.head_dim,
                                   rounded_query(token, head, layer, shape, kernels));
     const int part = shape.num_heads * shape.padded_dim();
-    std::uint16_t* const keys = layer.rounded + token * layer.rounded_stride + 2 * part +
-                                head * shape.padded_dim();
+    std::uint16_t* const keys =
+        layer.rounded + token * layer.rounded_stride + 2 * part + head * shape.padded_dim();
     std::uint16_t* const values = keys + part;
     kernels.round_bfloat16(query + hidden, shape.head_dim, keys);
     kernels.round_bfloat16(query + 2 * hidden, shape.head_dim, values);
