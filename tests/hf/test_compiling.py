@@ -267,7 +267,8 @@ WAYS: dict[str, Callable[[Model, torch.Tensor], Outcome]] = {
 
 LONG = {  # they compile a good deal
     *("compiled, with a loss", "compiled in place", "compiled, then generate", "forward compiled"),
-    *("export, strict", "export, other lengths", "make_fx, symbolic", "linearize"),
+    *("export, strict", "export, other lengths", "make_fx, symbolic", "linearize", "hessian"),
+    *("make_fx of gradients", "make_fx, before dispatch"),
 }
 
 

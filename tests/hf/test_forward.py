@@ -209,7 +209,9 @@ def _random_change(rng: np.random.Generator, length: int, rows: int) -> tuple[st
     return str(change), torch.from_numpy(rng.integers(0, rows, count))
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed >= 10 else ()) for seed in range(25)]
+)
 def test_random_changes_of_a_cache(seed: int) -> None:
     """Crop, reorder, select, repeat and copy, between forwards: as transformers' own cache."""
     theirs, ours = pair("plain" if seed % 2 else "odd sizes, pad of its own")
