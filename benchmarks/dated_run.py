@@ -33,8 +33,10 @@ CONTEXTS = (32, 240, 496, 976)  # prompt lengths; 32 new tokens follow
 
 
 def processor_folder() -> Path:
-    """Of the processor here and the path that is taken on it: "amd-epyc-avx2"."""
+    """Of the processor here and its path, the best or that of FASTGEN_ISA: "amd-epyc-avx2"."""
     path = "no-extension" if native is None else native.chosen_instruction_set()
+    if os.environ.get("FASTGEN_ISA"):
+        path = f"forced-{path}"
     words = re.findall(r"[a-z0-9]+", machine()["cpu"].lower().replace("(r)", ""))
     known = [word for word in words if word not in _SAY_NOTHING]
     return RUNS / "-".join([*known, path])

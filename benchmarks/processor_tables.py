@@ -18,6 +18,7 @@ WANTED = {
     "AMD": {"float32": (90, 80, 75, 80), "bfloat16": (92, 80, 75, 78), "int8": (88, 72, 65, 70)},
     "Intel": {"float32": (90, 75, 62, 75), "bfloat16": (85, 70, 60, 65), "int8": (83, 65, 52, 60)},
 }
+_NONE = (0, 0, 0, 0)
 WANTED_FASTER = (1.0, 1.3, 1.3)  # than the fastest other engine
 
 Record = dict[str, Any]
@@ -50,12 +51,14 @@ def _table(folder: Path) -> str:
     head = ("", "batch", "tokens/s", "decode, share of the limit", "fastest other engine",
             "times as fast")  # fmt: skip
     rows = [row for name in names for row in _rows(folder, name)]
-    return f"{processor(about)}, path `{_path_of(folder)}`:\n\n{markdown(head, rows)}"
+    forced = "forced " if "-forced-" in folder.name else "best "
+    return f"{processor(about)}, {forced}path `{_path_of(folder)}`:\n\n{markdown(head, rows)}"
 
 
 def _rows(folder: Path, name: str) -> Iterator[tuple[Any, ...]]:
     record = _record(folder, name)
-    wanted = WANTED[_kind(record["machine"], folder)][name]
+    kind = _kind(record["machine"], folder)
+    wanted = _NONE if kind is None else WANTED[kind][name]
     for row, least, lead in zip(record["results"], wanted, WANTED_FASTER, strict=False):
         batch = row["batch_size"]
         tokens = f"{row['tokens_per_s']:,.0f}"
@@ -82,11 +85,12 @@ def _best(record: Record, batch: int, wanted: float) -> tuple[str, str]:
     return PEERS[best["peer"]], judged(faster, wanted, f"{faster:.2f}")
 
 
-def _kind(machine: Record, folder: Path) -> str:
-    """Of the processors for which targets were set."""
-    if not _path_of(folder).startswith("avx512"):
-        return "AVX2"
-    return "Intel" if "Intel" in machine["cpu"] else "AMD"
+def _kind(machine: Record, folder: Path) -> str | None:
+    """Of the processors for which targets were set; None: none were."""
+    path = _path_of(folder)
+    if path.startswith("avx512"):
+        return "Intel" if "Intel" in machine["cpu"] else "AMD"
+    return "AVX2" if path in ("avx2", "avx_vnni") else None
 
 
 def _path_of(folder: Path) -> str:

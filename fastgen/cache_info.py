@@ -11,7 +11,7 @@ from fastgen.checkpoints.checkpoint import Checkpoint
 from fastgen.decoders.cpu.plan import is_cached
 from fastgen.decoders.cpu.weights import cached_models
 from fastgen.decoders.memory import MB
-from fastgen.decoders.pack_cache import PackCache
+from fastgen.decoders.pack_cache import PackCache, chosen_folder
 from fastgen.decoders.plan import DecoderPlan
 
 Record = dict[str, Any]
@@ -32,6 +32,20 @@ def cache_record(checkpoint: Checkpoint, plan: DecoderPlan) -> Record | None:
     except OSError as error:
         record["problem"] = str(error)
     return record
+
+
+def cleared(cache: bool | str) -> str:
+    """Remove what the cache of `load(cache=...)` has; says what that was.
+
+    Raises:
+        OptionError, OSError: there is no such folder, or it may be another user's.
+    """
+    folder = chosen_folder(cache)
+    if folder is None:
+        return "there is no cache to clear"
+    removed = PackCache(folder).clear()
+    used = sum(entry.num_bytes for entry in removed)
+    return f"{folder}: removed {len(removed)} files, {used / MB:,.0f} MB"
 
 
 def cache_lines(record: Record | None) -> list[str]:

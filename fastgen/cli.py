@@ -9,14 +9,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastgen import __version__
 from fastgen.bench import command as bench_command
-from fastgen.cache_info import cache_lines, cache_record
+from fastgen.cache_info import cache_lines, cache_record, cleared
 from fastgen.decoders.installed import backends
-from fastgen.decoders.pack_cache import PackCache
 from fastgen.decoders.plan import DecoderPlan, LoadOptions
 from fastgen.errors import CheckpointError, EngineError
 from fastgen.frontends.generator import Generator, load, open_draft, open_model
@@ -300,6 +298,8 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _info(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(LoadOptions)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
+    if arguments.clear_cache:
+        print(cleared(arguments.cache), file=sys.stderr)
     checkpoint = open_model(arguments.model, arguments.revision)
     check_choice(arguments.speculate, has_draft_model=arguments.draft_model is not None)
     config, draft = checkpoint.config, arguments.draft_model
@@ -307,8 +307,6 @@ def _info(arguments: argparse.Namespace) -> int:
     speculation = Speculation(arguments.speculate, draft, LoadOptions(**given))
     plan = speculation.plan(checkpoint)
     draft_plan = speculation.draft_plan(plan)
-    if arguments.clear_cache and plan.cache is not None:
-        PackCache(Path(plan.cache)).clear()
     cache = cache_record(checkpoint, plan)
     parameters = config.parameter_count(tied=checkpoint.tied)
     if arguments.json:

@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <cerrno>
+
 #include "bindings/decoder_shape.h"
 #include "common/checksum.h"
 #include "common/file_reading.h"
@@ -33,8 +35,15 @@ std::vector<MemorySpan> spans_of(const CpuDecoder& decoder) {
 Arena weight_memory(const DecoderShape& shape, const std::optional<FilePart>& mapped) {
   const std::size_t bytes = CpuDecoder::weight_bytes(shape);
   if (!mapped) return Arena(bytes);
-  Arena memory = Arena::of_file(mapped->first, mapped->second, bytes);
+  Arena memory;
+  int error = 0;
+  {
+    const py::gil_scoped_release released;  // all of the file is read
+    memory = Arena::of_file(mapped->first, mapped->second, bytes);
+    error = errno;
+  }
   if (memory.data() == nullptr) {
+    errno = error;
     PyErr_SetFromErrno(PyExc_OSError);
     throw py::error_already_set();
   }

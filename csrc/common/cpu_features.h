@@ -9,7 +9,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#if defined(__apple_build_version__) ? __clang_major__ >= 13 \
+: defined(__clang__)                 ? __clang_major__ >= 12 \
+                                     : __GNUC__ >= 11
 #define FASTGEN_KNOWS_AVX_VNNI  // of this compiler; the processor is asked at run time
 #endif
 #elif defined(__aarch64__)

@@ -203,14 +203,18 @@ def read_json(folder: Path, name: str) -> Any:
     """Parsed JSON of a file in `folder`: UTF-8, no duplicate keys, no NaN, of a sane size."""
     path = _bounded_file(folder, name)
     try:
-        text = path.read_bytes().decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return strict_json(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_cause(error)}") from error
     except RecursionError:
         raise CheckpointError(f"{path}: is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are kinds of it
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+
+
+def strict_json(text: str | bytes) -> Any:
+    """Parsed JSON. Raises ValueError for what is none, has a key twice, or a NaN or infinity."""
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _bounded_file(folder: Path, name: str) -> Path:

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgen.checkpoints.config import DTYPES
-from fastgen.checkpoints.files import TensorInfo, checked_file
+from fastgen.checkpoints.files import TensorInfo, checked_file, strict_json
 from fastgen.checkpoints.identity import Identity
-from fastgen.errors import CheckpointError
+from fastgen.errors import CheckpointError, shown_name
 from fastgen.native import native
 
 PACKED_FILE = "model.fastgen"
@@ -192,7 +192,7 @@ def _read(file: int, offset: int, count: int) -> bytes:
 
 def _parsed(text: bytes, where: str) -> PackedHeader:
     try:
-        record = json.loads(text)
+        record = strict_json(text)
         names = {name: record[name] for name in ("layout", "dtype", "weights", "name", "key")}
         if not all(isinstance(value, str) for value in names.values()):
             raise TypeError("a name is no string")
@@ -203,6 +203,9 @@ def _parsed(text: bytes, where: str) -> PackedHeader:
             for name, (dtype, *shape) in record["tensors"].items()
         }
         sections = tuple(Section(*map(int, section)) for section in record["sections"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: the header is damaged") from error
+    except (AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: the header is damaged") from error
+    names["name"] = shown_name(names["name"])
     return PackedHeader(tensors=tensors, sections=sections, **names)

@@ -19,6 +19,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgen.checks import wrong_value
+
 if sys.platform != "win32":
     import fcntl
 
@@ -27,7 +29,7 @@ logger = logging.getLogger("fastgen.cache")
 IS_SUPPORTED = sys.platform != "win32"  # it rests on POSIX's owners, descriptors and locks
 
 FOLDER_VARIABLE, SIZE_VARIABLE = "FASTGEN_CACHE", "FASTGEN_CACHE_SIZE"
-OFF = "off"
+OFF = ("off", "0", "false", "no")
 DEFAULT_MB = 8192
 _MB = 2**20
 _ENTRY = re.compile(r"([0-9a-f]{64})\.packed")
@@ -50,11 +52,11 @@ class CacheEntry:
 
 def default_folder() -> Path | None:
     """$FASTGEN_CACHE, else fastgen/ in $XDG_CACHE_HOME, else in ~/.cache; None where FASTGEN_CACHE
-    is "off", or there is no such place.
+    is "off" (or 0, false, no), or there is no such place.
     """
     own = os.environ.get(FOLDER_VARIABLE, "")
     if own:
-        return None if own == OFF else Path(os.path.abspath(own))
+        return None if own.lower() in OFF else Path(os.path.abspath(os.path.expanduser(own)))
     shared = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(shared):
         return Path(shared, "fastgen")
@@ -62,10 +64,30 @@ def default_folder() -> Path | None:
     return Path(home, ".cache", "fastgen") if os.path.isabs(home) else None
 
 
+def chosen_folder(cache: bool | str | Path) -> Path | None:
+    """The folder that `load(cache=...)` names; None: there is none.
+
+    Raises:
+        OptionError: it begins with "~", and there is no such home.
+    """
+    if isinstance(cache, bool):
+        folder = default_folder() if cache else None
+    else:
+        try:
+            folder = Path(cache).expanduser().absolute()
+        except RuntimeError as error:
+            raise wrong_value("cache", f"{cache}: there is no such home") from error
+    return folder if IS_SUPPORTED else None
+
+
 def default_max_bytes() -> int:
     """$FASTGEN_CACHE_SIZE, in MB, else DEFAULT_MB."""
     told = os.environ.get(SIZE_VARIABLE, "")
-    return (int(told) if re.fullmatch(r"[0-9]{1,9}", told) else DEFAULT_MB) * _MB
+    if re.fullmatch(r"[0-9]{1,9}", told):
+        return int(told) * _MB
+    if told:
+        logger.warning("%s=%s is no number of MB: %d are used", SIZE_VARIABLE, told, DEFAULT_MB)
+    return DEFAULT_MB * _MB
 
 
 class PackCache:
@@ -161,14 +183,17 @@ class PackCache:
         _remove_abandoned(folder)
         others = [entry for entry in _entries(folder) if _entry_name(entry.key) != name]
         excess = sum(entry.num_bytes for entry in others) + num_bytes - self.max_bytes
+        going, freed = list[CacheEntry](), 0
         for entry in sorted(others, key=lambda entry: entry.used):
-            if excess <= 0:
+            if freed >= excess:
                 break
-            _remove(folder, _entry_name(entry.key))
-            excess -= entry.num_bytes
+            going.append(entry)
+            freed += entry.num_bytes
         disk = os.fstatvfs(folder)
-        if disk.f_bavail * disk.f_frsize < 2 * num_bytes:  # a disk is not filled to its end
+        if disk.f_bavail * disk.f_frsize + freed < 2 * num_bytes:  # it is not filled to its end
             raise OSError(errno.ENOSPC, f"{self.path}: too little is free on the disk")
+        for entry in going:
+            _remove(folder, _entry_name(entry.key))
 
 
 def _entry_name(key: str) -> str:

@@ -99,7 +99,10 @@ def _balance(input_peaks: Floats, weight_peaks: Floats) -> Floats:
     alive = (input_peaks > 0) & (weight_peaks > 0)
     factors = np.ones_like(input_peaks)
     if alive.any():
-        exponents = (np.log2(input_peaks[alive]) - np.log2(weight_peaks[alive])) / 2
+        # In float64: how the last bit of a float32 logarithm is rounded depends on the processor.
+        peaks = input_peaks[alive].astype(np.float64), weight_peaks[alive].astype(np.float64)
+        exponents = (np.log2(peaks[0]) - np.log2(peaks[1])) / 2
         exponents = np.rint(exponents - np.median(exponents))
-        factors[alive] = np.exp2(np.clip(exponents, -_MAX_EXPONENT, _MAX_EXPONENT))
+        exponents = np.nan_to_num(np.clip(exponents, -_MAX_EXPONENT, _MAX_EXPONENT))
+        factors[alive] = np.ldexp(1.0, exponents.astype(np.int32))
     return factors

@@ -92,10 +92,13 @@ class _RowDrafts:
         """The probability that the next token of its draft is right."""
         return self.acceptances[self.used].share(self.level)
 
+    def may_guess(self, source: _Source) -> bool:
+        return source not in self.failed and not source.is_lost
+
     def may_use(self, at: int, has_draft: bool, num_tokens: int) -> bool:
         """Whether to ask source `at`: it has not failed, and is more often right than the draft
         that the row has. Asking costs time as well."""
-        if at >= len(self.sources) or self.sources[at] in self.failed or self.sources[at].is_lost:
+        if at >= len(self.sources) or not self.may_guess(self.sources[at]):
             return False
         if self.dry > _SELDOM and num_tokens % 4:
             return False
@@ -174,7 +177,7 @@ class Drafting:
         """Whether the next step should wait for this one, since drafts may follow its tokens."""
         for row in rows if self.is_on else ():
             state = None if row.draws_on_host else self._state(row)
-            if state is None or len(state.failed) == len(state.sources):
+            if state is None or not any(state.may_guess(source) for source in state.sources):
                 continue
             if state.dry < _DRY or len(row.token_ids) % _PROBE == 0:
                 return True

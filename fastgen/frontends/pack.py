@@ -82,13 +82,25 @@ def _checked_out(out: Any) -> Path:
 
 @contextmanager
 def _written_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside it, which takes its place if all goes well."""
-    scratch = folder.absolute().parent / f".{folder.name}.{os.urandom(8).hex()}"
+    """A folder whose files are `folder`'s if all goes well. One that is there already may be the
+    place of a mount, or a link: then they are moved into it, the weights last."""
+    name = f".{folder.name}.{os.urandom(8).hex()}"
+    is_there = folder.is_dir()
+    scratch = folder / name if is_there else folder.absolute().parent / name
     scratch.mkdir(parents=True)
+    moved: list[Path] = []
     try:
         yield scratch
-        scratch.rename(folder)  # an empty folder is replaced
+        if not is_there:
+            scratch.rename(folder)
+            return
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == PACKED_FILE):
+            moved.append(folder / path.name)
+            path.rename(moved[-1])
+        scratch.rmdir()
     except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
         raise
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # tokens of the steps that are measured
 _ROUNDS = 3
 _MOST_BITS = 9
+_MEMORY = 256  # times after which a factor that had none of them is forgotten
 _MOST = 256  # larger steps are not told apart
 _PRIOR = 0.05  # of one token's step for each token more, as long as nothing was measured
 _FACTORS = (0.25, 8.0)
@@ -48,6 +49,8 @@ class StepCosts:
         self._factors: dict[int, _Estimate] = {}  # by the bits of the number of drafted tokens
         self._factor_of = [1.0] * (_MOST_BITS + 1)  # the same, and where nothing is known
         self._covariances: dict[tuple[int, int], float] = {}  # of a time and a factor
+        self._num_times = 0
+        self._renewed: set[int] = set()  # factors of the times since some were forgotten
 
     @property
     def is_measured(self) -> bool:
@@ -100,7 +103,12 @@ class StepCosts:
         rows.variance -= of_rows**2 / total
         factor.variance -= of_factor**2 / total
         self._covariances[key] = both - of_rows * of_factor / total
-        if num_drafted:
+        self._renewed.add(key[1])
+        self._num_times += 1
+        if self._num_times % _MEMORY == 0:  # what kept a factor high may be over
+            self._factors = {bits: self._factors[bits] for bits in self._renewed - {0}}
+            self._renewed.clear()
+        if num_drafted or not self._renewed:
             self._spread_factors()
 
     def seconds(self, num_rows: int, num_drafted: int = 0) -> float:
@@ -172,8 +180,9 @@ class AskCosts:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """An answer with so many tokens for each row, at least one, took so long."""
-        if self.is_measured:
-            seconds = min(seconds, _ASK_OUTLIER * self.seconds(num_tokens))
+        known = self.seconds(num_tokens)
+        if known > 0:
+            seconds = min(seconds, _ASK_OUTLIER * known)
         new = (1.0, num_tokens, num_tokens**2, seconds, num_tokens * seconds)
         self._sums = tuple(
             (1 - _SMOOTHING) * known + one for known, one in zip(self._sums, new, strict=True)

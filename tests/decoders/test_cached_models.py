@@ -185,7 +185,8 @@ def test_the_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ({"HOME": home, "XDG_CACHE_HOME": ""}, tmp_path / ".cache" / "fastgen"),
         ({"HOME": home, "XDG_CACHE_HOME": "/x", "FASTGEN_CACHE": "/y"}, Path("/y")),
         ({"HOME": home, "FASTGEN_CACHE": "y"}, Path.cwd() / "y"),
-        ({"HOME": home, "FASTGEN_CACHE": "off"}, None),
+        ({"HOME": home, "FASTGEN_CACHE": "~/y"}, tmp_path / "y"),
+        *(({"HOME": home, "FASTGEN_CACHE": off}, None) for off in ("off", "OFF", "0", "false")),
         ({"HOME": "relative"}, None),
     ):
         for name in ("HOME", "XDG_CACHE_HOME", "FASTGEN_CACHE"):
@@ -212,6 +213,9 @@ def test_it_is_on_unless_it_is_turned_off(
         load(folder, True, share_weights=True)
     with pytest.raises(fastgen.OptionError, match="there is none"):
         load(folder, False, share_weights=True)
+    with pytest.raises(fastgen.OptionError, match="no such home") as caught:
+        load(folder, "~nobody-of-this-name/x")
+    assert caught.value.option == "cache"
 
 
 def test_its_size_is_told_in_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,44 @@ def test_the_folder_holds_all_that_a_model_needs(folder: Path, tmp_path: Path) -
         assert weights_of(packed) == weights_of(model) and tokens_of(packed) == tokens_of(model)
 
 
+@pytest.mark.parametrize("how", ["empty", "link", "here"])
+def test_a_folder_that_is_there_is_filled(
+    how: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the place of a mount, which cannot be replaced."""
+    there = tmp_path / "there"
+    there.mkdir()
+    inode = there.stat().st_ino
+    out: Path = there
+    if how == "link":
+        out = tmp_path / "link"
+        out.symlink_to(there)
+    if how == "here":
+        monkeypatch.chdir(there)
+        out = Path(".")
+    fastgen.pack(folder, out)
+    assert there.stat().st_ino == inode and not list(there.glob(".*"))
+    with load(there, False) as packed, load(folder, False) as model:
+        assert tokens_of(packed) == tokens_of(model)
+
+
+def test_a_folder_that_was_there_is_empty_after_an_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Path, target: Path) -> Path:
+        if target.name == PACKED_FILE:
+            raise OSError("boom")
+        return original(self, target)
+
+    original = Path.rename
+    monkeypatch.setattr(Path, "rename", broken)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(OSError, match="boom"):
+        fastgen.pack(folder, out)
+    assert list(out.iterdir()) == []
+
+
 def test_what_the_head_is_is_kept(variant: Callable[[str], Path], tmp_path: Path) -> None:
     """Where the config says one thing and the tensors another, too."""
     for name in ("plain", "untied", "swapped_head", "both_heads_equal", "both_heads_differ"):

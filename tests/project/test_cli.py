@@ -167,9 +167,11 @@ def test_info_shows_the_cache_and_clears_it(tmp_path: Path) -> None:
     assert record["folder"] == str(cache) and record["has_this_model"]
     assert sorted(each["name"] or "" for each in record["models"]) == ["", str(folder)]
     assert "without this model" in run("info", "--model", str(folder), "--cache", str(cache)).stdout
-    cleared = run("info", *options, "--clear-cache").stdout
-    assert f"{cache}: 0 of 8,192 MB, without this model" in cleared
+    cleared = run("info", *options, "--clear-cache")
+    assert f"{cache}: 0 of 8,192 MB, without this model" in cleared.stdout
+    assert f"{cache}: removed 2 files, 0 MB" in cleared.stderr
     assert list(cache.iterdir()) == []
+    assert "there is no cache to clear" in run("info", "--clear-cache", "--no-cache").stderr
     assert json.loads(run("info", "--json", "--no-cache").stdout)["cache"] is None
     assert "cache       none" in run("info").stdout  # the tests have turned it off
     cache.chmod(0o777)

@@ -175,6 +175,18 @@ def test_single_drafts_are_enough_to_learn_it_from(real: float) -> None:
     assert costs.seconds(4, 1) - costs.seconds(4) == pytest.approx(real, abs=0.06)
 
 
+def test_a_bad_time_is_forgotten() -> None:
+    """Factors of drafts that are not tried any more, since something once held them up."""
+    costs = costs_of(lambda size: 1.0 + 0.1 * size)
+    for _ in range(50):
+        costs.observe(1, 0, 1.1)
+        costs.observe(1, 4, 10.0)
+    assert costs.seconds(1, 4) > 3
+    for _ in range(600):
+        costs.observe(1, 0, 1.1)
+    assert costs.seconds(1, 4) == pytest.approx(1.5, abs=0.1)
+
+
 def test_a_step_that_something_else_held_up_counts_little() -> None:
     costs = costs_of(lambda size: 1.0)
     costs.observe(1, 0, 1.0)

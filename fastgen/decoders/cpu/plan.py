@@ -13,7 +13,7 @@ from fastgen.decoders.cpu.decoder import CpuDecoder
 from fastgen.decoders.cpu.weights import CpuWeights, cache_key
 from fastgen.decoders.machine import free_memory, granted_cores
 from fastgen.decoders.memory import plan_memory
-from fastgen.decoders.pack_cache import IS_SUPPORTED, PackCache, default_folder
+from fastgen.decoders.pack_cache import PackCache, chosen_folder
 from fastgen.decoders.plan import (
     QUANTIZATIONS,
     SAMPLING_BYTES,
@@ -207,13 +207,7 @@ def _cache(checkpoint: Checkpoint, options: LoadOptions) -> str | None:
     """
     if checkpoint.packed is not None:
         return None
-    given = options.cache
-    if isinstance(given, bool):
-        folder = default_folder() if given else None
-    else:
-        folder = Path(given).expanduser().absolute()
-    if not IS_SUPPORTED:
-        folder = None
+    folder = chosen_folder(options.cache)
     if options.share_weights and checkpoint.folder is None:
         raise unmet("share_weights", True, "the model is in memory, not in a file")
     if options.share_weights and folder is None:

@@ -61,6 +61,7 @@ class CpuWeights:
         self._num_blocks, self._num_threads = num_blocks, num_threads
         self._cache = None if cache is None else PackCache(Path(cache))
         self._trouble: Exception | None = None  # the first with the cache
+        self._has_stored = False
 
     def decoder(self) -> Any:
         """The C++ decoder. Trouble with the cache is logged, in one line, and costs only time.
@@ -115,6 +116,7 @@ class CpuWeights:
             return decoder
         try:
             cache.store(key, decoder.weights().nbytes, lambda file: self._store(file, decoder, key))
+            self._has_stored = True
         except OSError as error:
             self._trouble = self._trouble or error
             return decoder
@@ -183,9 +185,10 @@ class CpuWeights:
     def _log(self) -> None:
         error = self._trouble
         if error is not None:
-            suspicious = isinstance(error, (CheckpointError, UntrustedError))
-            log = logger.warning if suspicious else logger.info
-            log("packed weights are not cached: %s", error)
+            told = "written to the cache again" if self._has_stored else "not cached"
+            matters = self._share or isinstance(error, (CheckpointError, UntrustedError))
+            log = logger.warning if matters else logger.info
+            log("packed weights are %s: %s", told, error)
 
 
 @dataclass(frozen=True, slots=True)
