@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ WANTED_FASTER = (1.0, 1.3, 1.3)  # than the fastest other engine
 Record = dict[str, Any]
 
 
+@cache
 def shown() -> Path:
     """The folder whose records the pages show: the newest that has every run."""
     whole = [
@@ -31,7 +33,7 @@ def shown() -> Path:
         for folder in sorted(RUNS.iterdir())
         if all((folder / f"{name}.json").exists() for name in run_names())
     ]
-    return max(whole, key=lambda folder: str(_record(folder, "float32")["machine"]["date"]))
+    return max(whole, key=lambda folder: str(record_of(folder, "float32")["machine"]["date"]))
 
 
 def plots() -> str:
@@ -47,7 +49,7 @@ def processors() -> str:
 
 def _table(folder: Path) -> str:
     names = [name for name in PRECISIONS if (folder / f"{name}.json").exists()]
-    about = _record(folder, names[0])["machine"]
+    about = record_of(folder, names[0])["machine"]
     head = ("", "batch", "tokens/s", "decode, share of the limit", "fastest other engine",
             "times as fast")  # fmt: skip
     rows = [row for name in names for row in _rows(folder, name)]
@@ -56,16 +58,17 @@ def _table(folder: Path) -> str:
 
 
 def _rows(folder: Path, name: str) -> Iterator[tuple[Any, ...]]:
-    record = _record(folder, name)
+    record = record_of(folder, name)
     kind = _kind(record["machine"], folder)
     wanted = _NONE if kind is None else WANTED[kind][name]
     for row, least, lead in zip(record["results"], wanted, WANTED_FASTER, strict=False):
         batch = row["batch_size"]
         tokens = f"{row['tokens_per_s']:,.0f}"
         yield name, batch, tokens, _share(row["decode_share"], least), *_best(record, batch, lead)
-    long = folder / f"{LONG_PROMPT}_{name}.json"
-    if long.exists():
-        row = next(row for row in _read(long)["results"] if row["batch_size"] == 1)
+    long = f"{LONG_PROMPT}_{name}"
+    if (folder / f"{long}.json").exists():
+        rows = record_of(folder, long)["results"]
+        row = next(row for row in rows if row["batch_size"] == 1)
         share = _share(row["prefill_share"], wanted[-1])
         yield name, "prefill of 496 tokens", "", share, "", ""
 
@@ -98,10 +101,7 @@ def _path_of(folder: Path) -> str:
     return folder.name.rpartition("-")[2]
 
 
-def _record(folder: Path, name: str) -> Record:
-    return _read(folder / f"{name}.json")
-
-
-def _read(path: Path) -> Record:
-    record: Record = json.loads(path.read_text())
+def record_of(folder: Path, name: str) -> Record:
+    """Of one run."""
+    record: Record = json.loads((folder / f"{name}.json").read_text())
     return record

@@ -9,7 +9,6 @@ python benchmarks/report.py --check    # fail if that would change a page or the
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from cells import PEERS, judged, markdown, pair, percent, processor
 from dated_run import CONTEXTS
 from harness import RESULTS
 from models import PRECISIONS
-from processor_tables import plots, processors, shown
+from processor_tables import plots, processors, record_of, shown
 from speculation_tables import (
     speculation,
     speculation_draft,
@@ -58,8 +57,7 @@ Record = dict[str, Any]
 
 
 def run(name: str) -> Record:
-    record: Record = json.loads((shown() / f"{name}.json").read_text())
-    return record
+    return record_of(shown(), name)
 
 
 def machine() -> str:

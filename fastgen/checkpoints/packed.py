@@ -38,6 +38,10 @@ _PREAMBLE = struct.Struct("<8sQQ")
 _ALIGNMENT = 1 << 16  # of the weights in the file: a multiple of every system's pages
 _MAX_HEADER = 16 * 2**20
 _CHUNK = 32 * 2**20  # bytes that are written at a time
+# What reading JSON of another form can raise; ArithmeticError for numbers that are too large.
+_MALFORMED = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 _ACTIVATIONS, _WEIGHTS = ("float32", "bfloat16"), (*DTYPES, "int8")
 
 
@@ -203,9 +207,7 @@ def _parsed(text: bytes, where: str) -> PackedHeader:
             for name, (dtype, *shape) in record["tensors"].items()
         }
         sections = tuple(Section(*map(int, section)) for section in record["sections"])
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: the header is damaged") from error
-    except (AttributeError, RecursionError) as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"{where}: the header is damaged") from error
     names["name"] = shown_name(names["name"])
     return PackedHeader(tensors=tensors, sections=sections, **names)

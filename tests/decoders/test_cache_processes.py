@@ -14,7 +14,6 @@ import pytest
 import processes
 from fastgen.native import native
 from packed_files import (
-    checkpoint_of,
     digest_of,
     entry_of,
     load,
@@ -28,16 +27,6 @@ pytestmark = [
     pytest.mark.skipif(native is None, reason="the C++ extension is not built"),
     pytest.mark.skipif(sys.platform == "win32", reason="there is no cache"),
 ]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return checkpoint_of(tmp_path / "model")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "above" / "cache"
 
 
 _LOAD = """

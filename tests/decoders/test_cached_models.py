@@ -35,16 +35,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return checkpoint_of(tmp_path / "model")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "above" / "cache"
-
-
 @pytest.fixture(autouse=True)
 def every_message(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "fastgen")

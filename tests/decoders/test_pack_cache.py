@@ -15,7 +15,7 @@ import pytest
 
 from fastgen.decoders.pack_cache import PackCache
 from fastgen.native import native
-from packed_files import checkpoint_of, digest_of, entry_of, load, messages, packings
+from packed_files import digest_of, entry_of, load, messages, packings
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason="the C++ extension is not built"),
@@ -26,16 +26,6 @@ ROOT = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away"
 )
 KEYS = ["0" * 64, "1" * 64, "2" * 64, "3" * 64]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return checkpoint_of(tmp_path / "model")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "above" / "cache"
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,7 @@ _MODEL = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from cpu_decoders import plan_of
+from forked import in_child
 from fastgen.errors import ForkedEngineError
 from fastgen.frontends.generator import Generator, find_tokenizer
 
@@ -54,16 +55,6 @@ def load():
 
 def text(model):
     return model("And it came to pass", temperature=0, max_new_tokens=20)
-
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if work() == sys.argv[2] else 3
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 def refused(why, call, *given, **options):
     try:

@@ -22,21 +22,12 @@ pytestmark = [
 _BEGIN = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
+from forked import in_child
 import fastgen
 OPTIONS = {"temperature": 0, "max_new_tokens": 20}
 
 def text(model):
     return model(sys.argv[3], **OPTIONS)
-
-def in_child(work):
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if work() == sys.argv[2] else 3
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
 STORIES = {
     "that survives": """
