@@ -19,6 +19,8 @@ CPP_FILES = $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc tests/native/*.cpp t
 
 .PHONY: demo test test-all soak bench bench-compare lint format clean
 
+# It writes nothing outside of this folder.
+demo: export FASTGEN_CACHE = off
 demo: .venv/demo.stamp
 	$(BIN)/fastgen generate --seed 10 --temperature 0.7 --top-k 40 --max-new-tokens 60 \
 		"In the beginning"
