@@ -46,6 +46,7 @@ import os, sys, threading
 sys.path.insert(0, sys.argv[1])
 from cpu_decoders import plan_of
 from forked import in_child
+from waits import wait_until
 from fastgen.errors import ForkedEngineError
 from fastgen.frontends.generator import Generator, find_tokenizer
 
@@ -124,7 +125,7 @@ def draw():
     with tqdm.get_lock():
         held.set()
         done.wait()
-thread = threading.Thread(target=draw)
+thread = threading.Thread(target=draw, daemon=True)
 thread.start()
 held.wait()
 try:
@@ -140,7 +141,7 @@ def work():
     own = load()
     while not stop.is_set():
         text(own)
-threads = [threading.Thread(target=work) for _ in range(2)]
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
 for thread in threads:
     thread.start()
 for _ in range(20):
@@ -161,12 +162,12 @@ def alone():
     assert model.engine.num_unfinished == 0, "what the parent's threads wait for has ended"
     model.close()
     return texts[0] if texts[0] == texts[1] else None
-threads = [threading.Thread(target=work) for _ in range(3)]
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
 for _ in range(20):
     steps = model.engine.stats.steps
-    model.engine.run(lambda: model.engine.stats.steps > steps)
+    wait_until(lambda: model.engine.stats.steps > steps)
     in_child(alone)
 pieces = model.stream("And it came to pass", temperature=0, max_new_tokens=20)
 begun = str(next(pieces))
@@ -187,7 +188,8 @@ def work(mine, other):
             in_child(lambda: text(other))
     except BaseException as error:
         failed.append(error)
-threads = [threading.Thread(target=work, args=pair) for pair in (models, models[::-1]) * 2]
+pairs = (models, models[::-1]) * 2
+threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in pairs]
 for thread in threads:
     thread.start()
 for thread in threads:

@@ -29,7 +29,7 @@ def work():
         model(ids)
         told(5)
         called.set()
-threads = [threading.Thread(target=work) for _ in range(3)]
+threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
 for _ in range(20):

@@ -15,7 +15,7 @@ import pytest
 
 import fastgen
 from engine_harness import assert_idle
-from engine_threads import Clock
+from engine_threads import Clock, num_waiting
 from fastgen.frontends.engine_thread import QueueConfig
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
@@ -183,18 +183,25 @@ def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generato
     wanted, steps, is_asked = canary_of(model), list[str](), threading.Event()
 
     def step_of_a() -> None:
-        steps.append("a")
         assert is_asked.wait(WITHIN)  # between two short requests the long one does not get on
+        steps.append("a")
+        wait_until(lambda: num_waiting(lock) or not other.engine.num_unfinished)
+
+    def step_of_b() -> None:  # each lets the other ask for its turn, however slow its thread is
+        steps.append("b")
+        wait_until(lambda: num_waiting(lock))
 
     with (
         serving({"a": model, "b": other}) as server,
         stepping(model, step_of_a),
-        stepping(other, partial(steps.append, "b")),
+        stepping(other, step_of_b),
     ):
+        lock = server.service.models["a"].engine.thread.queue_config.fair_lock
+        assert lock is not None
         # each step gives a token: else there is nothing to take turns with
         long = {**LONG, "n": 8, "model": "a", "stream": True, "speculate": False}
         with closing(begun(server.port, post(long))) as client:
-            wait_until(lambda: steps)
+            wait_until(lambda: model.engine.num_unfinished)
             for _ in range(5):
                 steps.clear()
                 is_asked.set()
@@ -202,7 +209,8 @@ def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generato
                 is_asked.clear()
                 assert found.json["choices"][0]["text"] == wanted
                 first, last = steps.index("b"), len(steps) - steps[::-1].index("b")
-                assert 1 <= steps[first:last].count("a") <= 60
+                turns = steps[first:last]
+                assert len(turns) > 1 and turns == (["b", "a"] * len(turns))[: len(turns)]
             client.close()
             is_asked.set()
 
