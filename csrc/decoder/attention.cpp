@@ -86,7 +86,8 @@ class TileAttention {
 
   // `ahead`: how far after this block the block to be fetched lies.
   void score(int index, const char* keys, const Queries& queries, std::ptrdiff_t ahead) {
-    tile_(queries.data, queries.stride, count_, keys, shape_.key_steps(), ahead, scores_[index]);
+    tile_(queries.data, queries.stride, count_, keys, shape_.key_steps(), fetch(keys + ahead),
+          scores_[index]);
   }
 
   // `visible`: of the block's values, to the first query; the next ones see one more each.
@@ -101,8 +102,8 @@ class TileAttention {
     }
     const int tokens = std::clamp(visible + count_ - 1, 0, kBlockTokens);
     for (int d = 0; d < shape_.head_dim; d += kPanel, values += shape_.value_panel_bytes()) {
-      tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens), ahead,
-            sums_);
+      tile_(weights, weight_stride, count_, values, num_steps(shape_.arithmetic, tokens),
+            fetch(values + ahead), sums_);
       if (visible < tokens && has_nan()) {
         for (int row = 0; row < count_; ++row) {
           sum_visible(static_cast<const char*>(weights) + row * weight_stride, values,
@@ -123,6 +124,10 @@ class TileAttention {
   }
 
  private:
+  Fetch fetch(const char* from) const {
+    return {from, static_cast<std::ptrdiff_t>(shape_.step_bytes())};
+  }
+
   bool has_nan() const {
     float sum = 0;
     for (int at = 0; at < count_ * kPanel; ++at) sum += sums_[at] * 0;
@@ -138,7 +143,7 @@ class TileAttention {
       auto* const pairs = reinterpret_cast<std::uint16_t*>(copy) + visible / 2 * kPanel * 2;
       for (int column = 0; column < kPanel; ++column) pairs[2 * column + 1] = 0;
     }
-    tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), 0, sums);
+    tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), {copy, 0}, sums);
   }
 
   const KvShape& shape_;

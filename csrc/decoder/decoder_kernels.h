@@ -62,11 +62,18 @@ struct RowScale {
   std::int32_t zero;
 };
 
+// What a tile fetches into the cache while it works: from `from` on, `pace` bytes further on with
+// each step. A step fetches as many bytes as it reads, so that a lower pace only fetches some
+// twice.
+struct Fetch {
+  const char* from;
+  std::ptrdiff_t pace;
+};
+
 // sums (rows, 32) of float, int32 for kInt8: the inputs' rows, `stride` bytes apart, times a panel.
-// Every sum is made step by step in order, in blocks of steps that do not depend on `rows`. At the
-// pace of the panel, what lies `ahead` bytes further on is fetched into the cache.
+// Every sum is made step by step in order, in blocks of steps that do not depend on `rows`.
 using Tile = void (*)(const void* inputs, std::size_t stride, int rows, const void* panel,
-                      int steps, std::ptrdiff_t ahead, void* sums);
+                      int steps, Fetch fetch, void* sums);
 
 // What becomes of a tile's sums.
 enum class Ending {

@@ -200,6 +200,18 @@ constexpr std::size_t kCacheShare = std::size_t{256} << 10;
 
 constexpr std::ptrdiff_t kAhead = 8192;  // of weights, to be fetched
 
+// For a tile that reads its panel from memory: what it reads itself soon.
+Fetch fetch_own(const PackedLinear& linear, const char* panel) {
+  return {panel + kAhead, step_shape(linear.arithmetic).bytes};
+}
+
+// For one of several tiles that follow each other on a panel that is in the cache: its part of the
+// next panel, so that memory is read while all of them multiply, not while the first one waits.
+Fetch fetch_next(const PackedLinear& linear, const char* panel, int tile, int num_tiles) {
+  const std::ptrdiff_t pace = (step_shape(linear.arithmetic).bytes + num_tiles - 1) / num_tiles;
+  return {panel + linear.panel_bytes + tile * pace * linear.num_steps, pace};
+}
+
 // A product's rows in tiles, all of about the same size.
 class Product {
  public:
@@ -220,7 +232,7 @@ class Product {
     for (int panel = first_panel; panel < last_panel; panel += panels) {
       for (int tile = 0; tile < num_tiles_; tile += tiles) {
         for (int at = panel; at < std::min(panel + panels, last_panel); ++at) {
-          run_panel(at, tile, std::min(tile + tiles, num_tiles_));
+          run_panel(at, tile, std::min(tile + tiles, num_tiles_), at == first_panel);
         }
       }
     }
@@ -231,7 +243,8 @@ class Product {
     return static_cast<int>(std::max<std::size_t>(1, kCacheShare / bytes));
   }
 
-  void run_panel(int panel, int first_tile, int last_tile) const {
+  // `is_first`: nothing has fetched the panel yet.
+  void run_panel(int panel, int first_tile, int last_tile, bool is_first) const {
     alignas(kCacheLine) float sums[kMaxTileRows * kPanel];
     const int column = panel * kPanel;
     const char* const weights = linear_.panels + panel * linear_.panel_bytes;
@@ -257,8 +270,12 @@ class Product {
       for (int row = 0; row < count && num_tiles_ > 1; ++row) {  // there when the sums are
         prefetch<1>(end.outputs + row * outputs_.stride);
       }
+      const bool reads_memory = num_tiles_ == 1 || (is_first && tile == 0);
+      const Fetch fetch =
+          reads_memory ? fetch_own(linear_, weights)
+                       : fetch_next(linear_, weights, tile - first_tile, last_tile - first_tile);
       tile_(static_cast<const char*>(inputs_.data) + first * inputs_.stride, inputs_.stride, count,
-            weights, linear_.num_steps, kAhead, sums);
+            weights, linear_.num_steps, fetch, sums);
       kernels_.finish(sums, count, end);
     }
   }

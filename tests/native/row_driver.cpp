@@ -119,7 +119,7 @@ std::vector<int> codes_of(const DecoderKernels& kernels, const std::uint8_t* row
     std::int32_t sums[kPanel];
     const int last = std::min(first + kPanel, inputs);
     for (int k = first; k < last; ++k) panel[(k / 4 * kPanel + k - first) * 4 + k % 4] = 1;
-    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row, 0, 1, panel.data(), steps, 0, sums);
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row, 0, 1, panel.data(), steps, {}, sums);
     codes.insert(codes.end(), sums, sums + last - first);
   }
   return codes;
@@ -153,7 +153,7 @@ void check_int8_values(const DecoderKernels& kernels, Random& random) {
       }
     }
     kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row_codes.data(), 0, 1, panel.data(), steps,
-                                                       0, sums.data());
+                                                       {}, sums.data());
     fastgen::TileEnd end = {bias.data(),    scales.data(),  column_sums.data(),
                             &row,           Ending::kStore, {},
                             outputs.data(), kPanel,         kPanel};

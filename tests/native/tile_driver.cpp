@@ -81,7 +81,7 @@ void check_int8_sums(const DecoderKernels& kernels, int inputs, Pick weight, Pic
   for (int count = 1; count <= rows; ++count) {
     Guarded<std::int32_t> sums(count * kPanel);
     kernels.tiles[static_cast<int>(Arithmetic::kInt8)](codes.last(count * stride), stride, count,
-                                                       panel.data(), steps, 0, sums.data());
+                                                       panel.data(), steps, {}, sums.data());
     for (int at = 0; at < count * kPanel; ++at) {
       const int row = rows - count + at / kPanel, column = at % kPanel;
       REQUIRE(sums[at] - zeros[row] * column_sums[column] == wanted[row * kPanel + column]);
@@ -182,13 +182,13 @@ FloatSums float_sums(const DecoderKernels& kernels, const Format& format, int st
   }
   const fastgen::Tile tile = kernels.tiles[static_cast<int>(format.arithmetic)];
   for (int row = 0; row < rows; ++row) {
-    tile(inputs.data() + row * stride, stride, 1, panel.data(), steps, 0,
+    tile(inputs.data() + row * stride, stride, 1, panel.data(), steps, {},
          found.data() + row * kPanel);
   }
   for (int at = 0; at < rows * kPanel; ++at) REQUIRE(near(found[at], wanted[at], 1e-5 * sizes[at]));
   for (int count = 2; count <= rows; ++count) {
     Guarded<float> sums(count * kPanel);
-    tile(inputs.last(count * stride), stride, count, panel.data(), steps, 0, sums.data());
+    tile(inputs.last(count * stride), stride, count, panel.data(), steps, {}, sums.data());
     REQUIRE(std::memcmp(sums.data(), found.data() + (rows - count) * kPanel,
                         sums.size() * sizeof(float)) == 0);
   }
@@ -221,7 +221,7 @@ void check_widening(const DecoderKernels& kernels) {
     float sums[kPanel];
     for (int at = 0; at < kPanel; ++at) halves[at] = static_cast<std::uint16_t>(first + at);
     if (!fastgen::is_finite_float16(halves[0])) continue;
-    kernels.tiles[static_cast<int>(Arithmetic::kFloat16Weights)](&one, 4, 1, halves, 1, 0, sums);
+    kernels.tiles[static_cast<int>(Arithmetic::kFloat16Weights)](&one, 4, 1, halves, 1, {}, sums);
     for (int at = 0; at < kPanel; ++at) REQUIRE(sums[at] == fastgen::widen_float16(halves[at]));
   }
 }
