@@ -10,7 +10,6 @@ from cells import judged, markdown, processor
 from harness import RESULTS
 
 PATH = RESULTS / "bench_speculation.json"
-NOT_YET = "Not measured yet."
 ENGINES = {
     "fastgen": "fastgen",
     "transformers_lookup 10": "transformers, 10 tokens",
@@ -31,8 +30,6 @@ Record = dict[str, Any]
 
 def speculation() -> str:
     """How many times as fast each task is by itself, and the machine."""
-    if not _has("tasks"):
-        return NOT_YET
     record = _record()
     head = ("", "text", "repeats its prompt, itself", "right of the drafts", "tokens a step")
     rows = [
@@ -47,8 +44,6 @@ def speculation() -> str:
 
 def speculation_oracle() -> str:
     """Drafts that are right with a given probability."""
-    if not _has("oracle"):
-        return NOT_YET
     record = _record()
     head = ("", "each token right", "right of the drafts", "tokens a step")
     rows = [
@@ -60,8 +55,6 @@ def speculation_oracle() -> str:
 
 def speculation_draft() -> str:
     """124M's shape as the draft model of XL's."""
-    if not _has("draft"):
-        return NOT_YET
     record = _record()
     head = ("", "right of the drafts", "tokens a step")
     rows = [
@@ -73,8 +66,6 @@ def speculation_draft() -> str:
 
 def speculation_peers() -> str:
     """Other engines' own speculation on the same requests, at batch 1."""
-    if not _has("peers"):
-        return NOT_YET
     rows, absent = [], []
     for row in _rows(_record(), "peers"):
         if "why_not" in row:
@@ -119,11 +110,6 @@ def _groups(record: Record, part: str, *keys: str) -> list[list[Record]]:
 
 def _rows(record: Record, part: str) -> list[Record]:
     return [row for row in record["rows"] if row["part"] == part]
-
-
-def _has(part: str) -> bool:
-    """Whether the record has something of this part."""
-    return PATH.exists() and bool(_rows(_record(), part))
 
 
 def _record() -> Record:

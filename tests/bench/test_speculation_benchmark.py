@@ -211,7 +211,6 @@ def test_tables_are_made_of_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyP
             rows += bench.measured(run, pairs, CASES, batch, about, wanted * batch**2)
     machine = {"cpu": "Some Processor", "cores": 2, "date": "2026-12-01"}
     monkeypatch.setattr(tables, "PATH", tmp_path / "record.json")
-    assert tables.speculation() == tables.NOT_YET
     tables.PATH.write_text(json.dumps({"machine": machine, "new_tokens": 4, "rows": rows}))
     assert (
         "| int8 | quoting | 0%, 0% | 50% | 2.00 | 4.00 | 4.00: **missed** |" in tables.speculation()
