@@ -17,6 +17,7 @@ import fastgen
 from engine_harness import assert_idle
 from engine_threads import Clock, num_waiting
 from fastgen.frontends.engine_thread import QueueConfig
+from fastgen.frontends.fair_lock import FairLock
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys
 from held_steps import stepping
@@ -178,6 +179,13 @@ def test_a_drain_does_not_wait_longer_than_it_may(model: fastgen.Generator) -> N
             assert reply.status == 503 and reply.message.startswith("cancelled")
 
 
+def lock_of(server: RunningServer) -> FairLock:
+    """That its models share."""
+    lock = server.service.models["a"].engine.thread.queue_config.fair_lock
+    assert lock is not None
+    return lock
+
+
 def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generator) -> None:
     """A short request is not kept waiting by a long one of another model; both are exact."""
     wanted, steps, is_asked = canary_of(model), list[str](), threading.Event()
@@ -196,8 +204,7 @@ def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generato
         stepping(model, step_of_a),
         stepping(other, step_of_b),
     ):
-        lock = server.service.models["a"].engine.thread.queue_config.fair_lock
-        assert lock is not None
+        lock = lock_of(server)
         # each step gives a token: else there is nothing to take turns with
         long = {**LONG, "n": 8, "model": "a", "stream": True, "speculate": False}
         with closing(begun(server.port, post(long))) as client:
