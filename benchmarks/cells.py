@@ -11,6 +11,7 @@ PEERS = {
     "ctranslate2": "CTranslate2",
     "llama_cpp": "llama.cpp",
     "openvino": "OpenVINO GenAI",
+    "onnxruntime": "ONNX Runtime",
 }
 _VECTORS = {"avx512f": " with AVX-512", "avx2": " with AVX2"}
 

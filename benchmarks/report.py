@@ -91,7 +91,8 @@ def speed() -> str:
          f"{each.times_best:.2f}", "" if each.times_plain is None else f"{each.times_plain:.2f}")
         for each in speeds()
     ]  # fmt: skip
-    return f"{setting()}:\n\n{markdown(head, rows)}"
+    others = "; ".join(engines_run().values())
+    return f"{setting()}:\n\n{markdown(head, rows)}\n\nOther engines: {others}."
 
 
 def speeds() -> list[Speed]:
@@ -112,6 +113,12 @@ def speeds() -> list[Speed]:
                 None if plain is None else plain["fastgen_is_faster"]["median"],
             ))  # fmt: skip
     return found
+
+
+def engines_run() -> dict[str, str]:
+    """The names of the other engines that were timed in some precision."""
+    timed = {row["peer"] for name in PRECISIONS for row in run(name)["comparison"]["results"]}
+    return {peer: name for peer, name in PEERS.items() if peer in timed}
 
 
 def compared(record: Record, batch: int) -> dict[str, Record]:
@@ -159,18 +166,19 @@ def loading() -> str:
 
 def peers() -> str:
     """How many times as fast fastgen is; the best peer decides whether a target is met."""
-    head = ("", "batch", "fastgen tokens/s", *PEERS.values(), "wanted over the best")
+    engines = engines_run()
+    head = ("", "batch", "fastgen tokens/s", *engines.values(), "wanted over the best")
     rows = []
     for name in PRECISIONS:
         for index, batch in enumerate((1, 8, 32)):
             found = compared(run(name), batch)
-            faster = {peer: found[peer]["fastgen_is_faster"]["median"] for peer in PEERS
+            faster = {peer: found[peer]["fastgen_is_faster"]["median"] for peer in engines
                       if peer in found}  # fmt: skip
             wanted, missing = FASTER[name][index], _missing(name)
             without = f" (without {', '.join(missing)})" if missing else ""
             rows.append((
                 name, batch, f"{found['fastgen']['tokens_per_s']:,.0f}",
-                *(f"{faster[peer]:.2f}" if peer in faster else "-" for peer in PEERS),
+                *(f"{faster[peer]:.2f}" if peer in faster else "-" for peer in engines),
                 judged(min(faster.values()), wanted, f"{wanted:g}") + without,
             ))  # fmt: skip
     return markdown(head, rows)

@@ -29,6 +29,7 @@ INSTALL = {  # how a peer is installed
     "llama_cpp": "pip install llama-cpp-python gguf safetensors",
     "openvino": "pip install openvino-genai 'optimum-intel[openvino]', in an environment of its "
     "own; then --python openvino=ENVIRONMENT/bin/python",
+    "onnxruntime": "pip install onnxruntime onnx safetensors",
 }
 _ANSWERS = {"version", "absent", "unsupported", "failed", "ids"}  # one of them is in each
 

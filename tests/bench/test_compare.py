@@ -273,10 +273,11 @@ def test_a_process_that_dies_says_so(own: peer_process.PeerProcess) -> None:
 
 
 def test_peers_that_cannot_run(job: Comparison, tmp_path: Path) -> None:
-    if importlib.util.find_spec("ctranslate2") is None:
-        with job.start("ctranslate2", "float32", 1) as absent:
-            assert absent.why_not is not None
-            assert absent.why_not.endswith("pip install ctranslate2 safetensors")
+    for peer in ("ctranslate2", "onnxruntime"):
+        if importlib.util.find_spec(peer) is None:
+            with job.start(peer, "float32", 1) as absent:
+                assert absent.why_not is not None
+                assert absent.why_not.endswith(peer_process.INSTALL[peer])
     with job.start("transformers", "int8", 1) as without:
         assert without.why_not == "has no int8 on cpu"
     with pytest.raises(PeerError, match=r"answered 'peers/worker\.py"):
@@ -361,6 +362,9 @@ def test_every_peer_has_a_file_and_an_installation() -> None:
     files = {path.stem.removesuffix("_peer") for path in folder.glob("*_peer.py")}
     files -= {name for name in files if name.endswith("_lookup")}  # bench_speculation.py's alone
     assert files == set(peer_process.INSTALL) == {"fastgen", *command.PEERS}
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    for peer in command.PEERS:
+        assert f"| `{peer}` | {peer_process.INSTALL[peer]} |" in page
 
 
 @pytest.mark.slow
