@@ -207,8 +207,9 @@ def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generato
         stepping(model, step_of_a),
         stepping(other, step_of_b),
     ):
-        lock = server.service.models["a"].engine.thread.queue_config.fair_lock
-        assert lock is not None
+        queue_config = server.service.models["a"].engine.thread.queue_config
+        assert queue_config.fair_lock is not None
+        lock = queue_config.fair_lock
         # each step gives a token: else there is nothing to take turns with
         long = {**LONG, "n": 8, "model": "a", "stream": True, "speculate": False}
         with closing(begun(server.port, post(long))) as client:
