@@ -168,12 +168,12 @@ def work(call, decoder, batch, ends, begun):
     except RuntimeError as error:
         ends.append(str(error))
 
-for _ in range(300):
+for _ in range(100):
     with cpu_decoder(Path(sys.argv[2])) as decoder:
         ends, begun = [], threading.Semaphore(0)
         arguments = decoder, Rows(decoder, 1).batch([[1, 2, 3]]), ends, begun
-        calls = (forward, copy) * 2
-        threads = [threading.Thread(target=work, args=(call, *arguments)) for call in calls]
+        threads = [threading.Thread(target=work, args=(call, *arguments), daemon=True)
+                   for call in (forward, copy) * 2]
         for thread in threads:
             thread.start()
         for _ in range(5):  # at least one thread is in its second call

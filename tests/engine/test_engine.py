@@ -317,7 +317,7 @@ def test_threads_drive_one_engine_and_a_paused_one_stalls_nobody() -> None:
         run_all(engine, [request])
         found[index] = new_tokens(request)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

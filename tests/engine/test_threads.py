@@ -15,7 +15,7 @@ from engine_harness import assert_idle, greedy, make_engine, run_all
 from fastgen.engine.requests import Request
 from waits import WITHIN
 
-CALLS = 150  # of each thread
+CALLS = 75  # of each thread
 EXITS = """
 import threading, fastgen
 model, generated = fastgen.load(), threading.Semaphore(0)
@@ -59,7 +59,8 @@ def test_what_has_ended_stays_as_it_is() -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=short, args=(kind,)) for kind in (None, None, 0.0, 500.0)]
+    kinds = (None, None, 0.0, 500.0)
+    threads = [threading.Thread(target=short, args=(kind,), daemon=True) for kind in kinds]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -169,8 +169,10 @@ async def test_deadlines_salts_and_priorities_reach_the_engine(model: fastgen.Ge
         [late] = await engine.generate(TEXTS[0], LONG, timeout=0)
         assert late.completions[0].finish_reason == "timeout"
         with held(model) as gate:
-            stream, late_at = engine.stream(TEXTS[0], LONG, timeout=0.2), time.monotonic() + 0.3
+            stream = engine.stream(TEXTS[0], LONG, timeout=0.2)
             await stream.open()
+            assert stream.request is not None and stream.request.deadline is not None
+            late_at = stream.request.deadline
             await wait_in_loop_until(lambda: time.monotonic() > late_at)
             gate.open()
             pieces = await read(stream)

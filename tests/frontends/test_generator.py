@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import fastgen
 from data_files import GREEDY_100, HELD_OUT
 from engine_harness import assert_linear
 from fastgen.frontends.generator import BUNDLED_MODEL
+from held_steps import stepping
 from variant_cases import load_transformers
 from waits import WITHIN, wait_until
 
@@ -228,7 +230,12 @@ def test_timeout_ends_generate_and_stream(idle_model: fastgen.Generator) -> None
     rows = idle_model.generate(["a"] * 64, timeout=0.3, max_new_tokens=900, ignore_eos=True)
     assert {row.completions[0].finish_reason for row in rows} == {"timeout"}
     assert all(len(row.completions[0].token_ids) < 900 for row in rows)
-    *_, last = idle_model.stream("a", timeout=0.05, max_new_tokens=900, ignore_eos=True)
+    own: dict[str, Any] = {
+        "max_new_tokens": 900,
+        "ignore_eos": True,
+        "speculate": False,
+    }  # a token a step
+    *_, last = idle_model.stream("a", timeout=0.05, **own)
     assert last.finish_reason == "timeout"
 
 
@@ -236,9 +243,13 @@ def test_ctrl_c_ends_a_generation_between_steps(idle_model: fastgen.Generator) -
     [before] = idle_model.generate("And it came", temperature=0, max_new_tokens=10)
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
+    steps = itertools.count()
+
+    def interrupt() -> None:
+        if next(steps) == 5:  # in the middle of it
+            signal.pthread_kill(main, signal.SIGINT)
+
+    with stepping(idle_model, interrupt), pytest.raises(KeyboardInterrupt):
         idle_model.generate(["x"] * 200, max_new_tokens=900, ignore_eos=True)
     assert idle_model.engine.num_unfinished == 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -283,7 +294,7 @@ def in_thread(work: Any) -> tuple[threading.Thread, list[Any]]:
         except BaseException as error:
             found.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, found
 

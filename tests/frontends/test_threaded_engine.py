@@ -192,6 +192,8 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(model: fastgen.Generator)
     fails = list[bool]()
 
     def fail_once() -> None:
+        if fails:  # the first does not end before the second has come
+            wait_until(lambda: model.engine.num_unfinished == 2)
         running = running_rows(model.engine)
         if fails and len(running) == 2 and min(len(row.new_token_ids) for row in running) > 3:
             fails.clear()
@@ -310,7 +312,8 @@ def test_a_row_that_another_thread_is_about_to_queue_is_work(model: fastgen.Gene
     """Whoever drives takes rows out of the inbox, and then puts them among those that wait."""
     original_add, original_take = model.engine.add_request, Inbox.take
     taken = threading.Event()
-    plain = threading.Thread(target=model.generate, args=("And", greedy(max_new_tokens=2)))
+    asked = ("And", greedy(max_new_tokens=2))
+    plain = threading.Thread(target=model.generate, args=asked, daemon=True)
 
     def add_request(*args: Any, **options: Any) -> Any:
         request = original_add(*args, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,23 @@ def held(model: fastgen.Generator) -> Iterator[Gate]:
             yield gate
     finally:
         gate.open()
+
+
+@contextmanager
+def held_for_a_cancel(model: fastgen.Generator) -> Iterator[None]:
+    """After a few steps none is run before a request is cancelled, however long that takes."""
+    cancel, cancelled, steps = model.engine.cancel, threading.Event(), itertools.count()
+
+    def cancel_and_tell(*args: Any, **options: Any) -> None:
+        cancel(*args, **options)
+        cancelled.set()
+
+    def hold() -> None:
+        assert next(steps) < 3 or cancelled.wait(WITHIN)
+
+    with pytest.MonkeyPatch.context() as patch, stepping(model, hold):
+        patch.setattr(model.engine, "cancel", cancel_and_tell)
+        yield
 
 
 def pieces_joined(pieces: Sequence[Piece]) -> list[tuple[Any, ...]]:

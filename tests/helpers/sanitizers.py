@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,46 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     )
     assert process.returncode == 0, process.stdout[-8000:]
     return process.stdout
+
+
+def parts_of(sources: Path, *folders: str) -> list[Path]:
+    return sorted(part for folder in folders for part in (sources / folder).glob("*.cpp"))
+
+
+class Build:
+    """Objects of one sanitizer, made once and fit for programs and for extensions; anew of what is
+    changed.
+    """
+
+    def __init__(
+        self, folder: Path, sources: Path, parts: Iterable[Path], flags: tuple[str, ...]
+    ) -> None:
+        self.folder, self.sources = folder, sources
+        self.command = (compiler("g++"), *COMMON, "-fPIC", "-fvisibility=hidden", *flags)
+        self.objects = self.compile(parts)
+
+    def compile(
+        self, parts: Iterable[Path], folder: Path | None = None, *flags: str
+    ) -> dict[str, Path]:
+        """Objects in `folder`, by the stems of their sources. Headers of `flags` go first."""
+
+        def compiled(part: Path) -> tuple[str, Path]:
+            made = (folder or self.folder) / f"{part.stem}.o"
+            run(*self.command, *flags, f"-I{self.sources}", "-c", part, "-o", made)
+            return part.stem, made
+
+        with ThreadPoolExecutor(2) as pool:
+            return dict(pool.map(compiled, parts))
+
+    def program(self, driver: Path, changed: Path | None = None, *flags: str) -> Path:
+        """The driver with these objects, but one of the changed source, beside which it is put."""
+        folder = self.folder if changed is None else changed.parent
+        objects = self.objects | self.compile([driver], folder)
+        if changed is not None:
+            objects |= self.compile([changed], folder, *flags)
+        program = folder / driver.stem
+        run(*self.command, *objects.values(), "-o", program)
+        return program
 
 
 def counts(program: Path, seconds: int, pattern: str, least: tuple[int, ...]) -> list[int]:

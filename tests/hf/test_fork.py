@@ -32,7 +32,7 @@ def work():
 threads = [threading.Thread(target=work, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
-for _ in range(20):
+for _ in range(8):
     called.clear()
     called.wait()
     pid = os.fork()

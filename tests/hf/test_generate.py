@@ -11,7 +11,10 @@ import torch
 
 from hf_models import CHECKPOINTS, generated, left_padded, pair, random_ids, tolerance
 
-CALLS, BEAM_CALLS = 200, 100  # for each checkpoint
+LONG = pytest.mark.slow
+# Seeds, and how many calls each gives; of each checkpoint.
+CALLS = [(1, 80), pytest.param(3, 120, marks=LONG)]
+BEAM_CALLS = [(2, 40), pytest.param(4, 60, marks=LONG)]
 Options = dict[str, Any]
 Rng = np.random.Generator
 
@@ -103,13 +106,14 @@ def _both_results(theirs: Any, ours: Any, call: Options) -> tuple[Any, Any] | No
     return None if any(scores.isnan().any() for scores in expected.scores) else (expected, got)
 
 
+@pytest.mark.parametrize(("seed", "count"), CALLS)
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_greedy_calls(name: str) -> None:
+def test_greedy_calls(name: str, seed: int, count: int) -> None:
     theirs, ours = pair(name)
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     paths: list[str] = []
     excused = 0
-    for _ in range(CALLS):
+    for _ in range(count):
         call = _random_call(rng, theirs)
         both = _both_results(theirs, ours, call)
         if both is None:
@@ -124,7 +128,7 @@ def test_greedy_calls(name: str) -> None:
         short = generated(ours, **_plain(call))
         assert torch.equal(short, got.sequences), call
     assert excused <= len(paths) // 20
-    assert len(paths) > CALLS * 3 // 4 and paths.count("native") > len(paths) // 3
+    assert len(paths) > count * 3 // 4 and paths.count("native") > len(paths) // 3
     assert "transformers" not in paths
 
 
@@ -139,13 +143,14 @@ def _assert_near(expected: Any, got: Any, call: Options) -> None:
         assert difference < tolerance(one), call
 
 
+@pytest.mark.parametrize(("seed", "count"), BEAM_CALLS)
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_calls_with_beams(name: str) -> None:
+def test_calls_with_beams(name: str, seed: int, count: int) -> None:
     theirs, ours = pair(name)
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(seed)
     paths: list[str] = []
     different = 0
-    for _ in range(BEAM_CALLS):
+    for _ in range(count):
         beams = int(rng.integers(2, 6))
         call = {
             **_random_call(rng, theirs),
@@ -166,7 +171,7 @@ def test_calls_with_beams(name: str) -> None:
             different += 1
             _assert_beams_were_close(expected, got, call)
     assert different <= len(paths) // 20
-    assert len(paths) > BEAM_CALLS * 3 // 4 and set(paths) == {"native", "forward"}
+    assert len(paths) > count * 3 // 4 and set(paths) == {"native", "forward"}
 
 
 def _assert_beams_were_close(expected: Any, got: Any, call: Options) -> None:

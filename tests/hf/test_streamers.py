@@ -99,7 +99,7 @@ def test_a_reader_in_another_thread(tokenizer: Any, bundled: Any) -> None:
     expected = tokenizer.decode(generated(ours, **batch, **CALL)[0])
     streamer = TextIteratorStreamer(tokenizer, timeout=WITHIN)
     call = {**batch, **CALL, "streamer": streamer}
-    thread = threading.Thread(target=generated, args=(ours,), kwargs=call)
+    thread = threading.Thread(target=generated, args=(ours,), kwargs=call, daemon=True)
     thread.start()
     pieces = list(streamer)
     thread.join()
@@ -124,10 +124,10 @@ def test_an_error_reaches_the_reader(tokenizer: Any, bundled: Any, failure: str)
     """And hangs nobody: in transformers the reader would wait for ever."""
     _, ours = bundled
     batch = _prompts(tokenizer, "In the beginning")
-    streamer = TextIteratorStreamer(tokenizer)
+    streamer = TextIteratorStreamer(tokenizer, timeout=WITHIN)
     call = {**batch, **CALL, "streamer": streamer, **FAILURES[failure]}
     raised: list[BaseException] = []
-    thread = threading.Thread(target=lambda: raised.append(generated(ours, **call)))
+    thread = threading.Thread(target=lambda: raised.append(generated(ours, **call)), daemon=True)
     thread.start()
     with pytest.raises(type(error) if (error := _error(ours, call)) else Exception) as caught:
         list(streamer)
@@ -145,9 +145,9 @@ def test_an_error_reaches_an_asynchronous_reader(tokenizer: Any, bundled: Any) -
     batch = _prompts(tokenizer, "In the beginning")
 
     async def read() -> None:
-        streamer = AsyncTextIteratorStreamer(tokenizer)
+        streamer = AsyncTextIteratorStreamer(tokenizer, timeout=WITHIN)
         call = {**batch, **CALL, "streamer": streamer, **FAILURES["in the loop"]}
-        thread = threading.Thread(target=generated, args=(ours,), kwargs=call)
+        thread = threading.Thread(target=generated, args=(ours,), kwargs=call, daemon=True)
         thread.start()
         with pytest.raises(OSError, match="own"):
             async for _ in streamer:

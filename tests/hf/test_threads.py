@@ -72,7 +72,7 @@ def test_a_loop_of_forwards_is_not_starved_by_generation() -> None:
         while not over.is_set():
             _call(ours, 0)
 
-    threads = [threading.Thread(target=generate_on_and_on) for _ in range(3)]
+    threads = [threading.Thread(target=generate_on_and_on, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
@@ -121,7 +121,7 @@ def test_weights_written_while_others_generate() -> None:
                 ours.transformer.ln_f.bias.add_(0.0)
                 ours(torch.tensor([[20, 30]]))
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     try:
         with ThreadPoolExecutor(4) as threads:

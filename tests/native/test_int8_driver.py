@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from cpu_decoders import INSTRUCTION_SETS
-from sanitizers import ADDRESS, COMMON, ROOT, compiler, counts, failure, run
+from sanitizers import ADDRESS, ROOT, Build, counts, failure
 
 DRIVER = ROOT / "tests" / "native" / "int8_driver.cpp"
-SECONDS = 20
+SECONDS = 10
 
 pytestmark = [
     pytest.mark.slow,
@@ -20,25 +20,26 @@ pytestmark = [
 ]
 
 
-def program(sources: Path, made: Path) -> Path:
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    sources = ROOT / "csrc"
     parts = [*sources.glob("decoder/decoder_kernels*.cpp"), sources / "decoder/packed_linear.cpp"]
-    pool, include = sources / "common/thread_pool.cpp", f"-I{sources}"
-    run(compiler("g++"), *COMMON, *ADDRESS, include, *parts, pool, DRIVER, "-o", made)
-    return made
+    parts.append(sources / "common/thread_pool.cpp")
+    return Build(tmp_path_factory.mktemp("int8"), sources, parts, ADDRESS)
 
 
-def test_int8_products(tmp_path: Path) -> None:
-    driver = program(ROOT / "csrc", tmp_path / "int8")
-    print(counts(driver, SECONDS, r"(\d+) cases", (300,)), "cases")
+def test_int8_products(build: Build) -> None:
+    print(counts(build.program(DRIVER), SECONDS, r"(\d+) cases", (300,)), "cases")
 
 
 @pytest.mark.skipif(
     not {"avx2", "avx512"} <= set(INSTRUCTION_SETS), reason="what is broken is not run here"
 )
 @pytest.mark.parametrize(
-    ("name", "old", "new", "complaint"),
+    ("path", "name", "old", "new", "complaint"),
     [
         pytest.param(
+            "avx512",
             "decoder_dots.inc",
             "_mm512_srai_epi16(_mm512_slli_epi16(both, 8), 8)",
             "_mm512_srli_epi16(_mm512_slli_epi16(both, 8), 8)",
@@ -46,6 +47,7 @@ def test_int8_products(tmp_path: Path) -> None:
             id="weights without a sign",
         ),
         pytest.param(
+            "avx2",
             "decoder_codes.inc",
             "constexpr int kCodeOffset = 128;",
             "constexpr int kCodeOffset = 127;",
@@ -53,6 +55,7 @@ def test_int8_products(tmp_path: Path) -> None:
             id="another zero point",
         ),
         pytest.param(
+            "avx2",
             "decoder_codes.inc",
             "(count + 3) / 4 * sizeof(std::uint64_t)",
             "sizeof wide",
@@ -62,11 +65,14 @@ def test_int8_products(tmp_path: Path) -> None:
     ],
 )
 def test_the_int8_drivers_checks_can_fail(
-    name: str, old: str, new: str, complaint: str, tmp_path: Path
+    path: str, name: str, old: str, new: str, complaint: str, build: Build, tmp_path: Path
 ) -> None:
+    """One path's kernels are made from a changed source."""
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
-    source = (sources / "decoder" / name).read_text()
+    changed = sources / "decoder" / name
+    source = changed.read_text()
     assert source.count(old) == 1
-    (sources / "decoder" / name).write_text(source.replace(old, new))
-    assert complaint in failure(program(sources, tmp_path / "int8"), 10)
+    changed.write_text(source.replace(old, new))
+    kernels = sources / "decoder" / f"decoder_kernels_{path}.cpp"
+    assert complaint in failure(build.program(DRIVER, kernels, f"-I{sources}"), 10)

@@ -25,9 +25,11 @@ from sanitizers import (
     POOL,
     ROOT,
     THREAD,
+    Build,
     compiler,
     counts,
     failure,
+    parts_of,
     run,
 )
 
@@ -35,18 +37,12 @@ DRIVER = ROOT / "tests" / "native" / "sampler_driver.cpp"
 POOL_DRIVER = ROOT / "tests" / "native" / "pool_driver.cpp"
 DECODER_DRIVER = ROOT / "tests" / "native" / "decoder_driver.cpp"
 DRAFTS_DRIVER = ROOT / "tests" / "native" / "speculation_driver.cpp"
-SECONDS = 60  # of each driver of the sampler
-POOL_SECONDS = 20
-DECODER_SECONDS = 60
-DRAFTS_SECONDS = 20
-
-
-def core_of(sources: Path) -> list[Path]:
-    """All but the bindings: what needs no Python."""
-    return sorted(p for p in sources.glob("*/*.cpp") if p.parent.name != "bindings")
-
-
-CORE = core_of(ROOT / "csrc")
+SECONDS = 30  # of each driver of the sampler
+POOL_SECONDS = 10
+DECODER_SECONDS = 30
+DRAFTS_SECONDS = 10
+SAMPLER = ("common", "sampler")  # what its driver needs of csrc
+DECODER = ("common", "decoder")
 
 pytestmark = [
     pytest.mark.slow,
@@ -60,14 +56,16 @@ pytestmark = [
 )
 def test_random_bytes(name: str, flags: tuple[str, ...], least: int, tmp_path: Path) -> None:
     program = tmp_path / name
-    run(compiler("g++"), *COMMON, *flags, INCLUDE, *CORE, DRIVER, "-o", program)
+    parts = parts_of(ROOT / "csrc", *SAMPLER)
+    run(compiler("g++"), *COMMON, *flags, INCLUDE, *parts, DRIVER, "-o", program)
     print(counts(program, SECONDS, r"(\d+) cases", (least,)), "cases")
 
 
 def test_fuzzer(tmp_path: Path) -> None:
     program = tmp_path / "fuzzer"
     flags = ("-DLIBFUZZER", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all")
-    run(compiler("clang++"), *COMMON, *flags, INCLUDE, *CORE, DRIVER, "-o", program)
+    parts = parts_of(ROOT / "csrc", *SAMPLER)
+    run(compiler("clang++"), *COMMON, *flags, INCLUDE, *parts, DRIVER, "-o", program)
     artifacts = f"-artifact_prefix={tmp_path}/"
     runs = 0
     while runs < 5000:
@@ -96,8 +94,8 @@ def test_the_drivers_checks_can_fail(tmp_path: Path) -> None:
 
 
 def failure_of(sources: Path, driver: Path, program: Path) -> str:
-    include = f"-I{sources}"
-    run(compiler("g++"), *COMMON, *ADDRESS, include, *core_of(sources), driver, "-o", program)
+    include, parts = f"-I{sources}", parts_of(sources, *SAMPLER)
+    run(compiler("g++"), *COMMON, *ADDRESS, include, *parts, driver, "-o", program)
     return failure(program, 20)
 
 
@@ -146,42 +144,27 @@ def copy_sources(folder: Path, flags: tuple[str, ...]) -> Path:
     return copy
 
 
-class Decoder:
-    """The decoder's objects with a sanitizer, made once; of a changed source, anew."""
-
-    def __init__(self, folder: Path, flags: tuple[str, ...]) -> None:
-        self.folder, self.flags = folder, flags
-        self.sources = copy_sources(folder, flags)
-        self.objects = {source.stem: self.compile(source) for source in core_of(self.sources)}
-
-    def compile(self, source: Path, folder: Path | None = None) -> Path:
-        made = (folder or self.folder) / f"{source.stem}.o"
-        run(compiler("g++"), *COMMON, *self.flags, f"-I{self.sources}", "-c", source, "-o", made)
-        return made
-
-    def program(self, changed: Path | None = None) -> Path:
-        """The driver with these objects, but one of the changed source."""
-        objects = dict(self.objects)
-        if changed is not None:
-            objects[changed.stem] = self.compile(changed, changed.parent)
-        driver, program = self.compile(DECODER_DRIVER), self.folder / "driver"
-        run(compiler("g++"), *COMMON, *self.flags, *objects.values(), driver, "-o", program)
-        return program
+Builds = Callable[[tuple[str, ...]], Build]
 
 
 @pytest.fixture(scope="module")
-def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Decoder]:
-    return cache(lambda flags: Decoder(tmp_path_factory.mktemp("decoder"), flags))
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    """The decoder's objects, by the sanitizer's flags."""
+
+    def build(flags: tuple[str, ...]) -> Build:
+        folder = tmp_path_factory.mktemp("decoder")
+        sources = copy_sources(folder, flags)
+        return Build(folder, sources, parts_of(sources, *DECODER), flags)
+
+    return cache(build)
 
 
 @pytest.mark.parametrize(
     ("flags", "least"),
     [pytest.param(ADDRESS, 200, id="address"), pytest.param(THREAD, 100, id="thread")],
 )
-def test_the_decoder(
-    flags: tuple[str, ...], least: int, decoders: Callable[[tuple[str, ...]], Decoder]
-) -> None:
-    program = decoders(flags).program()
+def test_the_decoder(flags: tuple[str, ...], least: int, decoders: Builds) -> None:
+    program = decoders(flags).program(DECODER_DRIVER)
     print(counts(program, DECODER_SECONDS, r"(\d+) cases", (least,)), "cases")
 
 
@@ -220,7 +203,7 @@ def test_the_decoder_drivers_checks_can_fail(
     old: str,
     new: str,
     complaint: str,
-    decoders: Callable[[tuple[str, ...]], Decoder],
+    decoders: Builds,
     tmp_path: Path,
 ) -> None:
     decoder = decoders(flags)
@@ -228,7 +211,7 @@ def test_the_decoder_drivers_checks_can_fail(
     assert source.count(old) == 1
     broken = tmp_path / f"{name}.cpp"
     broken.write_text(source.replace(old, new))
-    assert complaint in failure(decoder.program(broken), 20)
+    assert complaint in failure(decoder.program(DECODER_DRIVER, broken), 20)
 
 
 def drafts_program(sources: Path, program: Path) -> Path:

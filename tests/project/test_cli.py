@@ -1,4 +1,6 @@
-"""The command line, run as a user runs it: a process, its output, its exit code."""
+"""The command line, run as a user runs it: its output, its exit code. What depends on the process
+itself (its streams, signals, its imports) has one of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,25 @@ from fastgen.cli import _parser, main, params_of
 from fastgen.sampling.options import OPTIONS
 from packed_files import checkpoint_of
 
+Done = subprocess.CompletedProcess[str]
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+
+def run(*arguments: str, stdin: str = "") -> Done:
     return processes.run(
         [sys.executable, "-m", "fastgen", *arguments], stdin=stdin,
     )  # fmt: skip
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """As `run`, in this process."""
+
+    def run_here(*arguments: str) -> Done:
+        capsys.readouterr()
+        code = main(arguments)
+        return Done(arguments, code, *capsys.readouterr())
+
+    return run_here
 
 
 def test_generate_streams_the_prompt_and_what_follows(model: fastgen.Generator) -> None:
@@ -73,7 +89,7 @@ def test_every_sampling_option_arrives() -> None:
     assert params_of(_parser().parse_args(["generate", "prompt"])) == fastgen.SamplingParams()
 
 
-def test_generate_shows_the_best(model: fastgen.Generator) -> None:
+def test_generate_shows_the_best(model: fastgen.Generator, here: Callable[..., Done]) -> None:
     options = [
         "--seed",
         "1",
@@ -87,10 +103,10 @@ def test_generate_shows_the_best(model: fastgen.Generator) -> None:
         "0.1",
     ]
     [wanted] = model.generate("And the", seed=1, best_of=5, n=2, max_new_tokens=6, min_p=0.1)
-    shown = run("generate", *options, "And the").stdout
+    shown = here("generate", *options, "And the").stdout
     heads = [line for line in shown.splitlines() if line.startswith("---")]
     assert heads == [f"--- {c.index + 1} of 5, seed {c.seed} ---" for c in wanted.completions]
-    record = json.loads(run("generate", *options, "--logprobs", "1", "--json", "And the").stdout)
+    record = json.loads(here("generate", *options, "--logprobs", "1", "--json", "And the").stdout)
     assert [c["index"] for c in record["completions"]] == [c.index for c in wanted.completions]
     assert len(record["completions"][0]["logprobs"][0]["top"]) == 1
     assert record["completions"][0]["error"] is None
@@ -110,33 +126,37 @@ def test_a_completion_that_failed_is_named_and_exits_with_1(
     assert "In the" in out or json.loads(out)["completions"][0]["finish_reason"] == "error"
 
 
-def test_score_prints_each_token_and_the_perplexity(model: fastgen.Generator) -> None:
+def test_score_prints_each_token_and_the_perplexity(
+    model: fastgen.Generator, here: Callable[..., Done]
+) -> None:
     text = "Let there be light: 你好"
     [wanted] = model.score([text])
     record = json.loads(run("score", "-", "--json", stdin=text + "\n").stdout)
     assert record["logprobs"] == pytest.approx(list(wanted.logprobs), abs=1e-5)
     assert record["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
-    shown = run("score", text).stdout
+    shown = here("score", text).stdout
     [perplexity] = re.findall(r"perplexity (\S+)", shown)
     assert float(perplexity) == pytest.approx(wanted.perplexity, rel=1e-5, abs=5e-5)  # 4 decimals
     assert len(shown.splitlines()) == len(wanted.token_ids) + 1
-    assert json.loads(run("score", "", "--json").stdout)["perplexity"] is None
+    assert json.loads(here("score", "", "--json").stdout)["perplexity"] is None
 
 
-def test_info_says_what_would_be_loaded(variant: Callable[[str], Path]) -> None:
-    done = run("info", "--model", str(variant("untied")), "--max-batch-size", "4")
+def test_info_says_what_would_be_loaded(
+    variant: Callable[[str], Path], here: Callable[..., Done]
+) -> None:
+    done = here("info", "--model", str(variant("untied")), "--max-batch-size", "4")
     assert done.returncode == 0, done.stderr
     for part in ("3 layers, 4 heads of 8", "head of its own", "cpu (", "MB = weights", "KV"):
         assert part in done.stdout
-    record = json.loads(run("info", "--json").stdout)
+    record = json.loads(here("info", "--json").stdout)
     assert record["parameters"] == 6_049_792
     assert record["plan"]["memory"]["num_blocks"] == 1024
     assert record["draft_plan"] is None
 
 
-def test_info_says_who_guesses(variant: Callable[[str], Path]) -> None:
+def test_info_says_who_guesses(variant: Callable[[str], Path], here: Callable[..., Done]) -> None:
     def line(*options: str) -> str:
-        done = run("info", *options)
+        done = here("info", *options)
         assert done.returncode == 0, done.stderr
         [found] = [one for one in done.stdout.splitlines() if one.startswith("speculation")]
         return found
@@ -147,56 +167,58 @@ def test_info_says_who_guesses(variant: Callable[[str], Path]) -> None:
     name = str(variant("untied"))
     draft = ("--draft-model", name)
     assert line("--model", name, *draft).endswith(" by the text and a draft model")
-    shown = run("info", "--model", name, *draft).stdout
+    shown = here("info", "--model", name, *draft).stdout
     assert f"draft model {name}: cpu (" in shown and shown.count("MB = weights") == 2
-    record = json.loads(run("info", "--model", name, *draft, "--json").stdout)
+    record = json.loads(here("info", "--model", name, *draft, "--json").stdout)
     assert record["draft_plan"]["memory"]["num_blocks"] > 0
 
 
-def test_info_shows_the_cache_and_clears_it(tmp_path: Path) -> None:
+def test_info_shows_the_cache_and_clears_it(tmp_path: Path, here: Callable[..., Done]) -> None:
     folder, cache = checkpoint_of(tmp_path / "model"), tmp_path / "cache"
     options = ["--model", str(folder), "--cache", str(cache), "--quantize", "int8"]
-    assert f"{cache}: 0 of 8,192 MB, without this model" in run("info", *options).stdout
+    assert f"{cache}: 0 of 8,192 MB, without this model" in here("info", *options).stdout
     fastgen.load(folder, cache=cache, device="cpu", quantize="int8").close()
     (cache / ("0" * 64 + ".packed")).write_text("broken")
-    shown = run("info", *options).stdout
+    shown = here("info", *options).stdout
     assert "MB, with this model" in shown
     assert f"{folder}: int8 weights, bfloat16, 0 MB, used 20" in shown
     assert "a file that cannot be read: 0 MB" in shown
-    record = json.loads(run("info", *options, "--json").stdout)["cache"]
+    record = json.loads(here("info", *options, "--json").stdout)["cache"]
     assert record["folder"] == str(cache) and record["has_this_model"]
     assert sorted(each["name"] or "" for each in record["models"]) == ["", str(folder)]
-    assert "without this model" in run("info", "--model", str(folder), "--cache", str(cache)).stdout
-    cleared = run("info", *options, "--clear-cache")
+    assert (
+        "without this model" in here("info", "--model", str(folder), "--cache", str(cache)).stdout
+    )
+    cleared = here("info", *options, "--clear-cache")
     assert f"{cache}: 0 of 8,192 MB, without this model" in cleared.stdout
     assert f"{cache}: removed 2 files, 0 MB" in cleared.stderr
     assert list(cache.iterdir()) == []
-    assert "there is no cache to clear" in run("info", "--clear-cache", "--no-cache").stderr
-    assert json.loads(run("info", "--json", "--no-cache").stdout)["cache"] is None
-    assert "cache       none" in run("info").stdout  # the tests have turned it off
+    assert "there is no cache to clear" in here("info", "--clear-cache", "--no-cache").stderr
+    assert json.loads(here("info", "--json", "--no-cache").stdout)["cache"] is None
+    assert "cache       none" in here("info").stdout  # the tests have turned it off
     cache.chmod(0o777)
-    assert "cannot be used: " in run("info", *options).stdout
+    assert "cannot be used: " in here("info", *options).stdout
 
 
 def test_pack_makes_a_folder_that_generates_the_same(
-    model: fastgen.Generator, tmp_path: Path
+    model: fastgen.Generator, tmp_path: Path, here: Callable[..., Done]
 ) -> None:
     out = tmp_path / "packed"
-    done = run("pack", "--out", str(out), "--dtype", "bfloat16")
+    done = here("pack", "--out", str(out), "--dtype", "bfloat16")
     assert (done.stdout, done.stderr, done.returncode) == (f"{out}\n", "", 0)
     options = ["--temperature", "0", "--max-new-tokens", "12", "In the beginning"]
-    wanted = run("generate", "--dtype", "bfloat16", *options).stdout
-    assert run("generate", "--model", str(out), *options).stdout == wanted
-    again = run("pack", "--out", str(out))
+    wanted = here("generate", "--dtype", "bfloat16", *options).stdout
+    assert here("generate", "--model", str(out), *options).stdout == wanted
+    again = here("pack", "--out", str(out))
     assert again.returncode == 1 and "a new or an empty folder" in again.stderr
 
 
-def test_weights_are_shared_if_it_is_asked_for(tmp_path: Path) -> None:
+def test_weights_are_shared_if_it_is_asked_for(tmp_path: Path, here: Callable[..., Done]) -> None:
     folder = checkpoint_of(tmp_path / "model")
     options = ["--model", str(folder), "--share-weights", "--json"]
-    record = json.loads(run("info", *options, "--cache", str(tmp_path / "cache")).stdout)
+    record = json.loads(here("info", *options, "--cache", str(tmp_path / "cache")).stdout)
     assert record["plan"]["share_weights"]
-    done = run("info", *options, "--no-cache")
+    done = here("info", *options, "--no-cache")
     assert done.returncode == 1 and "share_weights" in done.stderr
 
 
@@ -221,12 +243,21 @@ def test_weights_are_shared_if_it_is_asked_for(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_give_one_line_and_exit_code_1(arguments: list[str], message: str) -> None:
-    done = run(*arguments)
+def test_mistakes_give_one_line_and_exit_code_1(
+    arguments: list[str], message: str, here: Callable[..., Done]
+) -> None:
+    done = here(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.startswith("fastgen: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_ends_with_the_commands_exit_code() -> None:
+    done = run("generate", "--model", "./nowhere", "x")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("fastgen: ./nowhere: no such folder")
+    assert done.stderr.count("\n") == 1
 
 
 def test_streams_that_are_not_there_are_named() -> None:

@@ -110,9 +110,20 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment whose compiler does not optimize, for what no speed depends on."""
+    if shutil.which("g++") is None:
+        return {}
+    script = tmp_path_factory.mktemp("compiler") / "g++"
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -O0\n')
+    script.chmod(0o755)
+    return {"CXX": str(script)}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, quick: dict[str, str]) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    return build_wheel(copy_checkout(folder / "checkout"), folder / "dist")[0]
+    return build_wheel(copy_checkout(folder / "checkout"), folder / "dist", quick)[0]
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +254,9 @@ def test_wheel_works_outside_the_checkout(wheel: Path, venv: Venv, expected: Tok
 
 @pytest.mark.slow
 def test_wheel_from_the_sdist_works(
-    wheel: Path, venv: Venv, expected: Tokens, tmp_path: Path
+    wheel: Path, venv: Venv, expected: Tokens, quick: dict[str, str], tmp_path: Path
 ) -> None:
-    built, _ = build_wheel(build_sdist(tmp_path), tmp_path / "dist")
+    built, _ = build_wheel(build_sdist(tmp_path), tmp_path / "dist", quick)
     assert names_in(built) == names_in(wheel)
     venv.install(built)
     assert venv.fastgen_folder() == venv.site / "fastgen"
@@ -294,10 +305,12 @@ def test_without_a_compiler(absent: str, venv: Venv, expected: Tokens, tmp_path:
 
 
 @pytest.mark.slow
-def test_editable_install(venv: Venv, expected: Tokens, tmp_path: Path) -> None:
+def test_editable_install(
+    venv: Venv, expected: Tokens, quick: dict[str, str], tmp_path: Path
+) -> None:
     """It finds kernels and extension; a later one that cannot compile leaves no older extension."""
     checkout = copy_checkout(tmp_path / "checkout")
-    venv.install("--editable", checkout)
+    venv.install("--editable", checkout, env=quick)
     assert venv.fastgen_folder() == checkout / "fastgen"
     assert venv.python("import fastgen.kernels as k; print(k.__file__)").startswith(str(checkout))
     assert venv.python(HAS_NATIVE) == "True"

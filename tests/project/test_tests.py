@@ -1,5 +1,5 @@
-"""What tests themselves keep to: they wait for conditions, look inside in few named places, and
-import helpers, never each other.
+"""What tests themselves keep to: they wait for conditions, leave no thread that keeps them from
+ending, look inside in few named places, and import helpers, never each other.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ PRIVATE = {
     "project/test_imports.py": ("_MODULES", "the table of exports"),
     "sampling/test_definition.py": ("_pick _tensor _uniforms", "the torch sampler's parts"),
 }  # fmt: skip
+THREADS = {"threading.Thread", "threading.Timer", "Thread", "Timer"}
 NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}  # public, in spite of their names
 
 
@@ -82,6 +84,21 @@ def sleeps_in(source: str) -> set[str]:
 
 def _is_sleep(function: ast.expr) -> bool:
     return getattr(function, "attr", getattr(function, "id", "")) == "sleep"
+
+
+def lasting_threads(source: str) -> set[str]:
+    """Those that are no daemons: one that hangs keeps a process whose test has failed. Also in the
+    programs that tests give to other processes.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in THREADS:
+            if not any(ast.unparse(keyword) == "daemon=True" for keyword in node.keywords):
+                found.add(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and "Thread(" in str(node.value):
+            with suppress(SyntaxError):  # a text that is no program
+                found |= lasting_threads(str(node.value))
+    return found
 
 
 def private_in(source: str) -> set[str]:
@@ -125,6 +142,11 @@ def test_time_passes_only_where_it_is_the_point() -> None:
     assert found == SLEEPS.keys()
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if p != Path(__file__)], ids=name_of)
+def test_no_thread_keeps_a_test_from_ending(path: Path) -> None:
+    assert lasting_threads(path.read_text()) == set()
+
+
 def test_what_is_private_is_reached_for_in_few_places() -> None:
     found = defaultdict(set)
     for path in MODULES:
@@ -153,6 +175,9 @@ def test_the_readme_names_every_helper() -> None:
         (sleeps_in, "class A:\n    async def f():\n        await asyncio.sleep(x)", {"A"}),
         (sleeps_in, "from time import sleep\nsleep(1)", {"<module>"}),
         (sleeps_in, "async def f():\n    await asyncio.sleep(0)", set()),
+        (lasting_threads, "threading.Thread(target=f)", {"threading.Thread(target=f)"}),
+        (lasting_threads, "x = '''\nThread()\n'''", {"Thread()"}),
+        (lasting_threads, "Thread(target=f, daemon=True)\n'a Thread('", set()),
         (private_in, "engine._scheduler.pool", {"_scheduler"}),
         (private_in, "from fastgen.cli import _parser", {"_parser"}),
         (private_in, "patch.setattr(engine, '_inbox', None)", {"_inbox"}),

@@ -84,7 +84,11 @@ def test_several_python_threads_draw_at_once() -> None:
     """Each on a sampler of its own; they share the pool; who finds it busy goes on alone."""
     wanted = drawn_ids(2)
     found: list[list[list[int]]] = []
-    threads = [threading.Thread(target=lambda: found.append(drawn_ids(3))) for _ in range(6)]
+
+    def draw() -> None:
+        found.append(drawn_ids(3))
+
+    threads = [threading.Thread(target=draw, daemon=True) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -28,6 +28,7 @@ from fastgen.server.app import make_app
 from fastgen.server.completions import completion_request
 from fastgen.server.limits import ServerLimits
 from fastgen.server.service import Keys, Service
+from held_steps import held_for_a_cancel
 from json_client import refusal
 from raw_client import LONG, answer, begun, everything, get, memory, post, replies
 from server_harness import MODEL, RunningServer, ServerProcess, serving
@@ -154,10 +155,11 @@ def replies_to(server: RunningServer, body: Any, pause: float) -> bytes:
 def test_what_is_cancelled_is_counted(model: fastgen.Generator, server: RunningServer) -> None:
     before = metrics(server)
     for stream in (False, True):
-        with closing(begun(server.port, post({**LONG, "stream": stream}))):
-            wait_until(lambda: model.engine.num_unfinished == 1)
-            wait_until(lambda: model.engine.stats.decode_tokens > 0)
-        wait_until(lambda: not model.engine.num_unfinished)
+        with held_for_a_cancel(model):
+            with closing(begun(server.port, post({**LONG, "stream": stream}))):
+                wait_until(lambda: model.engine.num_unfinished == 1)
+                wait_until(lambda: model.engine.stats.decode_tokens > 0)
+            wait_until(lambda: not model.engine.num_unfinished)
     after = metrics(server)
     name = ("fastgen_completions_total", "cancelled")
     assert after[name] - before[name] == 2
@@ -194,7 +196,7 @@ def test_a_unix_socket_is_its_successors_while_the_first_drains(tmp_path: Path) 
     path = str(tmp_path / "socket")
     with ServerProcess("--uds", path, "--drain-timeout", "600") as first:
         first.wait_until_ready()
-        with closing(begun(path, post({**LONG, "stream": True, "n": 12}))) as client:
+        with closing(begun(path, post({**LONG, "stream": True, "n": 4}))) as client:
             client.recv(1)
             first.terminate()
             wait_until(lambda: not Path(path).exists())

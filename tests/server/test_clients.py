@@ -16,6 +16,7 @@ import pytest
 import fastgen
 from fastgen.engine.requests import Request
 from fastgen.server.limits import ServerLimits
+from held_steps import held_for_a_cancel
 from raw_client import (
     CANARY,
     LONG,
@@ -181,10 +182,11 @@ def test_a_client_that_leaves_takes_its_rows_along(
         return requests[-1]
 
     monkeypatch.setattr(engine, "add_request", add_request)
-    with closing(begun(server.port, sent)) as client:
-        wait_until(lambda: engine.num_unfinished > engine.num_waiting)
-        go(client)
-    wait_until(lambda: engine.num_unfinished == 0)
+    with held_for_a_cancel(model):
+        with closing(begun(server.port, sent)) as client:
+            wait_until(lambda: engine.num_unfinished > engine.num_waiting)
+            go(client)
+        wait_until(lambda: engine.num_unfinished == 0)
     reasons = [row.finish_reason for request in requests for row in request.rows]
     assert "cancelled" in reasons, "it came to its end"
     assert engine.num_free_blocks == engine.decoder.limits.num_blocks
@@ -195,10 +197,11 @@ def test_a_client_that_leaves_after_its_next_request(
 ) -> None:
     """What comes behind a request that is under way does not hide that its client has gone."""
     before = model.engine.stats.decode_tokens
-    with closing(begun(server.port, post({**LONG, "n": 8}, close=False))) as client:
-        wait_until(lambda: model.engine.num_unfinished > 0)
-        client.sendall(get("/health/live"))
-    wait_until(lambda: model.engine.num_unfinished == 0)
+    with held_for_a_cancel(model):
+        with closing(begun(server.port, post({**LONG, "n": 8}, close=False))) as client:
+            wait_until(lambda: model.engine.num_unfinished > 0)
+            client.sendall(get("/health/live"))
+        wait_until(lambda: model.engine.num_unfinished == 0)
     assert model.engine.stats.decode_tokens - before < 8 * 899, "it came to its end"
 
 

@@ -187,6 +187,19 @@ class Scene:
         return self.victim is not None and row is self.victim.rows[0]
 
 
+def hold_those_beside(scene: Scene) -> None:
+    """They do not end before the victim has come, however slow its client is."""
+    decoder, engine = scene.model.engine.decoder, scene.model.engine
+    original = decoder.step
+
+    def held(batch: StepBatch) -> Any:
+        if any(len(row.new_token_ids) > 30 for row in running_rows(engine)):
+            wait_until(lambda: scene.victim is not None or scene.strikes)
+        return original(batch)
+
+    scene.patch.setattr(decoder, "step", held)
+
+
 def tokenize(scene: Scene) -> None:
     tokenizer = tokenizer_of(scene.model)
     encode = scene.faulty(
@@ -301,11 +314,12 @@ def test_a_fault_hurts_its_own_request(
     kind: str,
     streams: bool,
 ) -> None:
-    beside = [pool.submit(Client(server).ask, asked) for asked in BESIDE]
-    wait_until(lambda: len(running_rows(model.engine)) == 2)
     [prompt] = tokenizer_of(model).encode([VICTIM])
     scene = Scene(model, monkeypatch, kind, Client(server), tuple(prompt))
     scene.remember()
+    hold_those_beside(scene)
+    beside = [pool.submit(Client(server).ask, asked) for asked in BESIDE]
+    wait_until(lambda: len(running_rows(model.engine)) == 2)
     INJECT[stage](scene)
     asked = body(VICTIM, max_tokens=100 if kind == "cancel" else 8, stream=streams)
     struck: Future[Outcome] = pool.submit(scene.client.ask, asked)

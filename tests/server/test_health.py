@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -139,11 +140,21 @@ def test_steps_that_always_fail_end_the_servers_life(
 
 
 def test_streams_under_way_are_told_that_a_step_failed(model: fastgen.Generator) -> None:
+    steps, fails = itertools.count(), threading.Event()
+
+    def fail_later() -> None:
+        if next(steps) > 9:  # it does not get further before its client has read something
+            assert fails.wait(WITHIN)
+            fail()
+
     with serving({MODEL: model}) as server:
-        with closing(begun(server.port, post({**LONG, "stream": True}))) as client:
+        with (
+            stepping(model, fail_later),
+            closing(begun(server.port, post({**LONG, "stream": True}))) as client,
+        ):
             raw = client.recv(65536)
-            with stepping(model, fail):
-                raw += everything(client)
+            fails.set()
+            raw += everything(client)
         *_, error, done = replies(raw)[0].body.decode().split("data: ")
         assert '{"error":{"message":"generation failed' in error and done.startswith("[DONE]")
         assert '"code":"step_failed"' in error, "as a whole answer would say"

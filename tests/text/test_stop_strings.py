@@ -137,7 +137,7 @@ def test_a_reader_on_another_thread_gets_every_piece_once() -> None:
         while not done.is_set():
             taken.append(sink.take())
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
         assert not any(sink.push(index) for index in range(len(tokens)))

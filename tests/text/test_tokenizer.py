@@ -258,7 +258,7 @@ def test_other_threads_run_while_a_text_is_encoded() -> None:
             begun.set()
             time.sleep(0.0005)
 
-    other, interval = threading.Thread(target=tick), sys.getswitchinterval()
+    other, interval = threading.Thread(target=tick, daemon=True), sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
         other.start()
