@@ -89,6 +89,41 @@ void check_int8_sums(const DecoderKernels& kernels, int inputs, Pick weight, Pic
   }
 }
 
+// Codes of 8 bits with inputs of 16, the largest of which, summed, just fit 32 bits.
+void check_wide_sums(const DecoderKernels& kernels, int inputs, bool extreme, Random& random) {
+  const int steps = fastgen::num_steps(Arithmetic::kInt8WideInputs, inputs);
+  const int rows = kernels.max_rows, values = 2 * steps,
+            highest = std::min(32767, INT32_MAX / 127 / values);
+  Guarded<std::int8_t> panel(static_cast<std::size_t>(values) * kPanel);
+  Guarded<std::int16_t> fed(static_cast<std::size_t>(values) * rows);
+  const auto some = [&](int most) {
+    return extreme ? random.below(2) * 2 * most - most : random.below(2 * most + 1) - most;
+  };
+  for (std::int8_t& code : panel) code = static_cast<std::int8_t>(some(127));
+  for (std::int16_t& input : fed) input = static_cast<std::int16_t>(some(highest));
+  if (extreme) {  // two rows that meet nothing but the largest, of one sign, in two columns
+    for (int k = 0; k < values; ++k) {
+      panel[k / 2 * 2 * kPanel + k % 2] = 127, panel[(k / 2 * kPanel + 1) * 2 + k % 2] = -127;
+      fed[k] = static_cast<std::int16_t>(highest);
+      fed[(rows - 1) * values + k] = static_cast<std::int16_t>(-highest);
+    }
+  }
+  for (int count = 1; count <= rows; ++count) {
+    Guarded<std::int32_t> sums(count * kPanel);
+    const std::int16_t* const last = fed.last(count * values);
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8WideInputs)](
+        last, values * sizeof(std::int16_t), count, panel.data(), steps, 0, sums.data());
+    for (int at = 0; at < count * kPanel; ++at) {
+      std::int64_t wanted = 0;
+      for (int k = 0; k < values; ++k) {
+        wanted += last[at / kPanel * values + k] *
+                  std::int64_t{panel[(k / 2 * kPanel + at % kPanel) * 2 + k % 2]};
+      }
+      REQUIRE(sums[at] == wanted);
+    }
+  }
+}
+
 struct Format {
   Arithmetic arithmetic;
   const char* name;
@@ -202,6 +237,9 @@ void check_tiles(const std::string& path, const DecoderKernels& kernels) {
     for (const auto& [weight, code] : kPicks) {
       check_int8_sums(kernels, inputs, weight, code, random);
     }
+  }
+  for (const int inputs : {1, 2, 3, 4, 5, 31, 32, 33, 64, 80, 128, 255, 256, 511, 513, 1025}) {
+    for (const bool extreme : {false, true}) check_wide_sums(kernels, inputs, extreme, random);
   }
   for (const Format& format : kFormats) {
     FloatSums sums;
