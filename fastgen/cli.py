@@ -116,7 +116,7 @@ def _add_kind(add: Callable[..., Any]) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     add("--quantize", metavar="KIND", help="int8: weights in 8 bits")
-    add("--kv-dtype", default="auto", metavar="KIND", help="int8: keys and values in 8 bits (GPU)")
+    add("--kv-dtype", default="auto", metavar="KIND", help="int8: keys and values in 8 bits")
     add("--decoder", default="auto", help="auto, cpu, cuda or torch (default: auto)")
 
 

@@ -33,7 +33,8 @@ using Held = std::shared_ptr<CpuDecoder>;  // while it is used, also if it is cl
 constexpr std::int64_t kLongestRow = std::int64_t{1} << 30;  // tokens: ints hold what is made of it
 
 const DecoderKernels& kernels_for(const DecoderShape& shape) {
-  const bool bfloat16 = shape.attention == Arithmetic::kBFloat16;  // matrices of it come with that
+  const bool bfloat16 =
+      shape.attention == Arithmetic::kBFloat16 || shape.linear == Arithmetic::kBFloat16;
   return decoder_kernels(bfloat16 ? bfloat16_instruction_set() : chosen_instruction_set());
 }
 

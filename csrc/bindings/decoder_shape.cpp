@@ -37,6 +37,13 @@ Arithmetic arithmetic_of(const std::string& dtype, const std::string& weights) {
   return weights == "bfloat16" ? Arithmetic::kBFloat16Weights : Arithmetic::kFloat32;
 }
 
+// Of keys and values, and of what they are multiplied with.
+Arithmetic attention_of(const std::string& dtype, const std::string& kv_dtype) {
+  if (kv_dtype == "int8") return Arithmetic::kInt8WideInputs;
+  if (kv_dtype != dtype) throw py::value_error("kv_dtype: not " + kv_dtype);
+  return dtype == "bfloat16" ? Arithmetic::kBFloat16 : Arithmetic::kFloat32;
+}
+
 int size_of(const py::dict& given, const char* name) {
   return at_least_one(name, given[name].cast<int>());
 }
@@ -56,7 +63,7 @@ DecoderShape shape_of(const py::dict& given) {
   shape.attention_scales = given["attention_scales"].cast<std::vector<float>>();
   const auto dtype = given["dtype"].cast<std::string>();
   shape.linear = arithmetic_of(dtype, given["weights"].cast<std::string>());
-  shape.attention = dtype == "bfloat16" ? Arithmetic::kBFloat16 : Arithmetic::kFloat32;
+  shape.attention = attention_of(dtype, given["kv_dtype"].cast<std::string>());
   shape.tied = given["tied"].cast<bool>();
   shape.max_tokens = size_of(given, "max_tokens");
   shape.max_logits = size_of(given, "max_logits");

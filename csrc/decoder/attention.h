@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "decoder/kv_blocks.h"
+#include "decoder/kv_ranges.h"
 
 namespace fastgen {
 
@@ -45,10 +46,12 @@ struct AttentionLayer {
   const float* qkv;  // (tokens, 3 * hidden), `qkv_stride` floats apart
   std::size_t qkv_stride;
   // Scratch for qkv in bfloat16, each head padded with a zero to whole pairs, `rounded_stride`
-  // apart: queries as inputs of a tile, in room for floats; then keys, then values.
+  // apart: queries as inputs of a tile, in room for floats; then keys, then values. Or for codes of
+  // 16 and 8 bits: queries and their scales, then keys, then values.
   std::uint16_t* rounded;
   std::size_t rounded_stride;
-  float* outputs;  // (tokens, hidden), heads side by side, `output_stride` floats apart
+  const KvRanges* ranges;  // of keys and values of 8 bits
+  float* outputs;          // (tokens, hidden), heads side by side, `output_stride` floats apart
   std::size_t output_stride;
 };
 

@@ -40,7 +40,7 @@ bool is_little_endian() {
 
 std::string packed_layout() {
   std::string text = std::to_string(kPackingVersion) + "/" + std::to_string(kPanel);
-  for (int at = 0; at < kNumArithmetics; ++at) {
+  for (int at = 0; at < kNumWeightArithmetics; ++at) {
     const StepShape shape = step_shape(static_cast<Arithmetic>(at));
     text += "/" + std::to_string(shape.values) + "x" + std::to_string(shape.bytes);
   }
@@ -86,8 +86,16 @@ void CpuDecoder::Scratch::lay_out(const DecoderShape& shape, const DecoderKernel
   operand_stride =
       row_stride(std::max(shape.hidden_size, shape.inner_size) / 2 + 1) * sizeof(float);
   rounded = nullptr;
-  if (shape.attention == Arithmetic::kBFloat16) {
+  if (shape.attention != Arithmetic::kFloat32) {
     rounded = cursor.take<std::uint16_t>(tokens * rounded_stride);
+  }
+  ranges.resize(kv_shape(shape).has_scales() ? shape.num_layers : 0);
+  for (KvRanges& range : ranges) {
+    for (KvRange* const one : {&range.keys, &range.values}) {
+      one->centers = cursor.take<float>(shape.hidden_size);
+      one->factors = cursor.take<float>(shape.hidden_size);
+      one->inverses = cursor.take<float>(shape.hidden_size);
+    }
   }
   operands = nullptr;
   if (shape.linear == Arithmetic::kInt8 ||
@@ -144,10 +152,12 @@ CpuDecoder::CpuDecoder(const DecoderShape& shape, int num_blocks, int num_thread
 }
 
 PackedLinear& CpuDecoder::projection(int layer, Projection which) {
+  has_ranges_ = false;
   return weights_.layers[layer].projections[static_cast<int>(which)];
 }
 
 void CpuDecoder::set_norm(int layer, bool second, const float* gain, const float* bias) {
+  has_ranges_ = false;
   const Norm& norm = layer < 0 ? weights_.last_norm : weights_.layers[layer].norms[second];
   std::copy(gain, gain + shape_.hidden_size, norm.gain);
   std::copy(bias, bias + shape_.hidden_size, norm.bias);
@@ -158,7 +168,18 @@ void CpuDecoder::set_positions(const float* values) {
   std::copy(values, values + count, weights_.positions);
 }
 
+void CpuDecoder::find_ranges() {
+  if (has_ranges_) return;
+  for (std::size_t index = 0; index < scratch_.ranges.size(); ++index) {
+    const Layer& layer = weights_.layers[index];
+    find_kv_ranges(layer.projections[static_cast<int>(Projection::kQkv)], layer.norms[0].gain,
+                   layer.norms[0].bias, scratch_.ranges[index], num_threads_);
+  }
+  has_ranges_ = true;
+}
+
 const float* CpuDecoder::forward(const StepRows& rows, const std::int32_t* logits_at, int count) {
+  find_ranges();
   embed(rows);
   const AttentionPlan plan(rows, shape_.num_heads, kernels_.max_rows);
   for (int layer = 0; layer < shape_.num_layers; ++layer) run_layer(layer, rows, plan);
@@ -193,10 +214,12 @@ void CpuDecoder::run_layer(int index, const StepRows& rows, const AttentionPlan&
   project(qkv, normed_inputs(layer.norms[0], qkv, nullptr, count), count, scratch_.qkv,
           Ending::kStore);
   const Rows& attended = scratch_.normed;
-  attend(rows, plan,
-         {index, shape_.attention_scales[index], scratch_.qkv.data, scratch_.qkv.stride,
-          scratch_.rounded, scratch_.rounded_stride, attended.data, attended.stride},
-         blocks_, kernels_, num_threads_);
+  attend(
+      rows, plan,
+      {index, shape_.attention_scales[index], scratch_.qkv.data, scratch_.qkv.stride,
+       scratch_.rounded, scratch_.rounded_stride,
+       scratch_.ranges.empty() ? nullptr : &scratch_.ranges[index], attended.data, attended.stride},
+      blocks_, kernels_, num_threads_);
   project(attention_out, inputs_of(attention_out, attended, count), count, scratch_.hidden,
           Ending::kAdd);
   project(mlp_in, normed_inputs(layer.norms[1], mlp_in, nullptr, count), count, scratch_.inner,

@@ -92,8 +92,9 @@ class CpuDecoder {
   };
   struct Scratch {
     Rows hidden, normed, qkv, inner;
-    std::uint16_t* rounded;  // qkv as bfloat16: see AttentionLayer
+    std::uint16_t* rounded;  // qkv as bfloat16, or as codes: see AttentionLayer
     std::size_t rounded_stride;
+    std::vector<KvRanges> ranges;  // of each layer's keys and values of 8 bits
     char* operands;  // rows as bfloat16 or int8 inputs; null if the rows themselves are inputs
     std::size_t operand_stride;
     RowScale* row_scales;
@@ -101,6 +102,7 @@ class CpuDecoder {
     void lay_out(const DecoderShape& shape, const DecoderKernels& kernels, Cursor& cursor);
   };
 
+  void find_ranges();
   void embed(const StepRows& rows);
   LinearInputs normed_inputs(const Norm& norm, const PackedLinear& linear,
                              const std::int32_t* which, int count);
@@ -118,6 +120,7 @@ class CpuDecoder {
   Weights weights_;
   Scratch scratch_;
   KvBlocks blocks_;
+  bool has_ranges_ = false;  // scratch_.ranges, of the weights that are there now
 };
 
 }  // namespace fastgen

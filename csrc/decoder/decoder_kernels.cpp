@@ -8,6 +8,7 @@ namespace {
 
 [[maybe_unused]] DecoderKernels with_int8(DecoderKernels kernels, const Int8Kernels& int8) {
   kernels.tiles[static_cast<int>(Arithmetic::kInt8)] = int8.tile;
+  kernels.tiles[static_cast<int>(Arithmetic::kInt8WideInputs)] = int8.wide_inputs_tile;
   kernels.quantize = int8.quantize;
   return kernels;
 }

@@ -23,8 +23,10 @@ enum class Arithmetic {
   kBFloat16Weights,  // bfloat16 weights, widened; float32 inputs
   kBFloat16,         // bfloat16 weights and inputs, float32 sums
   kInt8,             // int8 weights, uint8 (or int8: RowScale) inputs, int32 sums
+  kInt8WideInputs,   // int8 keys or values, int16 inputs, int32 sums
 };
-constexpr int kNumArithmetics = 5;
+constexpr int kNumArithmetics = 6;
+constexpr int kNumWeightArithmetics = 5;  // the first: those that linear layers can have
 
 enum class Activation { kGelu, kGeluTanh, kQuickGelu, kRelu, kSigmoid, kSilu, kTanh };
 
@@ -42,6 +44,8 @@ constexpr StepShape step_shape(Arithmetic arithmetic) {
     case Arithmetic::kBFloat16Weights:
     case Arithmetic::kBFloat16:
       return {2, 4 * kPanel};
+    case Arithmetic::kInt8WideInputs:
+      return {2, 2 * kPanel};
     case Arithmetic::kInt8:
       break;
   }
@@ -70,8 +74,9 @@ struct Fetch {
   std::ptrdiff_t pace;
 };
 
-// sums (rows, 32) of float, int32 for kInt8: the inputs' rows, `stride` bytes apart, times a panel.
-// Every sum is made step by step in order, in blocks of steps that do not depend on `rows`.
+// sums (rows, 32) of float, int32 where weights are int8: the inputs' rows, `stride` bytes apart,
+// times a panel. Every sum is made step by step in order, in blocks of steps that do not depend on
+// `rows`.
 using Tile = void (*)(const void* inputs, std::size_t stride, int rows, const void* panel,
                       int steps, Fetch fetch, void* sums);
 
@@ -129,6 +134,26 @@ struct DecoderKernels {
   void (*rescale_and_add)(const float* values, int rows, const float* factors, int columns,
                           float* sums, std::size_t stride);
   void (*scale)(float factor, int count, float* values);
+
+  // Keys and values of 8 bits. Codes (count) of (values - centers) * factors, from -127 to 127;
+  // returns what a code is multiplied with to be such a number again, NaN if one is not finite.
+  float (*quantize_int8)(const float* values, const float* centers, const float* factors, int count,
+                         std::int8_t* codes);
+  // The same of queries: codes of values * factors, up to `highest`.
+  float (*quantize_int16)(const float* values, const float* factors, int count, int highest,
+                          std::int16_t* codes);
+  // weigh_scores of int32 scores, each times factors[row] * key_scales[column]. The weights, times
+  // value_scales, become codes (rows, 32) of code_scales[row]; hidden columns' are 0.
+  void (*weigh_int8_scores)(const void* scores, int rows, const float* factors, int visible,
+                            const float* key_scales, const float* value_scales, Softmax& softmax,
+                            std::int16_t* codes, float* code_scales);
+  // rescale_and_add of int32 values, which are multiplied with value_scales[row].
+  void (*rescale_and_add_int8)(const void* values, int rows, const float* factors,
+                               const float* value_scales, int columns, float* sums,
+                               std::size_t stride);
+  // values = values * factor * factors + centers
+  void (*restore)(float factor, const float* factors, const float* centers, int count,
+                  float* values);
 };
 
 // One for each instruction set, in files of their own; those of the first line but kPortableKernels
@@ -138,7 +163,7 @@ extern const DecoderKernels kNeonKernels, kNeonDotprodKernels, kNeonI8mmKernels;
 
 // Of paths that differ from another one in int8 products alone.
 struct Int8Kernels {
-  Tile tile;
+  Tile tile, wide_inputs_tile;
   RowScale (*quantize)(const float* values, const float* factors, int count, std::uint8_t* codes);
 };
 extern const Int8Kernels kAvxVnniKernels, kAvx512VnniKernels;

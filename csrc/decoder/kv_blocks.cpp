@@ -43,6 +43,22 @@ void KvBlocks::write(int block, int layer, int head, int slot, const std::uint16
   }
 }
 
+void KvBlocks::write(int block, int layer, int head, int slot, const std::int8_t* key,
+                     float key_scale, const std::int8_t* value, float value_scale) const {
+  char* const to_keys = keys(block, layer, head);
+  scales(to_keys)[slot] = key_scale;
+  scales(to_keys)[kPanel + slot] = value_scale;
+  for (int d = 0; d < shape_.head_dim; d += 2) {  // pairs of dimensions
+    std::memcpy(to_keys + (d / 2 * kPanel + slot) * 2, key + d, 2);
+  }
+  char* panel = values(block, layer, head);
+  for (int d = 0; d < shape_.head_dim; d += kPanel, panel += shape_.value_panel_bytes()) {
+    const int count = std::min(kPanel, shape_.head_dim - d);
+    char* const to = panel + slot / 2 * kPanel * 2 + slot % 2;  // pairs of tokens
+    for (int at = 0; at < count; ++at) to[2 * at] = static_cast<char>(value[d + at]);
+  }
+}
+
 void KvBlocks::grow(int num_blocks) {
   if (num_blocks <= num_blocks_) return;
   Arena larger(shape_.block_bytes() * num_blocks);

@@ -348,6 +348,7 @@ void PackedLinear::read_column(int column, float* values) const {
       case Arithmetic::kBFloat16:
         values[input] = widen_bfloat16(half);
         break;
+      case Arithmetic::kInt8WideInputs:  // of no linear layer
       case Arithmetic::kInt8:
         values[input] = static_cast<signed char>(*from) * scales[column] * factors[input];
         break;

@@ -82,12 +82,12 @@ class Precision:
         wide = plan.dtype
         if wide == "float16" and plan.device.startswith("cpu"):
             wide = "float32"
-        widened = plan.weights != "int8" or plan.decoder == "cuda"
+        kv_dtype, multiplies_int8 = plan.kv_dtype or plan.dtype, plan.decoder != "cuda"
         return cls(
             weight_bytes=_BYTES[plan.weights],
-            kv_bytes=_BYTES[plan.kv_dtype or plan.dtype],
-            linear_peak=wide if widened else plan.weights,
-            attention_peak=wide,
+            kv_bytes=_BYTES[kv_dtype],
+            linear_peak="int8" if plan.weights == "int8" and multiplies_int8 else wide,
+            attention_peak="int8" if kv_dtype == "int8" and multiplies_int8 else wide,
         )
 
     @property

@@ -64,7 +64,8 @@ def load(
             computes in float32, "bfloat16" computes in bfloat16 where the processor can; elsewhere
             "auto" is the checkpoint's.
         quantize: "int8" keeps weights in 8 bits; on a CPU it also multiplies in 8 bits.
-        kv_dtype: "int8" keeps keys and values in 8 bits (CUDA decoder only); "auto" keeps them as
+        kv_dtype: "int8" keeps keys and values in 8 bits (CPU and CUDA decoders): more rows and
+            longer contexts in the same memory, slightly other logits; "auto" keeps them as
             activations are.
         decoder: "auto", "cpu" (C++), "cuda" (Triton, for NVIDIA GPUs) or "torch".
         max_batch_size: rows that run at the same time; more wait in the queue.

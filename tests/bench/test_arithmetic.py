@@ -84,6 +84,10 @@ def test_a_shape_is_read_from_a_checkpoint(tmp_path: Path) -> None:
     assert Precision.of(plan) == INT8
     plan = plan_decoder(checkpoint, LoadOptions(device="cpu", dtype="float16"))
     assert Precision.of(plan) == Precision(2, 4, "float32", "float32")
+    plan = plan_decoder(checkpoint, LoadOptions(device="cpu", dtype="float32", kv_dtype="int8"))
+    assert Precision.of(plan) == Precision(4, 1, "float32", "int8")
+    plan = plan_decoder(checkpoint, LoadOptions(device="cpu", quantize="int8", kv_dtype="int8"))
+    assert Precision.of(plan) == Precision(1, 1, "int8", "int8")
     plan = plan_decoder(checkpoint, LoadOptions(device="cpu", dtype="float16", decoder="torch"))
     assert Precision.of(plan) == Precision(2, 2, "float32", "float32")
 

@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float16": {"dtype": "float16"},
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantize": "int8"},
+    "int8 keys": {"kv_dtype": "int8"},
 }
 
 _START = """

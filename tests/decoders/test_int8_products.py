@@ -35,7 +35,8 @@ class Product:
             "vocab_size": COLUMNS, "max_positions": max(ROWS), "hidden_size": length,
             "num_layers": 1, "num_heads": 1, "inner_size": 1, "activation": "relu",
             "layer_norm_epsilon": 1e-5, "attention_scales": [1.0], "dtype": "float32",
-            "weights": "int8", "tied": True, "max_tokens": max(ROWS), "max_logits": max(ROWS),
+            "weights": "int8", "kv_dtype": "float32", "tied": True,
+            "max_tokens": max(ROWS), "max_logits": max(ROWS),
         }  # fmt: skip
         with instruction_set(path):
             self.decoder: Any = native.CpuDecoder(shape, 1, 2)

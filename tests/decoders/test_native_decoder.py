@@ -41,7 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 PATHS = list(product(INSTRUCTION_SETS, ARITHMETICS))
 # What an arithmetic may change of logits whose largest is about 1.
 NEAR = {"float32": 1e-5, "float16_weights": 1e-3, "bfloat16_weights": 0.02, "bfloat16": 0.03,
-        "int8": 0.05, "int8_float32": 0.05}  # fmt: skip
+        "int8": 0.05, "int8_float32": 0.05, "float32_kv8": 0.01, "float16_weights_kv8": 0.01,
+        "bfloat16_kv8": 0.03, "int8_kv8": 0.05}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(native is None, reason="the C++ extension is not built")
 

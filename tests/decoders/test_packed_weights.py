@@ -14,7 +14,14 @@ import pytest
 
 import fastgen
 import processes
-from cpu_decoders import ARITHMETICS, INSTRUCTION_SETS, cpu_decoder, instruction_set, native_of
+from cpu_decoders import (
+    ARITHMETICS,
+    INSTRUCTION_SETS,
+    KINDS_OF_WEIGHTS,
+    cpu_decoder,
+    instruction_set,
+    native_of,
+)
 from fastgen.decoders.cpu.plan import decoder_shape
 from fastgen.frontends.generator import open_model
 from fastgen.native import native
@@ -47,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "odd sizes": ("width_100", {"quantize": "int8"}),
     "shards": ("sharded", {"dtype": "bfloat16"}),
 }
-assert ARITHMETICS.keys() <= CASES.keys()
+assert set(KINDS_OF_WEIGHTS) <= CASES.keys()
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3], [5] * 40]
 
 
@@ -91,7 +98,7 @@ def test_every_way_gives_the_same_bits(
     assert packed_now == []
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("arithmetic", KINDS_OF_WEIGHTS)
 def test_packing_depends_on_neither_the_instruction_set_nor_the_threads(
     arithmetic: str, tmp_path: Path
 ) -> None:
@@ -118,7 +125,7 @@ def test_a_file_of_another_path_is_used(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_sections_make_up_all_of_the_weights(variant: Callable[[str], Path]) -> None:
     for name in ("plain", "untied", "one_of_each"):
-        for dtype, weights in ARITHMETICS.values():
+        for dtype, weights, _ in ARITHMETICS.values():
             shape = decoder_shape(open_model(variant(name)), dtype, weights, 8, 2)
             sections = native.weight_sections(shape)
             at = 0

@@ -15,7 +15,6 @@ from fastgen.decoders import select
     ("options", "message"),
     [
         ({"decoder": "cuda", "device": "cpu"}, "decoder='cuda': "),
-        ({"kv_dtype": "int8"}, "only the CUDA decoder"),
         ({"kv_dtype": "int8", "decoder": "torch"}, "kv_dtype='int8': the torch decoder cannot"),
         ({"kv_dtype": "fp8"}, "kv_dtype must be one of auto, int8"),
         ({"decoder": "torch", "batch_invariant": True}, "batch_invariant=True"),

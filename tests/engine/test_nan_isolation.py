@@ -19,7 +19,9 @@ from fastgen.frontends.generator import Generator
 from poisoned import POISON, save_poisoned, save_poisoned_odd
 from stepping import Rows, to_numpy
 
-PATHS = list(product(INSTRUCTION_SETS, sorted(ARITHMETICS.keys() - {"float16_weights"})))
+# What poisons does not fit float16.
+POISONABLE = sorted(name for name, each in ARITHMETICS.items() if each.weights != "float16")
+PATHS = list(product(INSTRUCTION_SETS, POISONABLE))
 RNG = np.random.default_rng(0)
 BYSTANDERS = [RNG.integers(201, 4096, length).tolist() for length in (45, 1, 64)]
 VICTIM = RNG.integers(201, 4096, 60).tolist()

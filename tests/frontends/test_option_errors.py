@@ -75,7 +75,7 @@ LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"quantize": "int3"}, OptionError, "quantize"),
     ({"quantize": "int8", "decoder": "torch"}, OptionError, "quantize"),
     ({"kv_dtype": "fp8"}, OptionError, "kv_dtype"),
-    ({"kv_dtype": "int8"}, OptionError, "kv_dtype"),
+    ({"kv_dtype": "int8", "decoder": "torch"}, OptionError, "kv_dtype"),
     ({"decoder": "tpu"}, OptionError, "decoder"),
     ({"decoder": "cuda", "device": "cpu"}, OptionError, "decoder"),
     ({"max_batch_size": 0}, OptionError, "max_batch_size"),

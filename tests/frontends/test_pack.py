@@ -152,7 +152,6 @@ def test_what_it_was_not_packed_for_is_refused(name: str, folder: Path, tmp_path
         ({"decoder": "torch"}, "decoder"),
         ({"decoder": "cuda"}, "decoder"),
         ({"device": "cuda"}, "device"),
-        ({"kv_dtype": "int8"}, "kv_dtype"),
     ],
 )
 def test_other_decoders_do_not_read_it(options: dict[str, Any], option: str, packed: Path) -> None:

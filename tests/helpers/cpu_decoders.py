@@ -20,8 +20,9 @@ INSTRUCTION_SETS: list[str] = native.instruction_sets() if native is not None el
 
 
 class Arithmetic(NamedTuple):
-    dtype: str  # of activations and of keys and values
+    dtype: str  # of activations, and of keys and values if nothing else is said
     weights: str
+    kv_dtype: str | None = None
 
 
 ARITHMETICS = {
@@ -31,7 +32,13 @@ ARITHMETICS = {
     "bfloat16": Arithmetic("bfloat16", "bfloat16"),
     "int8": Arithmetic("bfloat16", "int8"),
     "int8_float32": Arithmetic("float32", "int8"),
+    "float32_kv8": Arithmetic("float32", "float32", "int8"),
+    "float16_weights_kv8": Arithmetic("float32", "float16", "int8"),
+    "bfloat16_kv8": Arithmetic("bfloat16", "bfloat16", "int8"),
+    "int8_kv8": Arithmetic("bfloat16", "int8", "int8"),
 }
+# Those that differ in more than how keys and values are kept.
+KINDS_OF_WEIGHTS = [name for name, (_, _, kv_dtype) in ARITHMETICS.items() if kv_dtype is None]
 
 
 @contextmanager
@@ -58,9 +65,14 @@ def plan_of(
     chosen: dict[str, Any] = {"decoder": "cpu", "max_batch_size": 8} | options
     plan = plan_decoder(checkpoint, LoadOptions(**chosen))
     limits = replace(plan.limits, max_logits=max_logits or plan.limits.max_logits)
-    dtype, weights = ARITHMETICS[arithmetic]
+    dtype, weights, kv_dtype = ARITHMETICS[arithmetic]
     return checkpoint, replace(
-        plan, dtype=dtype, weights=weights, num_threads=num_threads, limits=limits
+        plan,
+        dtype=dtype,
+        weights=weights,
+        kv_dtype=kv_dtype,
+        num_threads=num_threads,
+        limits=limits,
     )
 
 

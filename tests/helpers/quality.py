@@ -22,9 +22,11 @@ from fastgen.text.tokenizer import Tokenizer
 from reference import Array, ReferenceGPT2
 
 HARD_COPIES = ("values", "residual", "both")
+HARD_KEYS = "keys"  # for keys in 8 bits
 
-_NUM_VALUES = 4  # large value channels of a layer
+_NUM_VALUES = 4  # large value channels of a layer, and as many of keys
 _VALUE_FACTOR = 50.0
+_KEY_OFFSET = 100.0  # of as many others of a layer's keys, which are about 1
 _RESIDUAL_PEAKS = (30.0, -20.0, -10.0)  # their sum is 0: the mean of a token stays what it was
 _NORMED_PEAK = 2.5  # what a large residual channel is behind a norm, in gains: the usual size
 _PROBED_TOKENS = 256
@@ -80,6 +82,8 @@ def save_hard_copy(name: str, folder: Path, source: Path = BUNDLED_MODEL) -> Pat
         _enlarge_residual(tensors, _norm_variances(source), rng)
     if name in ("values", "both"):
         _enlarge_values(tensors, config["n_layer"], rng)
+    if name == HARD_KEYS:
+        _enlarge_keys(tensors, config["n_layer"], rng)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     return folder
@@ -95,6 +99,22 @@ def _enlarge_values(tensors: Tensors, num_layers: int, rng: np.random.Generator)
         tensors[f"{attention}.c_attn.weight"][:, values] *= _VALUE_FACTOR
         tensors[f"{attention}.c_attn.bias"][values] *= _VALUE_FACTOR
         projection[channels] /= _VALUE_FACTOR
+
+
+def _enlarge_keys(tensors: Tensors, num_layers: int, rng: np.random.Generator) -> None:
+    """Some keys times 50, and their queries divided by it; others with an offset, which adds the
+    same to all scores of a query: the same function."""
+    for layer in range(num_layers):
+        name = f"h.{layer}.attn.c_attn"
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        hidden_size = len(weight)
+        channels = rng.choice(hidden_size, 2 * _NUM_VALUES, replace=False)
+        large, moved = channels[:_NUM_VALUES], channels[_NUM_VALUES:]
+        weight[:, hidden_size + large] *= _VALUE_FACTOR
+        bias[hidden_size + large] *= _VALUE_FACTOR
+        weight[:, large] /= _VALUE_FACTOR
+        bias[large] /= _VALUE_FACTOR
+        bias[hidden_size + moved] += _KEY_OFFSET
 
 
 def _enlarge_residual(

@@ -70,10 +70,11 @@ DecoderShape some_shape(Chance& chance) {
   for (int layer = 0; layer < shape.num_layers; ++layer) {
     shape.attention_scales.push_back(1 / std::sqrt(static_cast<float>(head_dim)) / (layer + 1));
   }
-  shape.linear = static_cast<Arithmetic>(chance.below(fastgen::kNumArithmetics));
+  shape.linear = static_cast<Arithmetic>(chance.below(fastgen::kNumWeightArithmetics));
   const bool rounds = shape.linear == Arithmetic::kBFloat16 ||
                       (shape.linear == Arithmetic::kInt8 && chance.once_in(2));
   shape.attention = rounds ? Arithmetic::kBFloat16 : Arithmetic::kFloat32;
+  if (chance.once_in(3)) shape.attention = Arithmetic::kInt8WideInputs;
   shape.tied = chance.once_in(2);
   shape.max_tokens = kMaxLen + chance.below(60);
   shape.max_logits = shape.max_tokens - chance.below(2) * chance.below(60);

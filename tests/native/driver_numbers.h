@@ -21,6 +21,12 @@ class Random {
   std::mt19937 generator_;
 };
 
+// For tiles of which nothing is to be fetched.
+inline fastgen::Fetch no_fetch() {
+  static const char columns[4 * fastgen::kPanel] = {};
+  return {columns, 0};
+}
+
 inline bool near(double found, double wanted, double tolerance) {
   return std::fabs(found - wanted) <= tolerance;
 }

@@ -119,7 +119,8 @@ std::vector<int> codes_of(const DecoderKernels& kernels, const std::uint8_t* row
     std::int32_t sums[kPanel];
     const int last = std::min(first + kPanel, inputs);
     for (int k = first; k < last; ++k) panel[(k / 4 * kPanel + k - first) * 4 + k % 4] = 1;
-    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row, 0, 1, panel.data(), steps, {}, sums);
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row, 0, 1, panel.data(), steps, no_fetch(),
+                                                       sums);
     codes.insert(codes.end(), sums, sums + last - first);
   }
   return codes;
@@ -153,7 +154,7 @@ void check_int8_values(const DecoderKernels& kernels, Random& random) {
       }
     }
     kernels.tiles[static_cast<int>(Arithmetic::kInt8)](row_codes.data(), 0, 1, panel.data(), steps,
-                                                       {}, sums.data());
+                                                       no_fetch(), sums.data());
     fastgen::TileEnd end = {bias.data(),    scales.data(),  column_sums.data(),
                             &row,           Ending::kStore, {},
                             outputs.data(), kPanel,         kPanel};
@@ -197,6 +198,122 @@ void check_softmax(const DecoderKernels& kernels, Random& random) {
   }
 }
 
+// Rows to codes and back; a number that is not finite makes the scale NaN.
+void check_codes(const DecoderKernels& kernels, Random& random) {
+  for (const int count : kCounts) {
+    Guarded<float> values(count), centers(count), factors(count);
+    Guarded<std::int8_t> codes(count);
+    Guarded<std::int16_t> wide(count);
+    for (int at = 0; at < count; ++at) {
+      values[at] = 5 + random.value(), centers[at] = 5, factors[at] = 1 + random.below(4);
+    }
+    const float scale =
+        kernels.quantize_int8(values.data(), centers.data(), factors.data(), count, codes.data());
+    const float wide_scale =
+        kernels.quantize_int16(values.data(), factors.data(), count, 300, wide.data());
+    int most = 0, most_wide = 0;
+    for (int at = 0; at < count; ++at) {
+      REQUIRE(near(codes[at] * static_cast<double>(scale),
+                   (values[at] - centers[at]) * static_cast<double>(factors[at]), 0.501 * scale));
+      REQUIRE(near(wide[at] * static_cast<double>(wide_scale),
+                   values[at] * static_cast<double>(factors[at]), 0.501 * wide_scale));
+      most = std::max(most, std::abs(static_cast<int>(codes[at])));
+      most_wide = std::max(most_wide, std::abs(static_cast<int>(wide[at])));
+    }
+    REQUIRE(most == 127 && most_wide == 300);
+    for (const float wrong : {INFINITY, -INFINITY, NAN}) {
+      values[count - 1] = wrong;
+      REQUIRE(std::isnan(kernels.quantize_int8(values.data(), centers.data(), factors.data(), count,
+                                               codes.data())));
+      REQUIRE(std::isnan(
+          kernels.quantize_int16(values.data(), factors.data(), count, 300, wide.data())));
+    }
+    for (int at = 0; at < count; ++at) values[at] = centers[at];
+    const float least =
+        kernels.quantize_int8(values.data(), centers.data(), factors.data(), count, codes.data());
+    REQUIRE(least > 0 &&
+            std::all_of(codes.begin(), codes.end(), [](int code) { return code == 0; }));
+  }
+}
+
+// As weigh_scores weighs the same scores as floats. Nothing is known of hidden columns' scales.
+void check_int8_weights(const DecoderKernels& kernels, Random& random) {
+  constexpr float kFactor = 0.5f;
+  const int rows = kernels.max_rows;
+  Guarded<std::int32_t> scores(rows * kPanel);
+  Guarded<std::int16_t> codes(rows * kPanel);
+  Guarded<float> key_scales(kPanel), value_scales(kPanel), factors(rows), code_scales(rows);
+  std::vector<float> floats(rows * kPanel), weights(rows * kPanel);
+  fastgen::Softmax softmax, wanted;
+  for (fastgen::Softmax* const one : {&softmax, &wanted}) {
+    std::fill(one->highest, one->highest + rows, -INFINITY);
+    std::fill(one->total, one->total + rows, 0.0f);
+  }
+  for (const int seen : {kPanel, 3, 2 - rows}) {
+    for (std::int32_t& score : scores) score = random.below(1 << 21) - (1 << 20);
+    for (float& scale : key_scales) scale = 0x1p-16f * (1 + random.below(2));
+    for (float& scale : value_scales) scale = 0.5f + random.below(8);
+    for (float& factor : factors) factor = kFactor * (1 + random.below(2));
+    const int known = std::clamp(seen + rows - 1, 0, kPanel);
+    for (int column = known; column < kPanel; ++column) {
+      key_scales[column] = value_scales[column] = column % 2 == 0 ? NAN : INFINITY;
+    }
+    for (int at = 0; at < rows * kPanel; ++at) {  // powers of two: no rounding of its own
+      floats[at] = scores[at] * (key_scales[at % kPanel] * factors[at / kPanel] / kFactor);
+    }
+    kernels.weigh_scores(floats.data(), rows, kFactor, seen, wanted, weights.data());
+    kernels.weigh_int8_scores(scores.data(), rows, factors.data(), seen, key_scales.data(),
+                              value_scales.data(), softmax, codes.data(), code_scales.data());
+    for (int row = 0; row < rows; ++row) {
+      REQUIRE(softmax.highest[row] == wanted.highest[row]);
+      REQUIRE(softmax.total[row] == wanted.total[row]);
+      REQUIRE(softmax.rescale[row] == wanted.rescale[row]);
+      for (int column = 0; column < kPanel; ++column) {
+        const int code = codes[row * kPanel + column];
+        const bool visible = column < seen + row;
+        const double weight =
+            visible ? static_cast<double>(weights[row * kPanel + column]) * value_scales[column]
+                    : 0;
+        REQUIRE(code >= 0 && (visible || code == 0));
+        REQUIRE(
+            near(code * static_cast<double>(code_scales[row]), weight, 0.51 * code_scales[row]));
+      }
+      if (seen == kPanel) {
+        REQUIRE(*std::max_element(codes.data() + row * kPanel, codes.data() + (row + 1) * kPanel) ==
+                32767);
+      }
+    }
+  }
+  value_scales[0] = NAN;
+  kernels.weigh_int8_scores(scores.data(), rows, factors.data(), 1, key_scales.data(),
+                            value_scales.data(), softmax, codes.data(), code_scales.data());
+  for (const float scale : code_scales) REQUIRE(std::isnan(scale));
+}
+
+void check_int8_sums(const DecoderKernels& kernels, Random& random) {
+  const int rows = 3;
+  const float factors[rows] = {0, 1, 0.25f}, scales[rows] = {0x1p-20f, 0x1p-21f, 0x1p-22f};
+  for (int columns = 1; columns <= kPanel; ++columns) {
+    Guarded<std::int32_t> values(rows * kPanel);
+    Guarded<float> sums(rows * columns), restored(columns), centers(columns);
+    for (std::int32_t& value : values) value = random.below(1 << 24) - (1 << 23);
+    for (float& sum : sums) sum = random.value();
+    for (int at = 0; at < columns; ++at) restored[at] = 1 << random.below(4);
+    for (float& center : centers) center = random.value();
+    const std::vector<float> before(sums.begin(), sums.end());
+    kernels.rescale_and_add_int8(values.data(), rows, factors, scales, columns, sums.data(),
+                                 columns);
+    kernels.restore(0.5f, restored.data(), centers.data(), columns, sums.data());
+    for (int at = 0; at < rows * columns; ++at) {
+      const int row = at / columns, column = at % columns;
+      double wanted = before[at] * factors[row] +
+                      values[row * kPanel + column] * static_cast<double>(scales[row]);
+      if (row == 0) wanted = wanted * 0.5 * restored[column] + centers[column];
+      REQUIRE(near(sums[at], wanted, 1e-5 * (1 + std::fabs(wanted))));
+    }
+  }
+}
+
 void check_sums(const DecoderKernels& kernels, Random& random) {
   for (int columns = 1; columns <= kPanel; ++columns) {
     const int rows = 3;
@@ -230,6 +347,9 @@ int main() {
     check_int8_values(kernels, random);
     check_softmax(kernels, random);
     check_sums(kernels, random);
+    check_codes(kernels, random);
+    check_int8_weights(kernels, random);
+    check_int8_sums(kernels, random);
     std::printf("checked %s\n", path.c_str());
   }
 }

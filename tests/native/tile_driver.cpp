@@ -80,11 +80,46 @@ void check_int8_sums(const DecoderKernels& kernels, int inputs, Pick weight, Pic
   }
   for (int count = 1; count <= rows; ++count) {
     Guarded<std::int32_t> sums(count * kPanel);
-    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](codes.last(count * stride), stride, count,
-                                                       panel.data(), steps, {}, sums.data());
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8)](
+        codes.last(count * stride), stride, count, panel.data(), steps, no_fetch(), sums.data());
     for (int at = 0; at < count * kPanel; ++at) {
       const int row = rows - count + at / kPanel, column = at % kPanel;
       REQUIRE(sums[at] - zeros[row] * column_sums[column] == wanted[row * kPanel + column]);
+    }
+  }
+}
+
+// Codes of 8 bits with inputs of 16, the largest of which, summed, just fit 32 bits.
+void check_wide_sums(const DecoderKernels& kernels, int inputs, bool extreme, Random& random) {
+  const int steps = fastgen::num_steps(Arithmetic::kInt8WideInputs, inputs);
+  const int rows = kernels.max_rows, values = 2 * steps,
+            highest = std::min(32767, INT32_MAX / 127 / values);
+  Guarded<std::int8_t> panel(static_cast<std::size_t>(values) * kPanel);
+  Guarded<std::int16_t> fed(static_cast<std::size_t>(values) * rows);
+  const auto some = [&](int most) {
+    return extreme ? random.below(2) * 2 * most - most : random.below(2 * most + 1) - most;
+  };
+  for (std::int8_t& code : panel) code = static_cast<std::int8_t>(some(127));
+  for (std::int16_t& input : fed) input = static_cast<std::int16_t>(some(highest));
+  if (extreme) {  // two rows that meet nothing but the largest, of one sign, in two columns
+    for (int k = 0; k < values; ++k) {
+      panel[k / 2 * 2 * kPanel + k % 2] = 127, panel[(k / 2 * kPanel + 1) * 2 + k % 2] = -127;
+      fed[k] = static_cast<std::int16_t>(highest);
+      fed[(rows - 1) * values + k] = static_cast<std::int16_t>(-highest);
+    }
+  }
+  for (int count = 1; count <= rows; ++count) {
+    Guarded<std::int32_t> sums(count * kPanel);
+    const std::int16_t* const last = fed.last(count * values);
+    kernels.tiles[static_cast<int>(Arithmetic::kInt8WideInputs)](
+        last, values * sizeof(std::int16_t), count, panel.data(), steps, no_fetch(), sums.data());
+    for (int at = 0; at < count * kPanel; ++at) {
+      std::int64_t wanted = 0;
+      for (int k = 0; k < values; ++k) {
+        wanted += last[at / kPanel * values + k] *
+                  std::int64_t{panel[(k / 2 * kPanel + at % kPanel) * 2 + k % 2]};
+      }
+      REQUIRE(sums[at] == wanted);
     }
   }
 }
@@ -182,13 +217,13 @@ FloatSums float_sums(const DecoderKernels& kernels, const Format& format, int st
   }
   const fastgen::Tile tile = kernels.tiles[static_cast<int>(format.arithmetic)];
   for (int row = 0; row < rows; ++row) {
-    tile(inputs.data() + row * stride, stride, 1, panel.data(), steps, {},
+    tile(inputs.data() + row * stride, stride, 1, panel.data(), steps, no_fetch(),
          found.data() + row * kPanel);
   }
   for (int at = 0; at < rows * kPanel; ++at) REQUIRE(near(found[at], wanted[at], 1e-5 * sizes[at]));
   for (int count = 2; count <= rows; ++count) {
     Guarded<float> sums(count * kPanel);
-    tile(inputs.last(count * stride), stride, count, panel.data(), steps, {}, sums.data());
+    tile(inputs.last(count * stride), stride, count, panel.data(), steps, no_fetch(), sums.data());
     REQUIRE(std::memcmp(sums.data(), found.data() + (rows - count) * kPanel,
                         sums.size() * sizeof(float)) == 0);
   }
@@ -202,6 +237,9 @@ void check_tiles(const std::string& path, const DecoderKernels& kernels) {
     for (const auto& [weight, code] : kPicks) {
       check_int8_sums(kernels, inputs, weight, code, random);
     }
+  }
+  for (const int inputs : {1, 2, 3, 4, 5, 31, 32, 33, 64, 80, 128, 255, 256, 511, 513, 1025}) {
+    for (const bool extreme : {false, true}) check_wide_sums(kernels, inputs, extreme, random);
   }
   for (const Format& format : kFormats) {
     FloatSums sums;
@@ -221,7 +259,8 @@ void check_widening(const DecoderKernels& kernels) {
     float sums[kPanel];
     for (int at = 0; at < kPanel; ++at) halves[at] = static_cast<std::uint16_t>(first + at);
     if (!fastgen::is_finite_float16(halves[0])) continue;
-    kernels.tiles[static_cast<int>(Arithmetic::kFloat16Weights)](&one, 4, 1, halves, 1, {}, sums);
+    kernels.tiles[static_cast<int>(Arithmetic::kFloat16Weights)](&one, 4, 1, halves, 1, no_fetch(),
+                                                                 sums);
     for (int at = 0; at < kPanel; ++at) REQUIRE(sums[at] == fastgen::widen_float16(halves[at]));
   }
 }

@@ -152,6 +152,8 @@ def test_info_says_what_would_be_loaded(
     assert record["parameters"] == 6_049_792
     assert record["plan"]["memory"]["num_blocks"] == 1024
     assert record["draft_plan"] is None
+    assert ", KV int8," in run("info", "--kv-dtype", "int8").stdout
+    assert ", KV " not in done.stdout
 
 
 def test_info_says_who_guesses(variant: Callable[[str], Path], here: Callable[..., Done]) -> None:

@@ -37,7 +37,10 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> D
     granted = granted_cores()
     num_threads = min(options.num_threads or granted, granted)
     dtype, weights = arithmetic_of(checkpoint, options)
-    shape = decoder_shape(checkpoint, dtype, weights, limits.max_tokens, limits.max_logits)
+    kv_dtype = dtype if options.kv_dtype == "auto" else options.kv_dtype
+    shape = decoder_shape(
+        checkpoint, dtype, weights, limits.max_tokens, limits.max_logits, kv_dtype=kv_dtype
+    )
     weight_bytes, scratch_bytes, block_bytes = native.decoder_bytes(shape)
     scratch_bytes += native.sampler_bytes(seats, config.vocab_size, max_seq_len, num_threads)
     scratch_bytes += SCORED_AT_ONCE * config.vocab_size * SAMPLING_BYTES + beside
@@ -59,6 +62,7 @@ def plan_cpu(checkpoint: Checkpoint, options: LoadOptions, beside: int = 0) -> D
         num_threads=num_threads,
         limits=replace(limits, num_blocks=memory.num_blocks),
         memory=memory,
+        kv_dtype=kv_dtype,
         cache=_cache(checkpoint, options),
         share_weights=options.share_weights,
     )
@@ -68,7 +72,12 @@ def build_cpu(checkpoint: Checkpoint, plan: DecoderPlan) -> CpuDecoder:
     """Take the weights from where they are packed, or read and pack them, a tensor at a time."""
     limits, num_threads = plan.limits, plan.num_threads or 1
     shape = decoder_shape(
-        checkpoint, plan.dtype, plan.weights, limits.max_tokens, limits.max_logits
+        checkpoint,
+        plan.dtype,
+        plan.weights,
+        limits.max_tokens,
+        limits.max_logits,
+        kv_dtype=plan.kv_dtype,
     )
     weights = CpuWeights(
         checkpoint,
@@ -110,9 +119,15 @@ def write_packed_weights(checkpoint: Checkpoint, options: LoadOptions, file: int
 
 
 def decoder_shape(
-    checkpoint: Checkpoint, dtype: str, weights: str, max_tokens: int, max_logits: int
+    checkpoint: Checkpoint,
+    dtype: str,
+    weights: str,
+    max_tokens: int,
+    max_logits: int,
+    *,
+    kv_dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The model's shape as the C++ decoder takes it."""
+    """The model's shape as the C++ decoder takes it; `kv_dtype` is of a DecoderPlan."""
     config = checkpoint.config
     layers = range(config.num_layers)
     return {
@@ -127,6 +142,7 @@ def decoder_shape(
         "attention_scales": [config.attention_scale(layer) for layer in layers],
         "dtype": dtype,
         "weights": weights,
+        "kv_dtype": kv_dtype or dtype,
         "tied": checkpoint.tied,
         "max_tokens": max_tokens,
         "max_logits": max_logits,
@@ -139,13 +155,6 @@ def _check(checkpoint: Checkpoint, options: LoadOptions) -> None:
         raise unmet("decoder", "cpu", "fastgen's C++ extension was not built; use 'torch'")
     if not (options.is_cpu or options.device == "auto"):
         raise unmet("device", options.device, "decoder='cpu' runs on the CPU only")
-    if options.kv_dtype != "auto":
-        raise unmet(
-            "kv_dtype",
-            options.kv_dtype,
-            "the CPU decoder keeps keys and values as activations are; only the CUDA decoder "
-            "(device='cuda') can do this",
-        )
     if options.quantize is None:
         return
     if options.dtype_name == "float16":
@@ -155,8 +164,8 @@ def _check(checkpoint: Checkpoint, options: LoadOptions) -> None:
 
 
 def arithmetic_of(checkpoint: Checkpoint, options: LoadOptions) -> tuple[str, str]:
-    """The dtype of activations and KV, and how weights are kept. Both 16-bit kinds widen to float32
-    exactly.
+    """The dtype of activations (and of KV, if nothing else is asked for), and how weights are kept.
+    Both 16-bit kinds widen to float32 exactly.
 
     Raises:
         OptionError: the weights are packed already, and in another way.

@@ -35,7 +35,8 @@ from fastgen.errors import CheckpointError
 from fastgen.native import native
 
 Shape = dict[str, Any]  # as cpu/plan.py makes it
-_OF_A_STEP = ("max_tokens", "max_logits")  # what of a shape the weights do not depend on
+# What of a shape the weights do not depend on.
+_OF_A_STEP = ("kv_dtype", "max_tokens", "max_logits")
 
 
 class CpuWeights:
