@@ -190,6 +190,14 @@ class CheckedDecoder {
     return py::make_tuple(draws.arrays(), view_of(decoder, logits, logits_at.size()));
   }
 
+  void warmup() {
+    const Held decoder = open();
+    const py::gil_scoped_release released;
+    const DefaultFloats floats;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    decoder->find_ranges();
+  }
+
   void copy_blocks(const Int32s& pairs) {
     const Held decoder = open();
     KvBlocks& blocks = decoder->blocks();
@@ -348,6 +356,7 @@ void bind_decoder(py::module_& module) {
            py::arg("drafts").noconvert(), py::arg("max_top"),
            "forward, and Sampler.draw at the first len(seats) of logits_at: its results, and the "
            "logits of the others. Releases the GIL.")
+      .def("warmup", &Decoder::warmup, "What the first step would do once.")
       .def("copy_blocks", &Decoder::copy_blocks, py::arg("pairs").noconvert())
       .def("reserve", &Decoder::reserve, py::arg("num_blocks"))
       .def("close", &Decoder::close);

@@ -60,6 +60,9 @@ class CpuDecoder {
   void set_positions(const float* values);  // (max_positions, hidden)
   // All of them, packed: weight_bytes(shape()) bytes.
   char* weights() const { return weight_memory_.data(); }
+  // Of keys and values of 8 bits, from the weights, if that has not been done: else the first step
+  // does it.
+  void find_ranges();
 
   // Logits of the tokens at `logits_at` (count), in that order, each (vocab).
   const float* forward(const StepRows& rows, const std::int32_t* logits_at, int count);
@@ -102,7 +105,6 @@ class CpuDecoder {
     void lay_out(const DecoderShape& shape, const DecoderKernels& kernels, Cursor& cursor);
   };
 
-  void find_ranges();
   void embed(const StepRows& rows);
   LinearInputs normed_inputs(const Norm& norm, const PackedLinear& linear,
                              const std::int32_t* which, int count);

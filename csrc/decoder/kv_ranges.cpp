@@ -29,10 +29,12 @@ float factor_of(double variance) {
 void find_kv_ranges(const PackedLinear& qkv, const float* gain, const float* bias,
                     const KvRanges& ranges, int num_threads) {
   const int hidden = qkv.num_inputs;
-  parallel_for(2 * hidden, num_threads, [&](int begin, int end) {
-    std::vector<float> weights(hidden);
-    for (int column = begin; column < end; ++column) {
-      qkv.read_column(hidden + column, weights.data());
+  std::vector<float> columns(static_cast<std::size_t>(num_threads) * hidden);  // one a thread
+  run_tasks(num_threads, num_threads, [&](int part) {
+    float* const weights = columns.data() + static_cast<std::size_t>(part) * hidden;
+    const int end = part_start(2 * hidden, part + 1, num_threads);
+    for (int column = part_start(2 * hidden, part, num_threads); column < end; ++column) {
+      qkv.read_column(hidden + column, weights);
       double center = qkv.bias[hidden + column], variance = 0;
       for (int input = 0; input < hidden; ++input) {
         const double spread = static_cast<double>(gain[input]) * weights[input];

@@ -109,7 +109,7 @@ def test_tokens_before_it_in_its_own_row(
         assert np.isnan(found[POISONED_AT:]).all()
 
 
-@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "int8", "float32_kv8"])
 def test_a_request_that_shares_its_beginning_with_one(arithmetic: str, tmp_path: Path) -> None:
     """Through the engine: the victim fails alone, the other has the tokens it always had.
 

@@ -5,6 +5,7 @@ ending, look inside in few named places, and import helpers, never each other.
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -95,7 +96,7 @@ def lasting_threads(source: str) -> set[str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in THREADS:
             if not any(ast.unparse(keyword) == "daemon=True" for keyword in node.keywords):
                 found.add(ast.unparse(node))
-        elif isinstance(node, ast.Constant) and "Thread(" in str(node.value):
+        elif isinstance(node, ast.Constant) and re.search(r"\b(Thread|Timer)\(", str(node.value)):
             with suppress(SyntaxError):  # a text that is no program
                 found |= lasting_threads(str(node.value))
     return found

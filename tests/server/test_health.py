@@ -199,12 +199,13 @@ def lock_of(server: RunningServer) -> FairLock:
 
 def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generator) -> None:
     """A short request is not kept waiting by a long one of another model; both are exact."""
-    wanted, steps, is_asked = canary_of(model), list[str](), threading.Event()
+    wanted, steps = canary_of(model), list[str]()
+    is_asked, is_over = threading.Event(), threading.Event()
 
-    def step_of_a() -> None:
-        assert is_asked.wait(WITHIN)  # between two short requests the long one does not get on
+    def step_of_a() -> None:  # the long one gets on only beside a short one
+        assert is_asked.wait(WITHIN)
         steps.append("a")
-        wait_until(lambda: num_waiting(lock) or not other.engine.num_unfinished)
+        wait_until(lambda: num_waiting(lock) or not is_asked.is_set() or is_over.is_set())
 
     def step_of_b() -> None:  # each lets the other ask for its turn, however slow its thread is
         steps.append("b")
@@ -230,6 +231,7 @@ def test_two_models_take_turns(model: fastgen.Generator, other: fastgen.Generato
                 turns = steps[first:last]
                 assert len(turns) > 1 and turns == (["b", "a"] * len(turns))[: len(turns)]
             client.close()
+            is_over.set()
             is_asked.set()
 
 

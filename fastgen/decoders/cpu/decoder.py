@@ -115,7 +115,8 @@ class CpuDecoder:
         return self._memory
 
     def warmup(self) -> None:
-        """Nothing to do: the first step is as fast as any."""
+        """Find the ranges of keys and values of 8 bits; else the first step does it."""
+        self._native.warmup()
 
     def close(self) -> None:
         self._native.close()
