@@ -23,7 +23,7 @@ from alterations import ALTERATIONS, CONFIG, VOCAB
 from hf_models import generated, tolerance
 
 _BATCHES = 8  # so that several processes may share the work
-# What an alteration raises that cannot be made after others: an index of a layer that was removed, a
+# What an alteration raises that cannot be made after others: an index of a layer that is gone, a
 # function where a module stood.
 CANNOT_BE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 VARIANTS: tuple[dict[str, Any], ...] = (
