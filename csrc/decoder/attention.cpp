@@ -227,8 +227,6 @@ class TileAttention {
     tile_(weights, 0, 1, copy, num_steps(shape_.arithmetic, visible), {copy, 0}, sums);
   }
 
-  static constexpr int kSecondLevel = 2;  // the cache to fetch into, as tiles do
-
   const KvBlocks& blocks_;
   const KvShape& shape_;
   const AttentionLayer& layer_;

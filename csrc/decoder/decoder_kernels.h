@@ -15,6 +15,7 @@ namespace fastgen {
 
 constexpr int kPanel = 32;
 constexpr int kMaxTileRows = 12;
+constexpr int kSecondLevel = 2;  // the cache to fetch into (benchmarks/LOG.md)
 
 // What is multiplied with what, and how the sum is kept.
 enum class Arithmetic {

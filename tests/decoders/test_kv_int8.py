@@ -46,15 +46,20 @@ def logits_of(folder: Path, arithmetic: str, rows: list[list[int]], isa: str = "
         return np.concatenate(all_logits(decoder, rows, CHUNKS))
 
 
+def check_quality(folder: Path, arithmetic: str, kl: float) -> None:
+    """Against all in float32."""
+    text = held_out(NUM_TOKENS)
+    reference = logits_of(folder, "float32", text.rows)
+    found = logits_of(folder, arithmetic, text.rows)
+    quality = kl_and_perplexity(reference, found, np.concatenate(text.targets))
+    print(f"{folder.name}: {quality}")
+    assert 0 < quality.kl <= kl
+    assert abs(quality.perplexity_change) <= TOLERANCES["int8_perplexity"]
+
+
 @pytest.mark.parametrize("name", ["bundled", *HARD_COPIES, HARD_KEYS])
 def test_they_are_close_to_those_of_float32(name: str, folder_of: Callable[[str], Path]) -> None:
-    text, folder = held_out(NUM_TOKENS), folder_of(name)
-    reference = logits_of(folder, "float32", text.rows)
-    found = logits_of(folder, "float32_kv8", text.rows)
-    quality = kl_and_perplexity(reference, found, np.concatenate(text.targets))
-    print(f"{name}: {quality}")
-    assert 0 < quality.kl <= TOLERANCES["kv_int8_kl"]
-    assert abs(quality.perplexity_change) <= TOLERANCES["int8_perplexity"]
+    check_quality(folder_of(name), "float32_kv8", TOLERANCES["kv_int8_kl"])
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -70,13 +75,7 @@ def test_on_every_path(isa: str, folder_of: Callable[[str], Path]) -> None:
 def test_with_weights_of_8_bits_they_keep_those_tolerances(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    text, folder = held_out(NUM_TOKENS), folder_of(name)
-    reference = logits_of(folder, "float32", text.rows)
-    found = logits_of(folder, "int8_kv8", text.rows)
-    quality = kl_and_perplexity(reference, found, np.concatenate(text.targets))
-    print(f"{name}: {quality}")
-    assert 0 < quality.kl <= TOLERANCES["int8_kl"]
-    assert abs(quality.perplexity_change) <= TOLERANCES["int8_perplexity"]
+    check_quality(folder_of(name), "int8_kv8", TOLERANCES["int8_kl"])
 
 
 def test_the_hard_keys_are_the_same_function(folder_of: Callable[[str], Path]) -> None:
